@@ -1,0 +1,91 @@
+"""Coarse codes to all codebooks: offline as the reference does it, or chunk by chunk with a bounded look-ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from barkstream.options import Schedule
+from barkstream.sampling import FINE, Floats, Ints, uniforms
+from barkstream.stages import Stages
+from barkstream.tokens import FineLayout
+from barkstream.voices import HistoryPrompt
+
+
+def generate_fine(
+    coarse: Iterator[Ints],
+    history: HistoryPrompt | None,
+    layout: FineLayout,
+    seed: int,
+    temperature: float,
+    schedule: Schedule,
+    stages: Stages,
+) -> Iterator[Ints]:
+    """Codes [8, n] in chunks of schedule.chunk(0), (1), ... frames while coarse codes [2, t] come in.
+
+    A chunk [a, b) is filled in one window: up to schedule.fine_context frames that are filled already (the preset's, then
+    our own), the chunk, and up to schedule.fine_lookahead coarse frames after it.
+    """
+    filled = _history(history, layout)
+    known = np.zeros((layout.n_given, 0), np.int32)  # coarse frames not yet filled
+    ended, index, a = False, 0, 0
+    while True:
+        n_chunk = schedule.chunk(index)
+        while not ended and known.shape[1] < n_chunk + schedule.fine_lookahead:
+            piece = next(coarse, None)
+            ended = piece is None
+            known = known if piece is None else np.concatenate([known, piece], axis=1)
+        ahead = min(known.shape[1], n_chunk + schedule.fine_lookahead)
+        n_chunk = min(n_chunk, known.shape[1])
+        if n_chunk == 0:
+            return
+        n_context = min(schedule.fine_context, filled.shape[1], layout.window - ahead)
+        window = np.concatenate([filled[:, filled.shape[1] - n_context :], _unknown(known[:, :ahead], layout)], axis=1)
+        codes = stages.fine(window, _draws(seed, a - n_context, window.shape[1], layout), temperature)
+        chunk = codes[:, n_context : n_context + n_chunk]
+        yield chunk
+        filled = np.concatenate([filled, chunk], axis=1)[:, -layout.max_history :]
+        known, a, index = known[:, n_chunk:], a + n_chunk, index + 1
+
+
+def fill_offline(
+    coarse: Ints, history: HistoryPrompt | None, layout: FineLayout, seed: int, temperature: float, stages: Stages
+) -> Ints:
+    """All codes [8, t] of coarse codes [2, t], in the reference's windows of 1,024 frames with a hop of 512."""
+    past = _history(history, layout)
+    n_past, n_new = past.shape[1], coarse.shape[1]
+    codes = np.concatenate([past, _unknown(coarse, layout)], axis=1)
+    n_padding = max(0, layout.window - codes.shape[1])
+    codes = np.pad(codes, ((0, 0), (0, n_padding)), constant_values=layout.unknown)
+    n_windows = max(0, -(-(n_new - (layout.window - n_past)) // layout.hop)) + 1
+    for i in range(n_windows):
+        start = min(i * layout.hop, codes.shape[1] - layout.window)
+        fill_from = min(n_past + i * layout.hop, codes.shape[1] - layout.hop) - start
+        window = codes[:, start : start + layout.window].copy()
+        window[layout.n_given :, fill_from:] = layout.unknown
+        draws = _draws(seed, start - n_past, layout.window, layout)
+        codes[:, start : start + layout.window] = stages.fine(window, draws, temperature)
+    return codes[:, n_past : n_past + n_new]
+
+
+def _history(history: HistoryPrompt | None, layout: FineLayout) -> Ints:
+    if history is None:
+        return np.zeros((layout.n_codebooks, 0), np.int32)
+    return history.fine[:, -layout.max_history :]
+
+
+def _unknown(coarse: Ints, layout: FineLayout) -> Ints:
+    """Codes [8, t] of which only the given codebooks are known."""
+    codes = np.full((layout.n_codebooks, coarse.shape[1]), layout.unknown, np.int32)
+    codes[: layout.n_given] = coarse
+    return codes
+
+
+def _draws(seed: int, first_frame: int, n_frames: int, layout: FineLayout) -> Floats:
+    """Uniforms [6, n_frames]: a frame's draws are its own, whatever window it is filled in."""
+    n_drawn = layout.n_codebooks - layout.n_given
+    draws = np.full((n_drawn, n_frames), 0.5, np.float32)
+    for t in range(max(0, -first_frame), n_frames):  # frames before the generation's first are known
+        draws[:, t] = uniforms(seed, FINE, first_frame + t, n_drawn)
+    return draws

@@ -1,0 +1,126 @@
+"""What a caller may ask for, checked once at the door, and how a server cuts the work into chunks."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from barkstream.sampling import Sampling
+
+MAX_TEMPERATURE = 5.0
+MAX_SEED = 2**63 - 1
+
+
+class BadRequest(ValueError):
+    """The caller's mistake; the message says what is wrong and what would be right."""
+
+
+@dataclass(frozen=True)
+class SpeechOptions:
+    """One request's options. The defaults are Suno's."""
+
+    seed: int = 0
+    temperature: float = 0.7  # semantic and coarse
+    fine_temperature: float = 0.5
+    top_k: int = 0  # 0: off; a caller leaves it out
+    top_p: float = 1.0  # 1: off
+    min_eos_p: float = 0.2
+    max_seconds: float = math.inf  # of speech, over all sentences
+    lookahead: int | None = None  # semantic tokens a coarse window waits for; None: exactly what the reference reads
+    streaming: bool = True
+    return_prompt: bool = False
+
+    @classmethod
+    def parse(cls, given: dict[str, Any]) -> SpeechOptions:
+        """Options from plain values; what is absent takes its default, an absent seed is drawn.
+
+        Raises BadRequest for an unknown name, a value of the wrong kind, or one out of its range.
+        """
+        unknown = set(given) - {field.name for field in fields(cls)}
+        if unknown:
+            raise BadRequest(f"no option {sorted(unknown)[0]!r}; options: {', '.join(f.name for f in fields(cls))}")
+        values = {name: _CHECKS[name](name, value) for name, value in given.items()}
+        return cls(**{"seed": secrets.randbits(31), **values})
+
+    def sampling(self, seed: int) -> Sampling:
+        """How the semantic and coarse stages draw, for one sentence's seed."""
+        return Sampling(seed, self.temperature, self.top_k, self.top_p, self.min_eos_p)
+
+
+def _number(low: float, high: float, low_is_allowed: bool = True) -> Any:
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BadRequest(f"{name} must be a number, got {value!r}")
+        inside = low <= value <= high and (low_is_allowed or value > low)  # False for NaN
+        if not inside:
+            least = f"at least {low:g}" if low_is_allowed else f"above {low:g}"
+            most = f" and at most {high:g}" if math.isfinite(high) else ""
+            raise BadRequest(f"{name} must be {least}{most}, got {value:g}")
+        return float(value)
+
+    return check
+
+
+def _integer(low: int, high: int, hint: str = "") -> Any:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise BadRequest(f"{name} must be a whole number, got {value!r}")
+        if not low <= value <= high:
+            raise BadRequest(f"{name} must be {low} to {high}, got {value}{hint}")
+        return value
+
+    return check
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+_CHECKS = dict(
+    seed=_integer(0, MAX_SEED),
+    temperature=_number(0, MAX_TEMPERATURE),
+    fine_temperature=_number(0, MAX_TEMPERATURE),
+    top_k=_integer(1, 2**31 - 1, hint="; leave top_k out to draw from all tokens"),
+    top_p=_number(0, 1, low_is_allowed=False),
+    min_eos_p=_number(0, 1, low_is_allowed=False),
+    max_seconds=_number(0, math.inf, low_is_allowed=False),
+    lookahead=_integer(0, 2**31 - 1),
+    streaming=_boolean,
+    return_prompt=_boolean,
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a stream is cut: a deployment's choice, set in bark/config.pbtxt. All counts are frames unless named otherwise."""
+
+    chunk_frames: tuple[int, ...] = (30, 45, 60, 90, 120)  # sizes of a sentence's chunks; the last one repeats
+    fine_context: int = 128  # frames already filled, to the left of a chunk
+    fine_lookahead: int = 24  # coarse frames after the chunk
+    coarse_call: int = 60  # coarse tokens asked for in one call, at most
+    semantic_call: int = 64  # semantic tokens asked for in one call, at most
+    sentence_pause_s: float = 0.25
+
+    def __post_init__(self) -> None:
+        counts = (*self.chunk_frames, self.coarse_call, self.semantic_call)
+        if not self.chunk_frames or min(counts) < 1 or min(self.fine_context, self.fine_lookahead) < 0:
+            raise ValueError(f"chunks and calls must be at least 1, context and look-ahead at least 0: {self}")
+
+    def chunk(self, index: int) -> int:
+        """Frames of a sentence's chunk number `index`."""
+        return self.chunk_frames[min(index, len(self.chunk_frames) - 1)]
+
+    @classmethod
+    def parse(cls, given: dict[str, str]) -> Schedule:
+        """A schedule from config.pbtxt parameters ("30, 45, 60" for chunk_frames); unknown names are ignored, they are Triton's."""
+        parsed: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.name == "chunk_frames" and field.name in given:
+                parsed[field.name] = tuple(int(n) for n in given[field.name].split(","))
+            elif field.name in given:
+                parsed[field.name] = type(field.default)(given[field.name])
+        return replace(cls(), **parsed)

@@ -1,0 +1,55 @@
+"""Text to semantic tokens: the prompt, and tokens that are generated when somebody asks for them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from barkstream.options import Schedule
+from barkstream.sampling import Ints, Sampling
+from barkstream.stages import Stages
+from barkstream.tokens import SemanticLayout
+from barkstream.voices import HistoryPrompt
+
+
+def semantic_prompt(text_ids: Ints, history: HistoryPrompt | None, layout: SemanticLayout) -> Ints:
+    """[text | history | infer] ids [n_prompt_ids]. text_ids: [n_text], offset and padded."""
+    past = np.full(layout.n_text, layout.history_pad, np.int32)
+    if history is not None:
+        tail = history.semantic[-layout.n_text :]
+        past[: len(tail)] = tail
+    return np.concatenate([text_ids, past, [layout.infer]]).astype(np.int32)
+
+
+def token_ids(prefix: Ints, layout: SemanticLayout) -> Ints:
+    """A call's prefix as the graph reads it: ids [S, 2] that are summed; text and history share their positions."""
+    n, nothing = layout.n_text, layout.size.n_input_ids
+    pairs = np.full((len(prefix) - n, 2), nothing, np.int32)
+    pairs[:, 0] = np.concatenate([prefix[:n], prefix[2 * n :]])
+    pairs[:n, 1] = prefix[n : 2 * n]
+    return pairs
+
+
+class SemanticTokens:
+    """One sentence's semantic tokens, generated as far as they are needed."""
+
+    def __init__(
+        self, prompt: Ints, layout: SemanticLayout, sampling: Sampling, max_seconds: float, schedule: Schedule, stages: Stages, stream: int
+    ):
+        self.tokens: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.ended = False
+        self._prompt, self._sampling, self._schedule, self._stages, self._stream = prompt, sampling, schedule, stages, stream
+        self._n_most = min(layout.max_new_tokens, math.ceil(min(max_seconds * layout.rate_hz, layout.max_new_tokens)))
+
+    def ensure(self, n: int) -> None:
+        """Generate until there are n tokens, or speech has ended."""
+        while len(self.tokens) < n and not self.ended:
+            n_missing = min(n, self._n_most) - len(self.tokens)
+            prefix = np.concatenate([self._prompt, self.tokens])
+            new, self.ended = self._stages.semantic(
+                prefix, min(n_missing, self._schedule.semantic_call), len(self.tokens), self._sampling, self._stream
+            )
+            self.tokens = np.concatenate([self.tokens, new])
+            self.ended = self.ended or len(self.tokens) >= self._n_most

@@ -1,0 +1,42 @@
+"""The four stage calls that a pipeline makes. Each is a pure function of its arguments.
+
+`barkstream.bls.TritonStages` sends them to Triton's models; `barkstream.local.LocalStages` runs them in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from barkstream.sampling import Floats, Ints, Sampling
+
+Cancelled = Callable[[], bool]
+
+
+class Stages(Protocol):
+    def semantic(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> tuple[Ints, bool]:
+        """The next <= n_tokens semantic tokens after prefix [text | history | infer | generated], and whether speech ended.
+
+        position: index of the first new token in the generation. stream: key of the KV cache kept between calls, 0 for none.
+        """
+        ...
+
+    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> Ints:
+        """The next n_tokens coarse tokens (ids, interleaved) after prefix [semantic window | infer | history | window's tokens]."""
+        ...
+
+    def fine(self, codes: Ints, uniforms: Floats, temperature: float) -> Ints:
+        """codes [8, T] with its unknown entries filled; uniforms [6, T] decide the draws."""
+        ...
+
+    def codec(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:
+        """Samples [320 n] of codes [8, n] and the decoder's next state; a state of zeros starts a stream."""
+        ...
+
+    def codec_state(self) -> Floats:
+        """The state that starts a stream: zeros."""
+        ...
+
+    def release(self, stream: int) -> None:
+        """Free what the stages keep for a stream."""
+        ...
