@@ -7,7 +7,7 @@ OUT    ?= hello.wav
 PLOT   ?=
 
 BIN  := .venv/bin
-PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint requirements.lock
 EXPORTED := model_repository/.exported
 # Which checkpoint is served: the one exported last, at first the embedded one.
 CHECKPOINT ?= $(or $(shell cat $(EXPORTED) 2>/dev/null),checkpoints/nano-bark)
@@ -63,7 +63,7 @@ lint: .venv/lint
 
 # Needs uv. One lock for Python 3.10 to 3.12 and all extras; it holds versions only.
 lock:
-	uv pip compile --universal --python-version 3.10 --all-extras --no-emit-index-url --no-annotate \
+	uv pip compile --universal --python-version 3.10 --all-extras --no-emit-index-url --no-annotate --upgrade \
 	  --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:

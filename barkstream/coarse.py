@@ -37,12 +37,13 @@ def generate_coarse(
         n = len(generated)
         start = n - n % layout.window
         read, first = _semantic_window(start, len(past_semantic), layout)
-        needed = read if lookahead is None else min(read, _said_by(start + layout.window, layout) + lookahead)
+        needed = read if lookahead is None else min(read, _said_by(start + layout.window, layout) + 1 + lookahead)
         semantic.ensure(needed)
-        n_steps = n_coarse_tokens(len(semantic.tokens), layout)
+        new_semantic = semantic.tokens[:needed]  # what came early must not be seen early
+        n_steps = n_coarse_tokens(len(new_semantic), layout)
         if n >= n_steps:
             return
-        known = np.concatenate([past_semantic, semantic.tokens])
+        known = np.concatenate([past_semantic, new_semantic])
         prefix = np.concatenate([window_prefix(known[first:], past_coarse, generated[:start], layout), generated[start:]])
         n_call = min(start + layout.window - n, schedule.coarse_call, n_steps - n)
         new = stages.coarse(prefix, n_call, n, sampling, stream)

@@ -42,7 +42,7 @@ def generate_fine(
             return
         n_context = min(schedule.fine_context, filled.shape[1], layout.window - ahead)
         window = np.concatenate([filled[:, filled.shape[1] - n_context :], _unknown(known[:, :ahead], layout)], axis=1)
-        codes = stages.fine(window, _draws(seed, a - n_context, window.shape[1], layout), temperature)
+        codes = stages.fine(window, n_context, _draws(seed, a - n_context, window.shape[1], layout), temperature)
         chunk = codes[:, n_context : n_context + n_chunk]
         yield chunk
         filled = np.concatenate([filled, chunk], axis=1)[:, -layout.max_history :]
@@ -62,10 +62,9 @@ def fill_offline(
     for i in range(n_windows):
         start = min(i * layout.hop, codes.shape[1] - layout.window)
         fill_from = min(n_past + i * layout.hop, codes.shape[1] - layout.hop) - start
-        window = codes[:, start : start + layout.window].copy()
-        window[layout.n_given :, fill_from:] = layout.unknown
+        window = codes[:, start : start + layout.window]
         draws = _draws(seed, start - n_past, layout.window, layout)
-        codes[:, start : start + layout.window] = stages.fine(window, draws, temperature)
+        codes[:, start : start + layout.window] = stages.fine(window, fill_from, draws, temperature)
     return codes[:, n_past : n_past + n_new]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import onnxruntime as ort
@@ -29,19 +30,28 @@ class LocalStages:
         limits = (n_slots, max_batch, n_threads)
         self.semantic_engine = CausalEngine(model["semantic"], layouts.semantic.size, Head.semantic(layouts.semantic), *limits)
         self.coarse_engine = CausalEngine(model["coarse"], layouts.coarse.size, Head.coarse(layouts.coarse), *limits)
+        self._semantic_lock, self._coarse_lock = Lock(), Lock()  # an engine serves one call at a time, as in Triton
         self._fine = open_session(model["fine"], n_threads)
         self._codec = open_session(model["codec"], n_threads)
 
     def semantic(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> tuple[Ints, bool]:
         ids = token_ids(prefix, self.checkpoint.semantic)
-        generation = self.semantic_engine.generate([Row(ids, n_tokens, position, sampling, stream)])[0]
+        with self._semantic_lock:
+            generation = self.semantic_engine.generate([Row(ids, n_tokens, position, sampling, stream)])[0]
         return generation.tokens, generation.ended
 
     def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> Ints:
-        return self.coarse_engine.generate([Row(prefix[:, None], n_tokens, position, sampling, stream)])[0].tokens
+        with self._coarse_lock:
+            return self.coarse_engine.generate([Row(prefix[:, None], n_tokens, position, sampling, stream)])[0].tokens
 
-    def fine(self, codes: Ints, uniforms: Floats, temperature: float) -> Ints:
-        return _run(self._fine, codes=codes, uniforms=uniforms, temperature=np.array([temperature], np.float32))[0]
+    def fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float) -> Ints:
+        return _run(
+            self._fine,
+            codes=codes,
+            fill_from=np.array([fill_from], np.int32),
+            uniforms=uniforms,
+            temperature=np.array([temperature], np.float32),
+        )[0]
 
     def codec(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:
         audio, next_state = _run(self._codec, codes=codes, state=state)
@@ -51,8 +61,10 @@ class LocalStages:
         return np.zeros(state_size(self._codec), np.float32)
 
     def release(self, stream: int) -> None:
-        self.semantic_engine.release(stream)
-        self.coarse_engine.release(stream)
+        with self._semantic_lock:
+            self.semantic_engine.release(stream)
+        with self._coarse_lock:
+            self.coarse_engine.release(stream)
 
 
 def open_pipeline(repository: Path, schedule: Schedule | None = None, n_threads: int = 0) -> tuple[Pipeline, dict[str, HistoryPrompt]]:

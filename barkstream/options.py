@@ -103,6 +103,7 @@ class Schedule:
     fine_lookahead: int = 24  # coarse frames after the chunk
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
     semantic_call: int = 64  # semantic tokens asked for in one call, at most
+    semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     sentence_pause_s: float = 0.25
 
     def __post_init__(self) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from barkstream.ahead import ahead
 from barkstream.coarse import generate_coarse
 from barkstream.codec import decode_audio
 from barkstream.fine import fill_offline, generate_fine
@@ -17,6 +19,9 @@ from barkstream.stages import Stages
 from barkstream.text import TextTokenizer, check_text
 from barkstream.tokens import Checkpoint
 from barkstream.voices import HistoryPrompt, find_voice
+
+
+NO_SAMPLES = np.zeros(0, np.float32)
 
 
 class NothingSaid(RuntimeError):
@@ -30,7 +35,11 @@ class Speech:
     semantic: list[Ints] = field(default_factory=list)  # [n] a sentence
     coarse: list[Ints] = field(default_factory=list)  # [2, t] pieces
     fine: list[Ints] = field(default_factory=list)  # [8, t] pieces
-    n_frames: int = 0
+
+    def extend(self, said: Speech) -> None:
+        self.semantic += said.semantic
+        self.coarse += said.coarse
+        self.fine += said.fine
 
     def history_prompt(self) -> HistoryPrompt:
         """All of it as a history prompt."""
@@ -62,24 +71,27 @@ class Pipeline:
         was generated. Raises BadRequest for a blank text, NothingSaid if no sentence gave any audio.
         """
         sentences = self.tokenizer.split(check_text(text))
-        n_samples, pause = 0, np.zeros(0, np.float32)
+        speech = Speech() if speech is None else speech
+        n_samples, pause = 0, NO_SAMPLES
+        background = ThreadPoolExecutor(2, thread_name_prefix="ahead")  # one for the coarse stage, one for the semantic
         try:
             for index, sentence in enumerate(sentences):
-                said = Speech()
-                seconds_left = options.max_seconds - n_samples / self.checkpoint.codec.sample_rate
-                if seconds_left <= 0:
+                seconds_left = options.max_seconds - (n_samples + len(pause)) / self.checkpoint.codec.sample_rate
+                if n_samples and seconds_left * self.checkpoint.semantic.rate_hz < 1:
                     break
-                for chunk in self._say(sentence, index, voice, options, seconds_left, stream, said):
+                said = Speech()
+                for chunk in self._say(sentence, index, voice, options, seconds_left, stream, background, said):
                     yield np.concatenate([pause, chunk])
                     n_samples += len(pause) + len(chunk)
-                    pause = np.zeros(0, np.float32)
-                if said.n_frames:
+                    pause = NO_SAMPLES
+                if said.fine:
                     pause = self._pause()
                     voice = voice or said.history_prompt()
-                    _extend(speech, said)
+                    speech.extend(said)
             if not n_samples:
                 raise NothingSaid("the model ended before it said anything; try another seed, voice or text")
         finally:
+            background.shutdown(wait=True, cancel_futures=True)
             self.stages.release(stream)
 
     def speak(self, text: str, options: SpeechOptions, voice: HistoryPrompt | None = None) -> Floats:
@@ -94,23 +106,22 @@ class Pipeline:
         options: SpeechOptions,
         max_seconds: float,
         stream: int,
+        background: Executor,
         said: Speech,
     ) -> Iterator[Floats]:
         """Chunks of samples of one sentence; `said` collects its tokens and codes."""
         layouts, stages, seed = self.checkpoint, self.stages, sentence_seed(options.seed, index)
         sampling = options.sampling(seed)
         prompt = semantic_prompt(self.tokenizer.encode(sentence), voice, layouts.semantic)
-        semantic = SemanticTokens(prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, stream)
-        coarse = _collect(
-            generate_coarse(semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, stream), said.coarse
-        )
+        semantic = SemanticTokens(prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, stream, background)
+        coarse = generate_coarse(semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, stream)
+        coarse = _collect(ahead(coarse, background), said.coarse)
         if options.streaming:
             codes = generate_fine(coarse, voice, layouts.fine, seed, options.fine_temperature, self.schedule, stages)
         else:
             codes = self._offline(coarse, voice, seed, options.fine_temperature)
         yield from decode_audio(_collect(codes, said.fine), stages)
         said.semantic.append(semantic.tokens)
-        said.n_frames = sum(piece.shape[1] for piece in said.fine)
 
     def _offline(self, coarse: Iterator[Ints], voice: HistoryPrompt | None, seed: int, temperature: float) -> Iterator[Ints]:
         pieces = list(coarse)
@@ -144,10 +155,3 @@ def _collect(pieces: Iterator[Ints], into: list[Ints]) -> Iterator[Ints]:
         into.append(piece)
         yield piece
 
-
-def _extend(speech: Speech | None, said: Speech) -> None:
-    if speech is not None:
-        speech.semantic += said.semantic
-        speech.coarse += said.coarse
-        speech.fine += said.fine
-        speech.n_frames += said.n_frames

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from concurrent.futures import Executor, Future
 
 import numpy as np
-from numpy.typing import NDArray
 
 from barkstream.options import Schedule
 from barkstream.sampling import Ints, Sampling
@@ -33,23 +32,37 @@ def token_ids(prefix: Ints, layout: SemanticLayout) -> Ints:
 
 
 class SemanticTokens:
-    """One sentence's semantic tokens, generated as far as they are needed."""
+    """One sentence's semantic tokens, generated as far as they are needed, and a little further in the background."""
 
     def __init__(
-        self, prompt: Ints, layout: SemanticLayout, sampling: Sampling, max_seconds: float, schedule: Schedule, stages: Stages, stream: int
+        self,
+        prompt: Ints,
+        layout: SemanticLayout,
+        sampling: Sampling,
+        max_seconds: float,
+        schedule: Schedule,
+        stages: Stages,
+        stream: int,
+        background: Executor,
     ):
-        self.tokens: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.tokens: Ints = np.zeros(0, np.int32)
         self.ended = False
-        self._prompt, self._sampling, self._schedule, self._stages, self._stream = prompt, sampling, schedule, stages, stream
-        self._n_most = min(layout.max_new_tokens, math.ceil(min(max_seconds * layout.rate_hz, layout.max_new_tokens)))
+        self._n_most = max(1, int(min(max_seconds * layout.rate_hz, layout.max_new_tokens)))
+        self._prompt, self._sampling, self._schedule = prompt, sampling, schedule
+        self._stages, self._stream, self._background = stages, stream, background
+        self._call: Future[tuple[Ints, bool]] | None = None  # the one under way
 
     def ensure(self, n: int) -> None:
         """Generate until there are n tokens, or speech has ended."""
         while len(self.tokens) < n and not self.ended:
-            n_missing = min(n, self._n_most) - len(self.tokens)
-            prefix = np.concatenate([self._prompt, self.tokens])
-            new, self.ended = self._stages.semantic(
-                prefix, min(n_missing, self._schedule.semantic_call), len(self.tokens), self._sampling, self._stream
-            )
-            self.tokens = np.concatenate([self.tokens, new])
+            call = self._call or self._start(min(n - len(self.tokens), self._schedule.semantic_call))
+            new, self.ended = call.result()
+            self.tokens, self._call = np.concatenate([self.tokens, new]), None
             self.ended = self.ended or len(self.tokens) >= self._n_most
+        if self._schedule.semantic_ahead and not self.ended and self._call is None:
+            self._call = self._start(self._schedule.semantic_ahead)
+
+    def _start(self, n: int) -> Future[tuple[Ints, bool]]:
+        prefix, n_now = np.concatenate([self._prompt, self.tokens]), len(self.tokens)
+        n_call = min(n, self._n_most - n_now)
+        return self._background.submit(self._stages.semantic, prefix, n_call, n_now, self._sampling, self._stream)

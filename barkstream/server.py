@@ -20,6 +20,8 @@ import contextlib
 import http.client
 import importlib.util
 import os
+import re
+import secrets
 import shutil
 import signal
 import socket
@@ -28,7 +30,6 @@ import sys
 import sysconfig
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,24 +40,17 @@ from typing import TextIO
 PACKAGE = Path(__file__).resolve().parent
 MODEL_REPOSITORY = PACKAGE.parent / "model_repository"
 OUR_BACKENDS = PACKAGE / "triton_backends"
-SHARED_MEMORY = Path("/dev/shm")
-
 NATIVE_BACKENDS = ("python", "onnxruntime", "tensorrt")  # those that a profile of ours names
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
-N_LOG_LINES = 2000  # kept for error messages
-DRAIN_S = 5  # how long a stopping server lets requests in flight finish
-KILL_S = 20  # after that and this, it is killed
+READY_TIMEOUT_S = 600  # a large checkpoint on a CPU, or TensorRT engines that are built at the first start
+DRAIN_S = 5  # how long `serve`, told to stop, lets requests under way finish
 N_PORT_TRIES = 3
-
-# Started in place of tritonserver, becomes it: asks the kernel for a SIGTERM when the thread that started it dies, so
-# that a client that is killed takes its server with it. A new interpreter, because code between fork and exec is not
-# safe in a process that runs gRPC threads; 15 ms.
-DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-os.getppid() == int(sys.argv[1]) or sys.exit("the parent process has gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
+N_LOG_LINES = 2000  # kept for error messages
+N_TAIL_LINES = 30  # shown in them
+UP = ("Started GRPCInferenceService", "Started HTTPService", "Started Metrics Service")  # said once models are loaded
+# What only an operator should reach, each a way to write files or memory of the server (CVE-2025-23319 and relatives).
+ADMIN_APIS = "shared-memory,model-repository,trace,logging"
 
 
 class ServerError(RuntimeError):
@@ -83,24 +77,26 @@ def find_tritonserver() -> Installation:
         raise ServerError("no tritonserver: run in Triton's container, or `pip install nvidia-pytriton==0.7.0`")
     package = Path(spec.submodule_search_locations[0])
     root = package / "tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
+    stub = root / "python_backend_stubs" / python_version() / "triton_python_backend_stub"
     if not stub.exists():
-        raise ServerError(f"nvidia-pytriton has no Python stub for Python {version}: use 3.10, 3.11 or 3.12")
-    return Installation(
-        root / "bin/tritonserver", root / "backends", package.parent / "nvidia_pytriton.libs", stub
-    )
+        raise ServerError(f"nvidia-pytriton has no Python stub for Python {python_version()}: use 3.10, 3.11 or 3.12")
+    return Installation(root / "bin/tritonserver", root / "backends", package.parent / "nvidia_pytriton.libs", stub)
+
+
+def python_version() -> str:
+    """Such as 3.11."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def check_stub(installation: Installation) -> None:
     """ServerError if the wheel's Python stub cannot run here: NumPy 2, or a Python without its shared library."""
     if installation.python_stub is None:
         return
-    import numpy
+    import numpy  # only its version: the stubs will import the same one
 
     if int(numpy.__version__.split(".")[0]) >= 2:
         raise ServerError(
-            f"NumPy {numpy.__version__} is installed; Triton's Python stub reads NumPy 2 arrays as empty: "
+            f"NumPy {numpy.__version__} is installed and Triton's Python stub reads NumPy 2 arrays as empty: "
             "`pip install numpy==1.26.4`"
         )
     listing = subprocess.run(
@@ -110,7 +106,7 @@ def check_stub(installation: Installation) -> None:
     if missing:
         raise ServerError(
             f"Triton's Python stub needs {', '.join(missing)}, which this Python lacks: install it "
-            f"(Debian: libpython{sys.version_info.major}.{sys.version_info.minor}) or use a Python built with --enable-shared"
+            f"(Debian: libpython{python_version()}) or use a Python built with --enable-shared"
         )
 
 
@@ -119,36 +115,39 @@ def assemble_backends(installation: Installation, folder: Path) -> None:
 
     Copies (3 MB), because Triton refuses links that lead out of the backend directory.
     """
+    copy = {"ignore": shutil.ignore_patterns("__pycache__")}
     for name in NATIVE_BACKENDS:
         if (installation.backends / name).is_dir():
-            shutil.copytree(installation.backends / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(installation.backends / name, folder / name, **copy)
     if installation.python_stub is not None:
         shutil.copy(installation.python_stub, folder / "python")
     for ours in OUR_BACKENDS.iterdir():
         if not (folder / ours.name).exists():
-            shutil.copytree(ours, folder / ours.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ours, folder / ours.name, **copy)
 
 
 def environment(installation: Installation) -> dict[str, str]:
     """The environment of tritonserver, and so of the Python stubs that run the models."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
-    paths = {
-        "PATH": [Path(sys.prefix, "bin")],
-        "LD_LIBRARY_PATH": [],
-    }
+    env = dict(os.environ)
+    prepend(env, "PATH", Path(sys.prefix, "bin"))
     if installation.libraries is not None:
-        paths["LD_LIBRARY_PATH"] = [installation.libraries, Path(sysconfig.get_config_var("LIBDIR"))]
-    for name, first in paths.items():
-        env[name] = os.pathsep.join([*map(str, first), *filter(None, [env.get(name)])])
+        prepend(env, "LD_LIBRARY_PATH", Path(sysconfig.get_config_var("LIBDIR")))  # libpython, for the stub
+        prepend(env, "LD_LIBRARY_PATH", installation.libraries)
     return env
+
+
+def prepend(env: dict[str, str], name: str, folder: Path) -> None:
+    """Put `folder` first in a list of folders in an environment."""
+    env[name] = os.pathsep.join([str(folder), *filter(None, [env.get(name)])])
 
 
 class Server:
     """A running tritonserver, as a context manager: ready at the start of the block, gone without a trace at its end.
 
     repository: folder of models. profile: Triton's --model-config-name (`configs/<profile>.pbtxt` of the models that
-    have it). Port 0: any free one. log: where Triton's log goes as well as into the error messages; None: nowhere.
-    Raises ServerError, with the reasons out of Triton's log, if it does not become ready.
+    have it). Port 0: any free one. log: gets Triton's warnings and errors and what the models print. drain_s: how long
+    requests under way may take to finish when it is stopped; 0 kills it at once, in 10 ms in place of 2.5 s, which is
+    all right for whoever has no requests under way. Raises ServerError, with the reasons out of Triton's log.
     """
 
     def __init__(
@@ -161,20 +160,21 @@ class Server:
         http_port: int = 0,
         metrics_port: int = 0,
         log: TextIO | None = None,
-        ready_timeout_s: float = 600,
+        drain_s: int = 0,
+        ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         self.repository = Path(repository).resolve()
         self.profile = profile
         self.host = host
         self.ports = (grpc_port, http_port, metrics_port)
-        self.ready_timeout_s = ready_timeout_s
         self._requested_ports = self.ports
-        self._log_file = log
+        self._echo = log
+        self._drain_s = drain_s
+        self._ready_timeout_s = ready_timeout_s
         self._log: deque[str] = deque(maxlen=N_LOG_LINES)
-        self._process: subprocess.Popen[str] | None = None
-        self._keeper: threading.Thread | None = None
-        self._started = threading.Event()  # endpoints are up, or the process is gone
-        self._folder: Path | None = None
+        self._supervisor: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self._up_or_gone = threading.Event()
 
     @property
     def grpc_url(self) -> str:
@@ -188,14 +188,14 @@ class Server:
 
     @property
     def metrics_url(self) -> str:
-        """http://host:port/metrics, Prometheus' text format."""
+        """http://host:port/metrics, in Prometheus' text format."""
         return f"http://{self.host}:{self.ports[2]}/metrics"
 
     @property
     def pid(self) -> int:
-        """tritonserver's process id."""
-        assert self._process is not None, "not started"
-        return self._process.pid
+        """Process id of the supervisor; tritonserver and its stubs are its descendants."""
+        assert self._supervisor is not None, "not started"
+        return self._supervisor.pid
 
     @property
     def log_text(self) -> str:
@@ -216,122 +216,119 @@ class Server:
         installation = find_tritonserver()
         check_stub(installation)
         check_repository(self.repository, self.profile)
-        for _ in range(N_PORT_TRIES):
+        for tries_left in reversed(range(N_PORT_TRIES)):
             try:
                 self._launch(installation)
-                self._wait_ready()
-                return
+                return self._wait_ready()
             except BaseException:
-                port_taken = 0 in self._requested_ports and "already in use" in self.log_text
                 self.stop()
-                if not port_taken:
+                if not (tries_left and 0 in self._requested_ports and "already in use" in self.log_text):
                     raise
-        raise ServerError(f"no free ports in {N_PORT_TRIES} tries")
 
     def wait(self) -> int:
-        """Block until the server ends by itself; its exit status."""
-        assert self._process is not None, "not started"
-        return self._process.wait()
+        """Block until the server ends by itself; its exit status, 128 + n if signal n ended it."""
+        assert self._supervisor is not None, "not started"
+        return self._supervisor.wait()
 
     def stop(self) -> None:
-        """Stop the server, its stubs and threads; remove its shared memory. Harmless when it is not running."""
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.terminate()
-                self._process.wait(DRAIN_S + KILL_S)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # what is left of the group: usually nobody
-            self._process.wait()
-        if self._keeper is not None:
-            self._keeper.join()
-        if self._folder is not None:
-            remove_traces(self._folder)
-        self._process = self._keeper = self._folder = None
+        """Stop the server; when this returns, its processes and shared memory are gone. Harmless if it is not running."""
+        if self._supervisor is None or self._reader is None:
+            return
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.close()  # tells the supervisor, as our death would
+        self._supervisor.wait()
+        self._reader.join()
+        self._supervisor = self._reader = None
 
     def _launch(self, installation: Installation) -> None:
-        remove_stale_traces()
         self.ports = pick_ports(self.host, self._requested_ports)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"barkstream-{os.getpid()}-"))
-        backends, imports = self._folder / "backends", self._folder / "imports"
-        assemble_backends(installation, backends)
+        self._log.clear()
+        self._up_or_gone.clear()
+        folder = Path(tempfile.mkdtemp(prefix="barkstream-"))  # the supervisor removes it
+        assemble_backends(installation, folder / "backends")
+        imports = folder / "imports"
         imports.mkdir()
         (imports / "barkstream").symlink_to(PACKAGE)
-        self._started.clear()
-        self._log.clear()
-        command = [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), str(installation.executable)]
-        command += self._arguments(backends)
-        launched = threading.Event()
-        keep = (command, imports, environment(installation), launched)
-        self._keeper = threading.Thread(target=self._keep, args=keep, name="tritonserver", daemon=True)
-        self._keeper.start()
-        launched.wait()
+        supervise = [sys.executable, "-I", "-S", str(PACKAGE / "supervise.py"), str(folder), str(self._drain_s)]
+        self._supervisor = subprocess.Popen(
+            [*supervise, str(installation.executable), *self._arguments(folder)],
+            cwd=imports, env=environment(installation), start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read_log, args=(self._supervisor.stdout,), daemon=True)
+        self._reader.start()
 
-    def _arguments(self, backends: Path) -> list[str]:
-        assert self._folder is not None
+    def _arguments(self, folder: Path) -> list[str]:
         grpc_port, http_port, metrics_port = self.ports
+        profile = [f"--model-config-name={self.profile}"] if self.profile else []
+        no_gpu = ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]
+        key = f"barkstream-admin={secrets.token_hex()}"
         return [
             f"--model-repository={self.repository}",
-            f"--backend-directory={backends}",
-            *([f"--model-config-name={self.profile}"] if self.profile else []),
+            *profile,
+            f"--backend-directory={folder / 'backends'}",
+            f"--backend-config=python,shm-region-prefix-name={folder.name}",
+            # Our configurations are complete; completing them would start every Python model twice (2.3 s, not .5 s).
+            "--disable-auto-complete-config",
             f"--grpc-address={self.host}",
             f"--grpc-port={grpc_port}",
+            f"--grpc-restricted-protocol={ADMIN_APIS}:{key}",
             f"--http-address={self.host}",
             f"--http-port={http_port}",
+            f"--http-restricted-api={ADMIN_APIS}:{key}",
             f"--metrics-address={self.host}",
             f"--metrics-port={metrics_port}",
-            "--exit-on-error=true",
-            "--disable-auto-complete-config",
-            f"--exit-timeout-secs={DRAIN_S}",
-            f"--backend-config=python,shm-region-prefix-name={self._folder.name}",
+            f"--exit-timeout-secs={self._drain_s}",
+            *([] if NVIDIA_DRIVER.exists() else no_gpu),
         ]
 
-    def _keep(self, command: list[str], cwd: Path, env: dict[str, str], launched: threading.Event) -> None:
-        """Thread: is the server's parent (the kernel's death signal follows the thread, not the process) and its reaper."""
-        self._process = subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
-        launched.set()
-        reader = threading.Thread(target=self._read_log, args=(self._process.stdout,), daemon=True)
-        reader.start()
-        self._process.wait()
-        self._started.set()
-        reader.join(1)
-
     def _read_log(self, lines: TextIO) -> None:
-        waiting_for = {"Started GRPCInferenceService", "Started HTTPService", "Started Metrics Service"}
+        """Thread: keep the log, show what is worth it, notice when the server is up, and when it is gone."""
+        waiting_for = set(UP)
         for line in lines:
             self._log.append(line)
-            if self._log_file is not None:
-                self._log_file.write(line)
-                self._log_file.flush()
-            if waiting_for:
-                waiting_for -= {mark for mark in waiting_for if mark in line}
-                if not waiting_for:
-                    self._started.set()
+            if self._echo is not None and is_notable(line):
+                self._echo.write(line)
+                self._echo.flush()
+            waiting_for -= {mark for mark in waiting_for if mark in line}
+            if not waiting_for:
+                self._up_or_gone.set()
+        self._up_or_gone.set()
 
     def _wait_ready(self) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + self.ready_timeout_s
-        if not self._started.wait(self.ready_timeout_s):
-            raise ServerError(f"tritonserver not ready after {self.ready_timeout_s:g} s\n{self._reasons()}")
-        if self._process.poll() is not None:
-            raise ServerError(f"tritonserver ended with status {self._process.returncode}\n{self._reasons()}")
-        status = self._get_status("/v2/health/ready", deadline - time.monotonic())
-        if status != 200:
-            raise ServerError(f"tritonserver is up but not ready (HTTP {status})\n{self._reasons()}")
-
-    def _get_status(self, path: str, timeout_s: float) -> int:
-        connection = http.client.HTTPConnection(self.host, self.ports[1], timeout=max(timeout_s, 1))
+        assert self._supervisor is not None
+        assert self._reader is not None
+        if not self._up_or_gone.wait(self._ready_timeout_s):
+            raise ServerError(f"tritonserver was not ready after {self._ready_timeout_s:g} s\n{failure_reasons(self._log)}")
+        if not self._reader.is_alive():
+            raise ServerError(f"tritonserver ended with status {self._supervisor.wait()}\n{failure_reasons(self._log)}")
+        connection = http.client.HTTPConnection(self.host, self.ports[1], timeout=self._ready_timeout_s)
         with contextlib.closing(connection):
-            connection.request("GET", path)
-            return connection.getresponse().status
+            connection.request("GET", "/v2/health/ready")
+            status = connection.getresponse().status
+        if status != 200:
+            raise ServerError(f"tritonserver is up but not ready (HTTP {status})\n{failure_reasons(self._log)}")
 
-    def _reasons(self) -> str:
-        """What Triton's log says about a failure: its complaints if there are any, else its last lines."""
-        lines = [line for line in self._log if not line.startswith(("|", "+", "I")) and line.strip()]
-        failed = [line for line in lines if " failed to load '" in line or "Poll failed" in line]
-        return "\n".join(map(readable, failed)) or "".join(lines[-N_TAIL_LINES:])
+
+def is_notable(line: str) -> bool:
+    """Whether a line of the log is a warning, an error or a model's own words; not Triton's chatter and tables."""
+    return bool(line.strip()) and not re.match(r"[|+]|I\d{4} ", line)
+
+
+def failure_reasons(log: deque[str]) -> str:
+    """What Triton's log says about a failure: the models that failed to load and why; failing that, its last lines."""
+    failed = [line for line in log if re.match(r"E\d{4} .*(failed to load '.*' version|Poll failed)", line)]
+    return "\n".join(map(readable, failed)) or "".join(list(filter(is_notable, log))[-N_TAIL_LINES:])
+
+
+def readable(line: str) -> str:
+    """Triton's `E1122 14:17:33 1 file.cc:642] "failed to load 'x' version 1: Internal: ...\\n\\nAt:..."` for people.
+
+    A TritonModelException is a model's considered message: its traceback is of no use to a user.
+    """
+    message = line.split("] ", 1)[-1].strip().strip('"').replace("\\n", "\n")
+    considered = "TritonModelException: " in message
+    return message.replace("Internal: TritonModelException: ", "").split("\n\nAt:")[0] if considered else message
 
 
 def check_repository(repository: Path, profile: str | None) -> None:
@@ -351,39 +348,24 @@ def pick_ports(host: str, requested: tuple[int, ...]) -> tuple[int, ...]:
     then tries again.
     """
     with contextlib.ExitStack() as held:
-        return tuple(held.enter_context(reserve_port(host, port)).getsockname()[1] for port in requested)
+        return tuple(held.enter_context(bound_socket(host, port)).getsockname()[1] for port in requested)
 
 
-def reserve_port(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen; ServerError if somebody else listens there."""
-    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count as taken
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that has the port and does not listen; ServerError if somebody else has it."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count as taken
     try:
-        reserved.bind((host, port))
+        bound.bind((host, port))
     except OSError as error:
-        reserved.close()
+        bound.close()
         raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}; port 0 takes any free one") from error
-    return reserved
-
-
-def remove_traces(folder: Path) -> None:
-    """Remove a server's backend directory and the shared-memory regions that carry its name."""
-    for region in SHARED_MEMORY.glob(f"{folder.name}*"):
-        region.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_stale_traces() -> None:
-    """Remove what servers left whose owner was killed; Triton itself cleans up after everything but SIGKILL."""
-    for folder in Path(tempfile.gettempdir()).glob("barkstream-*-*"):
-        pid = folder.name.split("-")[1]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            remove_traces(folder)
+    return bound
 
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that a supervisor's stop is as clean. Main thread only."""
+    """SIGTERM ends the block as Ctrl-C does, so that a service manager's stop is as clean. Main thread only."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -410,7 +392,7 @@ def serve(
     """
     server = Server(
         repository, profile=profile, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port,
-        log=sys.stderr,
+        log=sys.stderr, drain_s=DRAIN_S,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt), sigterm_as_interrupt(), server:
         print(f"ready: gRPC {server.grpc_url}, health {server.http_url}/v2/health/ready, metrics {server.metrics_url}")

@@ -25,8 +25,8 @@ class Stages(Protocol):
         """The next n_tokens coarse tokens (ids, interleaved) after prefix [semantic window | infer | history | window's tokens]."""
         ...
 
-    def fine(self, codes: Ints, uniforms: Floats, temperature: float) -> Ints:
-        """codes [8, T] with its unknown entries filled; uniforms [6, T] decide the draws."""
+    def fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float) -> Ints:
+        """codes [8, T] with the fine codebooks of frames fill_from.. drawn (anew); uniforms [6, T] decide the draws."""
         ...
 
     def codec(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:

@@ -1,0 +1,53 @@
+"""What a request may ask for, and what it hears otherwise."""
+
+import math
+
+import pytest
+
+from barkstream.options import BadRequest, Schedule, SpeechOptions
+
+
+def test_defaults_are_sunos_and_a_fresh_seed():
+    first, second = SpeechOptions.parse({}), SpeechOptions.parse({})
+    assert (first.temperature, first.fine_temperature, first.top_k, first.top_p, first.min_eos_p) == (0.7, 0.5, 0, 1, 0.2)
+    assert first.seed != second.seed
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("temperature", math.nan, "at least 0 and at most 5, got nan"),
+        ("temperature", -0.1, "at least 0"),
+        ("temperature", 1e9, "at most 5"),
+        ("temperature", math.inf, "at most 5"),
+        ("fine_temperature", -1.0, "fine_temperature must be at least 0"),
+        ("top_k", 0, "leave top_k out"),
+        ("top_k", 1.5, "whole number"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("top_p", 2.0, "above 0 and at most 1"),
+        ("min_eos_p", 0.0, "above 0"),
+        ("max_seconds", 0.0, "above 0"),
+        ("max_seconds", -3.0, "above 0"),
+        ("seed", -1, "seed must be 0 to 9223372036854775807, got -1"),
+        ("seed", True, "whole number"),
+        ("streaming", 1, "true or false"),
+        ("lookahead", -1, "lookahead"),
+        ("tempo", 1.0, "no option 'tempo'; options: seed, temperature"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_would_be_right(name, value, said):
+    with pytest.raises(BadRequest, match=r".*") as refused:
+        SpeechOptions.parse({name: value})
+    assert said in str(refused.value)
+
+
+def test_a_schedule_reads_triton_parameters():
+    schedule = Schedule.parse({"chunk_frames": "15, 30", "fine_lookahead": "8", "sample_rate": "24000"})
+    assert [schedule.chunk(i) for i in range(3)] == [15, 30, 30]
+    assert schedule.fine_lookahead == 8
+
+
+@pytest.mark.parametrize("wrong", [{"chunk_frames": "0"}, {"chunk_frames": "30,x"}, {"fine_context": "-1"}])
+def test_a_schedule_that_cannot_work_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"at least|invalid literal"):
+        Schedule.parse(wrong)

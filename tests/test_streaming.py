@@ -1,0 +1,226 @@
+"""Streaming changes when audio arrives, not what is said. In this process, on the embedded checkpoint; no server."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from barkstream.engines import Row
+from barkstream.fine import generate_fine
+from barkstream.local import LocalStages
+from barkstream.options import BadRequest, SpeechOptions
+from barkstream.pipeline import NothingSaid, Pipeline, Speech
+from barkstream.sampling import Sampling
+
+TEXT = "Good morning, how are you today?"
+
+
+def generate(pipeline, voice=None, schedule=None, text=TEXT, **options):
+    """Audio [n] and the speech that it came from."""
+    speech = Speech()
+    cut = pipeline if schedule is None else replace(pipeline, schedule=replace(pipeline.schedule, **schedule))
+    chunks = list(cut.stream(text, SpeechOptions.parse({"seed": 5, **options}), voice, stream=9, speech=speech))
+    return np.concatenate(chunks), speech.history_prompt()
+
+
+@pytest.mark.parametrize("voice", [None, "heart_0"])
+def test_streamed_semantic_and_coarse_tokens_equal_the_offline_ones(pipeline, voices, voice):
+    _, streamed = generate(pipeline, voices.get(voice))
+    _, offline = generate(pipeline, voices.get(voice), streaming=False)
+    np.testing.assert_array_equal(streamed.semantic, offline.semantic)
+    np.testing.assert_array_equal(streamed.coarse, offline.coarse)
+    assert streamed.fine.shape == offline.fine.shape
+
+
+@pytest.mark.parametrize("cut", [dict(coarse_call=14), dict(semantic_call=5, semantic_ahead=0), dict(semantic_ahead=50)])
+def test_any_cut_into_calls_gives_the_same_tokens(pipeline, voices, cut):
+    audio, speech = generate(pipeline, voices["deep_0"], cut)
+    expected_audio, expected = generate(pipeline, voices["deep_0"])
+    np.testing.assert_array_equal(speech.semantic, expected.semantic)
+    np.testing.assert_array_equal(speech.coarse, expected.coarse)
+    np.testing.assert_array_equal(speech.fine, expected.fine)
+    np.testing.assert_allclose(audio, expected_audio, atol=1e-5)
+
+
+def test_one_chunk_with_everything_known_is_one_fine_window(pipeline, voices):
+    """Chunks are an approximation of fine's window only through context and look-ahead: give it all, and cuts vanish."""
+    stages, layout = pipeline.stages, pipeline.checkpoint.fine
+    coarse = voices["heart_0"].coarse[:, :120]
+    whole = replace(pipeline.schedule, chunk_frames=(120,), fine_lookahead=0)
+    late = replace(pipeline.schedule, chunk_frames=(200,), fine_lookahead=500)
+    a = np.concatenate(list(generate_fine(iter([coarse]), None, layout, 1, 0.5, whole, stages)), axis=1)
+    b = np.concatenate(list(generate_fine(iter([coarse[:, :50], coarse[:, 50:]]), None, layout, 1, 0.5, late, stages)), axis=1)
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a[:2], coarse)
+
+
+def test_chunks_grow_as_scheduled(pipeline, voices):
+    text = "This sentence is long enough to be sent in several chunks, each one longer than the one before."
+    samples_per_frame = pipeline.checkpoint.codec.samples_per_frame
+    chunks = list(pipeline.stream(text, SpeechOptions.parse({"seed": 1}), voices["heart_0"]))
+    sizes = [len(chunk) / samples_per_frame for chunk in chunks]
+    assert sizes[:-1] == [pipeline.schedule.chunk(i) for i in range(len(sizes) - 1)]
+    assert len(sizes) >= 3
+
+
+def test_speak_is_the_stream_joined(pipeline, voices):
+    options = SpeechOptions.parse({"seed": 2})
+    streamed = np.concatenate(list(pipeline.stream(TEXT, options, voices["heart_1"])))
+    np.testing.assert_array_equal(pipeline.speak(TEXT, options, voices["heart_1"]), streamed)
+
+
+def test_a_first_sentence_without_a_preset_becomes_the_voice_of_the_rest(pipeline):
+    text = "Good morning to you all. " + "The weather is fine today."
+    _, whole = generate(pipeline, text=text)
+    _, first = generate(pipeline, text="Good morning to you all.")
+    np.testing.assert_array_equal(whole.semantic[: len(first.semantic)], first.semantic)
+    seen = []
+    spying = Spy(pipeline.stages, lambda prefix: seen.append(prefix))
+    list(replace(pipeline, stages=spying).stream(text, SpeechOptions.parse({"seed": 5})))
+    layout = pipeline.checkpoint.semantic
+    histories = {tuple(prefix[layout.n_text : 2 * layout.n_text]) for prefix in seen}
+    padded = np.full(layout.n_text, layout.history_pad)
+    padded[: len(first.semantic)] = first.semantic[-layout.n_text :]
+    assert tuple(padded) in histories
+    assert len(histories) == 2
+
+
+class Spy:
+    """Stages that show the semantic prefixes they are asked with."""
+
+    def __init__(self, stages, see):
+        self._stages, self._see = stages, see
+
+    def __getattr__(self, name):
+        return getattr(self._stages, name)
+
+    def semantic(self, prefix, *rest):
+        self._see(prefix)
+        return self._stages.semantic(prefix, *rest)
+
+
+def test_max_seconds_bounds_the_whole_text(pipeline, voices):
+    audio, _ = generate(pipeline, voices["heart_0"], max_seconds=0.5, text="A sentence that is longer than that. And another one of them.")
+    assert 0.4 < len(audio) / pipeline.checkpoint.codec.sample_rate <= 0.5
+
+
+def test_a_lower_lookahead_asks_for_fewer_semantic_tokens(pipeline, voices):
+    wanted = []
+
+    class Counting(Spy):
+        def semantic(self, prefix, n_tokens, position, *rest):
+            wanted.append(position + n_tokens)
+            return self._stages.semantic(prefix, n_tokens, position, *rest)
+
+    def first_calls(**options):
+        wanted.clear()
+        cut = replace(pipeline, stages=Counting(pipeline.stages, None), schedule=replace(pipeline.schedule, semantic_ahead=0))
+        stream = cut.stream(TEXT, SpeechOptions.parse({"seed": 5, **options}), voices["heart_0"])
+        next(stream)
+        stream.close()
+        return wanted[0]
+
+    assert first_calls(lookahead=0) < first_calls() == 47
+
+
+def test_an_empty_generation_is_an_error_not_silence(pipeline):
+    class Mute(Spy):
+        def semantic(self, *call):
+            return np.zeros(0, np.int32), True
+
+    with pytest.raises(NothingSaid, match="another seed"):
+        list(replace(pipeline, stages=Mute(pipeline.stages, None)).stream(TEXT, SpeechOptions.parse({})))
+
+
+def test_leaving_a_stream_frees_its_slots(pipeline, voices):
+    stages = pipeline.stages
+    stream = pipeline.stream(TEXT, SpeechOptions.parse({"seed": 5}), voices["heart_0"], stream=77)
+    next(stream)
+    assert stages.semantic_engine.n_owned_slots == 1
+    stream.close()
+    assert stages.semantic_engine.n_owned_slots == stages.coarse_engine.n_owned_slots == 0
+
+
+def test_a_failing_stage_reaches_the_caller_and_frees_the_slots(pipeline, voices):
+    class Broken(Spy):
+        def coarse(self, *call):
+            raise RuntimeError("coarse is broken")
+
+    broken = replace(pipeline, stages=Broken(pipeline.stages, lambda prefix: None))
+    with pytest.raises(RuntimeError, match="coarse is broken"):
+        list(broken.stream(TEXT, SpeechOptions.parse({}), voices["heart_0"], stream=5))
+    assert pipeline.stages.semantic_engine.n_owned_slots == 0
+
+
+def test_blank_text_is_refused_before_any_work(pipeline):
+    with pytest.raises(BadRequest, match="blank"):
+        next(pipeline.stream("  ", SpeechOptions.parse({})))
+
+
+def test_a_schedule_that_the_codec_cannot_stream_is_refused(pipeline):
+    with pytest.raises(ValueError, match="first chunk must have at least 7 frames"):
+        Pipeline(pipeline.checkpoint, pipeline.tokenizer, pipeline.stages, replace(pipeline.schedule, chunk_frames=(3,)))
+
+
+# --- the engine's batches --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batched(repository):
+    return LocalStages(repository, n_slots=4, max_batch=4)
+
+
+def rows_of(checkpoint, streams=(0, 0, 0, 0, 0)):
+    """Coarse rows of different lengths, positions, temperatures and wishes."""
+    layout, rng = checkpoint.coarse, np.random.default_rng(3)
+    lengths, wishes, temperatures = (300, 257, 471, 260, 333), (6, 9, 1, 12, 4), (0.7, 0.0, 1.0, 0.7, 0.5)
+    return [
+        Row(rng.integers(0, layout.first_id, (n, 1)).astype(np.int32), wish, 2 * i, Sampling(seed=i, temperature=t), stream)
+        for i, (n, wish, t, stream) in enumerate(zip(lengths, wishes, temperatures, streams, strict=True))
+    ]
+
+
+def test_rows_say_the_same_alone_and_in_a_batch(batched):
+    rows = rows_of(batched.checkpoint)
+    together = batched.coarse_engine.generate(rows)
+    for row, generation in zip(rows, together, strict=True):
+        np.testing.assert_array_equal(generation.tokens, batched.coarse_engine.generate([row])[0].tokens)
+        assert len(generation.tokens) == row.n_tokens
+
+
+def test_a_kept_cache_and_a_lost_one_give_the_same_tokens(batched):
+    engine = batched.coarse_engine
+    for row in rows_of(batched.checkpoint, streams=(1, 2, 3, 4, 5)):  # five streams, four slots: one is always lost
+        engine.generate([row])
+    for row in rows_of(batched.checkpoint):
+        first = engine.generate([row])[0].tokens
+        longer = np.concatenate([row.ids, first[:, None]])
+        rest = Row(longer, 5, row.position + len(first), row.sampling, stream=0)
+        known = engine.generate([replace(row, stream=8)])[0].tokens
+        np.testing.assert_array_equal(known, first)
+        np.testing.assert_array_equal(engine.generate([replace(rest, stream=8)])[0].tokens, engine.generate([rest])[0].tokens)
+    assert engine.n_owned_slots <= 4
+
+
+def test_a_cache_is_never_trusted_for_another_prefix(batched):
+    engine, row = batched.coarse_engine, rows_of(batched.checkpoint)[0]
+    other = replace(row, ids=row.ids[::-1].copy(), stream=8)
+    engine.generate([replace(row, stream=8)])
+    np.testing.assert_array_equal(engine.generate([other])[0].tokens, engine.generate([replace(other, stream=0)])[0].tokens)
+
+
+def test_the_unused_tail_of_a_cache_is_never_read(batched):
+    engine, rows = batched.coarse_engine, rows_of(batched.checkpoint)[:4]
+    clean = [generation.tokens for generation in engine.generate(rows)]
+    for slot in engine._free:
+        slot.ids = slot.ids[:0]
+        slot.cache.keys_values[:] = 1e4
+    engine._shared[:] = 1e4
+    for before, after in zip(clean, engine.generate(rows), strict=True):
+        np.testing.assert_array_equal(before, after.tokens)
+
+
+@pytest.mark.parametrize(("ids", "n_tokens"), [(np.full((10, 1), 10**6, np.int32), 1), (np.zeros((1000, 1), np.int32), 60)])
+def test_a_row_that_does_not_fit_is_refused(batched, ids, n_tokens):
+    with pytest.raises(ValueError, match="must"):
+        batched.coarse_engine.generate([Row(ids, n_tokens, 0, Sampling())])
