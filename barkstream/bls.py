@@ -202,7 +202,7 @@ class Speaker:
         sender = request.get_response_sender()
         if not self._free.acquire(blocking=False):
             message = f"all {self._n_most} streams of this server are busy; try again in a few seconds"
-            return sender.send(_error(message, pb_utils.TritonError.UNAVAILABLE), flags=FINAL)
+            return sender.send(_stream_error("UNAVAILABLE", message), flags=FINAL)
         self._workers.submit(self._work, request, sender)
         return None
 
@@ -218,12 +218,12 @@ class Speaker:
         except Cancelled:
             self._metrics.cancelled.increment(1)
         except BadRequest as bad:
-            error = _error(str(bad), pb_utils.TritonError.INVALID_ARG)
+            error = _stream_error("INVALID_ARGUMENT", str(bad))
         except (StageFailed, NothingSaid) as failure:
-            error = _error(str(failure), pb_utils.TritonError.INTERNAL)
+            error = _stream_error("INTERNAL", str(failure))
         except Exception as bug:  # whatever it is, the client must hear of it and not wait for ever
             pb_utils.Logger.log_error(f"bark: {bug!r}")
-            error = _error(f"internal error: {bug!r}", pb_utils.TritonError.INTERNAL)
+            error = _stream_error("INTERNAL", f"{bug!r}")
         finally:
             self._metrics.live.increment(-1)
             self._free.release()
@@ -252,12 +252,24 @@ class Speaker:
             sender.send(_speech_response(options.seed, np.zeros(0, np.float32), speech))
 
 
+class _Metric:
+    """A metric that threads may share: two updates at once crash the Python backend of Triton 2.51."""
+
+    def __init__(self, metric: Any, lock: threading.Lock):
+        self._metric, self._lock = metric, lock
+
+    def increment(self, by: float) -> None:
+        with self._lock:
+            self._metric.increment(by)
+
+
 class _SpeakerMetrics:
     """Prometheus metrics of `bark`, on Triton's metrics endpoint."""
 
     def __init__(self) -> None:
         kinds = pb_utils.MetricFamily
         self._families: list[Any] = []
+        self._lock = threading.Lock()
         self.live = self._metric("barkstream_live_streams", "Requests being spoken now", kinds.GAUGE)
         self.audio_s = self._metric("barkstream_audio_seconds_total", "Seconds of audio sent", kinds.COUNTER)
         self.cancelled = self._metric("barkstream_cancelled_total", "Requests whose listener left", kinds.COUNTER)
@@ -266,7 +278,7 @@ class _SpeakerMetrics:
     def _metric(self, name: str, description: str, kind: Any) -> Any:
         family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
         self._families.append(family)  # a metric lives as long as its family
-        return family.Metric(labels={})
+        return _Metric(family.Metric(labels={}), self._lock)
 
 
 def _speech_response(seed: int, chunk: Floats, speech: Speech | None = None) -> Any:
@@ -280,6 +292,12 @@ def _speech_response(seed: int, chunk: Floats, speech: Speech | None = None) -> 
 
 def _error(message: str, code: int) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _stream_error(status: str, message: str) -> Any:
+    """An error response of a stream. Triton sends a stream's errors as text alone, so the text begins with gRPC's status."""
+    codes = {"UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE, "INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG}
+    return _error(f"{status}: {message}", codes.get(status, pb_utils.TritonError.INTERNAL))
 
 
 def _single(name: str, array: np.ndarray) -> Any:

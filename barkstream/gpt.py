@@ -1,4 +1,4 @@
-"""Bark's networks in plain PyTorch: what every fast engine and exported artifact is compared with, and never the default.
+"""Bark's networks in plain PyTorch: the oracle of every fast engine and exported artifact, never the default.
 
 The modules' names are Hugging Face's, so a stage's weights (`barkstream.export.checkpoint`) load as they are:
 `build("coarse", checkpoint, source.weights("coarse"))`. D width, H heads, S tokens, T frames, K codebooks.
@@ -110,7 +110,7 @@ class FineGPT(nn.Module):
         return self.lm_heads[k - self.layout.n_codebooks + len(self.lm_heads)](self.layernorm_final(x))
 
     def fill(self, codes: Tensor, fill_from: int, uniforms: Tensor, temperature: float) -> Tensor:
-        """Fill codebooks n_given.., in order, from a frame on; argmax at temperature 0, else at uniforms [B, K - n_given, T]."""
+        """Fill codebooks n_given.. in order, from a frame on: argmax at temperature 0, else by uniforms [B, 6, T]."""
         codes = codes.clone()
         for i, k in enumerate(range(self.layout.n_given, self.layout.n_codebooks)):
             logits = self(codes, k)[..., : self.layout.codebook_size]
@@ -126,7 +126,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 
 class Conv(nn.Module):
-    """Convolution that sees only the past: its left side is padded by reflection, a short input first gets zeros on its right."""
+    """Sees only the past. The left side is padded by reflection; a shorter input first gets zeros on its right."""
 
     def __init__(self, n_in: int, n_out: int, kernel: int, dilation: int = 1) -> None:
         super().__init__()

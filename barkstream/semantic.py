@@ -23,8 +23,13 @@ def semantic_prompt(text_ids: Ints, history: HistoryPrompt | None, layout: Seman
 
 
 def token_ids(prefix: Ints, layout: SemanticLayout) -> Ints:
-    """A call's prefix as the graph reads it: ids [S, 2] that are summed; text and history share their positions."""
+    """A call's prefix as the graph reads it: ids [S, 2] that are summed; text and history share their positions.
+
+    Raises ValueError for a prefix that is shorter than a prompt.
+    """
     n, nothing = layout.n_text, layout.size.n_input_ids
+    if len(prefix) < layout.n_prompt_ids:
+        raise ValueError(f"a semantic prefix has at least {layout.n_prompt_ids} ids (text, history, infer), got {len(prefix)}")
     pairs = np.full((len(prefix) - n, 2), nothing, np.int32)
     pairs[:, 0] = np.concatenate([prefix[:n], prefix[2 * n :]])
     pairs[:n, 1] = prefix[n : 2 * n]

@@ -30,6 +30,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 READY_TIMEOUT_S = 600  # a large checkpoint on a CPU, or TensorRT engines that are built at the first start
 DRAIN_S = 5  # how long `serve`, told to stop, lets requests under way finish
 N_PORT_TRIES = 3
+STUB_CHECK_S = 1  # between looks for a model's process that died while loading
 N_LOG_LINES = 2000  # kept for error messages
 N_TAIL_LINES = 30  # shown in them
 UP = ("Started GRPCInferenceService", "Started HTTPService", "Started Metrics Service")  # said once models are loaded
@@ -175,6 +177,7 @@ class Server:
         self._supervisor: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self._up_or_gone = threading.Event()
+        self._gone = threading.Event()
 
     @property
     def grpc_url(self) -> str:
@@ -231,7 +234,7 @@ class Server:
         return self._supervisor.wait()
 
     def stop(self) -> None:
-        """Stop the server; when this returns, its processes and shared memory are gone. Harmless if it is not running."""
+        """Stop the server; when this returns, its processes and shared memory are gone. Harmless if there is none."""
         if self._supervisor is None or self._reader is None:
             return
         assert self._supervisor.stdin is not None
@@ -244,6 +247,7 @@ class Server:
         self.ports = pick_ports(self.host, self._requested_ports)
         self._log.clear()
         self._up_or_gone.clear()
+        self._gone.clear()
         folder = Path(tempfile.mkdtemp(prefix="barkstream-"))  # the supervisor removes it
         assemble_backends(installation, folder / "backends")
         imports = folder / "imports"
@@ -293,32 +297,67 @@ class Server:
             waiting_for -= {mark for mark in waiting_for if mark in line}
             if not waiting_for:
                 self._up_or_gone.set()
+        self._gone.set()
         self._up_or_gone.set()
 
     def _wait_ready(self) -> None:
         assert self._supervisor is not None
-        assert self._reader is not None
-        if not self._up_or_gone.wait(self._ready_timeout_s):
-            raise ServerError(f"tritonserver was not ready after {self._ready_timeout_s:g} s\n{failure_reasons(self._log)}")
-        if not self._reader.is_alive():
-            raise ServerError(f"tritonserver ended with status {self._supervisor.wait()}\n{failure_reasons(self._log)}")
+        deadline = time.monotonic() + self._ready_timeout_s
+        n_looks_dead = 0
+        while not self._up_or_gone.wait(STUB_CHECK_S):
+            n_looks_dead += has_dead_stub(self._supervisor.pid)
+            if n_looks_dead == 2:  # not the first: one that ends after an error has its reason logged by now
+                raise self._failure("a model's Python process ended while it was loading")
+            if time.monotonic() > deadline:
+                raise self._failure(f"tritonserver was not ready after {self._ready_timeout_s:g} s")
+        while not self._listens(self.ports[2]):  # Triton says that it started the metrics just before it does
+            if self._gone.wait(0.01):
+                raise self._failure(f"tritonserver ended with status {self._supervisor.wait()}")
+        status = self._get_status("/v2/health/ready")
+        if status != 200:
+            raise self._failure(f"tritonserver is up but not ready (HTTP {status})")
+
+    def _listens(self, port: int) -> bool:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection((self.host, port)):
+            return True
+        return False
+
+    def _get_status(self, path: str) -> int:
         connection = http.client.HTTPConnection(self.host, self.ports[1], timeout=self._ready_timeout_s)
         with contextlib.closing(connection):
-            connection.request("GET", "/v2/health/ready")
-            status = connection.getresponse().status
-        if status != 200:
-            raise ServerError(f"tritonserver is up but not ready (HTTP {status})\n{failure_reasons(self._log)}")
+            connection.request("GET", path)
+            return connection.getresponse().status
+
+    def _failure(self, what: str) -> ServerError:
+        return ServerError(f"{what}\n{failure_reasons(list(self._log))}".rstrip())
+
+
+def has_dead_stub(supervisor: int) -> bool:
+    """Whether a child of the supervisor's tritonserver has ended. Triton 2.51 waits for ever for a stub that ends before
+    it has read its model.py (a missing one, say), and has no event for it."""
+    parents, dead = {}, []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            parents[path.parent.name] = parent
+            dead += [parent] if state == "Z" else []
+    return any(parents.get(parent) == str(supervisor) for parent in dead)
 
 
 def is_notable(line: str) -> bool:
     """Whether a line of the log is a warning, an error or a model's own words; not Triton's chatter and tables."""
-    return bool(line.strip()) and not re.match(r"[|+]|I\d{4} ", line)
+    return "Failed to preinitialize" in line or bool(line.strip()) and not re.match(r"[|+]|I\d{4} ", line)
 
 
-def failure_reasons(log: deque[str]) -> str:
+def failure_reasons(log: list[str]) -> str:
     """What Triton's log says about a failure: the models that failed to load and why; failing that, its last lines."""
     failed = [line for line in log if re.match(r"E\d{4} .*(failed to load '.*' version|Poll failed)", line)]
-    return "\n".join(map(readable, failed)) or "".join(list(filter(is_notable, log))[-N_TAIL_LINES:])
+    if failed:
+        return "\n".join(map(readable, failed))
+    text = "".join(log)
+    loading = set(re.findall(r'"loading: (\w+):', text)) - set(re.findall(r"successfully loaded '(\w+)'", text))
+    still = f"still loading: {', '.join(sorted(loading))}\n" if loading else ""
+    return still + "".join(list(filter(is_notable, log))[-N_TAIL_LINES:])
 
 
 def readable(line: str) -> str:

@@ -40,7 +40,7 @@ class Source:
     n_codes_given: int = 1  # fine: codebooks without a head
 
     def weights(self, stage: str) -> Weights:
-        """One stage's tensors (semantic, coarse, fine, codec), float32. Raises CheckpointError if one is missing or misshapen."""
+        """A stage's tensors in float32. Raises CheckpointError if one is missing or misshapen."""
         tensors = {name: np.asarray(x, np.float32) for name, x in self.read(stage).items()}
         if stage == "codec":
             tensors = fold_weight_norm(tensors)
@@ -75,12 +75,12 @@ def require_causal_codec(config: Mapping[str, object]) -> None:
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise CheckpointError(
-                f"the codec has {key} = {config[key]!r}; only {value!r}, EnCodec's 24 kHz streamable kind, can be exported"
+                f"the codec has {key} = {config[key]!r}; only EnCodec's streamable kind ({value!r}) can be exported"
             )
 
 
 def read_voices(directory: Path) -> dict[str, Voice]:
-    """Presets by name from `speaker_embeddings_path.json` and the .npy files that it names; none if there is no such file."""
+    """Presets by name, from speaker_embeddings_path.json and the .npy files that it names; without that file none."""
     listing = directory / "speaker_embeddings_path.json"
     entries = read_json(listing) if listing.exists() else {}
     named = {name: files for name, files in entries.items() if isinstance(files, dict)}  # else: repo_or_path

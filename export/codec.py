@@ -15,7 +15,9 @@ END = np.iinfo(np.int64).max
 
 
 def codec_model(weights: Mapping[str, np.ndarray], layout: CodecLayout) -> ir.Model:
-    """Inputs: codes [B, K, n], state [B, N] (zeros start a stream). Outputs: audio [B, samples_per_frame * n], next_state [B, N].
+    """Inputs: codes [B, K, n], state [B, N] (zeros start a stream).
+
+    Outputs: audio [B, samples_per_frame * n], next_state [B, N].
 
     The first chunk of a stream has at least `min_first_chunk` frames, unless it is the whole stream.
     """
@@ -28,7 +30,8 @@ class Decoder:
     def __init__(self, g: Graph, layout: CodecLayout) -> None:
         self.g, self.layout = g, layout
         self.parts = {part.name: part for part in state_parts(layout)}
-        self.offsets = dict(zip(self.parts, np.cumsum([0, *(part.size for part in self.parts.values())]).tolist()))
+        ends = np.cumsum([part.size for part in self.parts.values()]).tolist()
+        self.spans = dict(zip(self.parts, zip([0, *ends[:-1]], ends, strict=True), strict=True))
         self.next: dict[str, ir.Value] = {}
 
     def build(self) -> ir.Model:
@@ -62,8 +65,8 @@ class Decoder:
 
     def _carried(self, name: str) -> ir.Value:
         """A part of the state, flat: [B, size]."""
-        start = self.offsets[name]
-        return self.g.Slice(self.state, [start], [start + self.parts[name].size], [1])
+        start, end = self.spans[name]
+        return self.g.Slice(self.state, [start], [end], [1])
 
     def _with_context(self, x: ir.Value, name: str, start: ir.Value | None = None) -> ir.Value:
         """x after the inputs that came before it; `start` stands for them at a stream's beginning (None: zeros)."""
@@ -76,7 +79,7 @@ class Decoder:
         return joined
 
     def _reflected(self, x: ir.Value, n: int) -> ir.Value:
-        """x[n], ..., x[1]: what reflect padding puts before x. A shorter x is as if followed by zeros, as in the reference."""
+        """x[n], ..., x[1]: what reflect padding puts before x. A shorter x counts as followed by zeros."""
         extended = self.g.Pad(self.g.Slice(x, [0], [n + 1], [2]), [0, 0, 0, 0, 0, n])
         return self.g.Slice(extended, [n], [0], [2], [-1])
 
@@ -87,7 +90,7 @@ class Decoder:
         return g.Conv(x, g.weight(f"{conv}.weight"), g.weight(f"{conv}.bias"), dilations=[dilation])
 
     def _upsample(self, x: ir.Value, name: str, ratio: int) -> ir.Value:
-        """Transposed convolution of kernel 2 * ratio: a frame reaches `ratio` samples into the next; trimmed on the right."""
+        """Transposed convolution of kernel 2 * ratio: a frame reaches `ratio` samples into the next one's."""
         g, conv = self.g, f"decoder.{name}.conv"
         x = self._with_context(x, name)
         x = g.ConvTranspose(x, g.weight(f"{conv}.weight"), g.weight(f"{conv}.bias"), strides=[ratio])
@@ -125,4 +128,6 @@ class Decoder:
             reordered("weight_hh"),
             np.concatenate([reordered("bias_ih"), reordered("bias_hh")], 1),
         ]
-        return [self.g.constant(f"decoder.layers.1.lstm.{kind}{layer}", array) for kind, array in zip("WRB", arrays)]
+        return [
+            self.g.constant(f"decoder.layers.1.lstm.{kind}{layer}", x) for kind, x in zip("WRB", arrays, strict=True)
+        ]

@@ -1,4 +1,4 @@
-"""What the codec decoder carries from chunk to chunk, and how it lies in the flat `state` tensor. Needs nothing installed."""
+"""What the codec decoder carries from chunk to chunk, and how it lies in the flat `state` tensor."""
 
 from __future__ import annotations
 

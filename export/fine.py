@@ -16,8 +16,8 @@ def fine_model(weights: Mapping[str, np.ndarray], layout: FineLayout, int8: bool
     """Inputs: codes [B, K, T], fill_from [B, 1] (the first frame to fill), uniforms [B, K - given, T] in (0, 1),
     temperature [B, 1] (0: argmax).
 
-    Output: filled [B, K, T]. One pass a codebook k, over the summed embeddings of codebooks 0..k, whatever stands in k so
-    far: `unknown`, or what an earlier window filled, as in the reference. Frames before fill_from pass through.
+    Output: filled [B, K, T]. One pass a codebook k, over the summed embeddings of codebooks 0..k, whatever stands in k
+    so far: `unknown`, or what an earlier window filled, as in the reference. Frames before fill_from pass through.
     """
     g, n_to_fill = Graph(weights, int8), layout.n_codebooks - layout.n_given
     codes = g.input("codes", INT32, ["batch", layout.n_codebooks, "frames"])

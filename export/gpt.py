@@ -48,9 +48,9 @@ def coarse_model(weights: Mapping[str, np.ndarray], layout: CoarseLayout, int8: 
 def causal_model(g: Graph, size: GPTSize, n_ids: int, head: np.ndarray, name: str) -> ir.Model:
     """A step of S tokens for B rows over a KV cache that is updated in place (bind output and input to one buffer).
 
-    Inputs: token_ids [B, S, n_ids] (ids of one position are summed; n_input_ids is a zero row), last [B] (index in S of a row's
-    last valid token), lengths [B] (tokens in the row's cache after the call), key_i / value_i [B, H, block_size, Dh].
-    Prefill: rows padded on the right, nothing cached before; decode: S = 1. S > 1 onto a cache works for B = 1 only (GQA's limit).
+    Inputs: token_ids [B, S, n_ids] (ids of one position are summed; n_input_ids is a zero row), last [B] (index in S of
+    a row's last valid token), lengths [B] (tokens in the row's cache after the call), key_i / value_i [B, H, T, Dh].
+    Prefill: rows padded on the right, nothing cached before. Decode: S = 1. (S > 1 onto a cache: B = 1 only, by GQA.)
     Outputs: logits [B, V] at `last`, for the ids in `head`; key_i_out / value_i_out.
     """
     token_ids = g.input("token_ids", INT32, ["batch", "tokens", n_ids])

@@ -48,9 +48,9 @@ class Graph:
         self._outputs.append(value)
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """A named initializer; the same name twice is the same tensor."""
+        """A named initializer; the same name twice is the same tensor. A view (a transpose) is copied only on saving."""
         if name not in self._constants:
-            self._constants[name] = self._tape.initializer(ir.tensor(np.asarray(array, order="C"), name=name))
+            self._constants[name] = self._tape.initializer(ir.tensor(array, name=name))
         return self._constants[name]
 
     def weight(self, name: str) -> ir.Value:
@@ -59,7 +59,7 @@ class Graph:
     def linear(self, x: ir.Value, name: str, rows: np.ndarray | slice = slice(None)) -> ir.Value:
         """x @ weight.T (+ bias), weight [out, in] being `<name>.weight`, only its `rows` if given.
 
-        In the file the matrix lies transposed, [in, out], and is called `<name>.weight.T`; with int8 it is `<name>.weight.int8`.
+        In the file the matrix lies transposed, [in, out], as `<name>.weight.T`; with int8 as `<name>.weight.int8`.
         """
         weight = self.weights[f"{name}.weight"][rows]
         y = (

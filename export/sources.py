@@ -25,7 +25,7 @@ BERT = "google-bert/bert-base-multilingual-cased"  # Bark's tokenizer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
-        help="a Hugging Face BarkModel directory, a hub id (suno/bark, suno/bark-small), or a directory of Suno's .pt files",
+        help="a Hugging Face BarkModel directory, its hub id (suno/bark-small), or a directory of Suno's .pt files",
     )
     parser.add_argument(
         "--codec",
@@ -64,7 +64,7 @@ def local_codec(codec: str | None) -> str | None:
 
 
 def download(repository: str) -> Path:
-    """The checkpoint's files from the Hugging Face hub, through its cache: safetensors if there are any, no duplicate formats."""
+    """A checkpoint from the Hugging Face hub, through its cache. Weights in one format only: safetensors if offered."""
     hub = _hub(repository)
     try:
         return Path(

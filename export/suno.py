@@ -1,6 +1,6 @@
 """Suno's original checkpoints: text_2.pt, coarse_2.pt, fine_2.pt (or text.pt, ... of the small model), codec apart.
 
-These files carry sizes but no special ids, so Bark's documented ones are supplied here, and only here, as Hugging Face configs.
+These files carry sizes but no special ids, so Bark's documented ones are supplied here, and only here.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def open_suno(directory: Path, tokenizer: Path, codec: str | None = None, name: 
     codec_config, codec_weights = open_encodec(codec)
     config = {
         f"{stage}_config": suno_config(path)
-        for stage, path in zip(("semantic", "coarse_acoustics", "fine_acoustics"), files.values())
+        for stage, path in zip(("semantic", "coarse_acoustics", "fine_acoustics"), files.values(), strict=True)
     }
     config["codec_config"] = codec_config
     return Source(
@@ -148,8 +148,9 @@ def _package_weights() -> Weights:
     try:
         from encodec import EncodecModel
     except ImportError:
-        message = "Suno's files hold no codec: give --codec (a Hugging Face EnCodec directory such as facebook/encodec_24khz) or pip install encodec"
-        raise CheckpointError(message) from None
+        raise CheckpointError(
+            "Suno's files hold no codec: give one with --codec (such as facebook/encodec_24khz), or pip install encodec"
+        ) from None
     return {name: x.float().numpy() for name, x in EncodecModel.encodec_model_24khz().state_dict().items()}
 
 

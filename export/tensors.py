@@ -79,7 +79,7 @@ def load_pickle(path: Path) -> dict:
 
 
 def fold_weight_norm(tensors: Weights) -> Weights:
-    """weight = g * v / |v|, the norm over all axes but the first. Both of PyTorch's spellings; plain weights pass through."""
+    """weight = g * v / |v|, the norm over all axes but the first. Both of PyTorch's spellings; others pass through."""
     folded = {}
     for name, x in tensors.items():
         for g, v in (
@@ -104,7 +104,7 @@ def with_tied_heads(tensors: Weights, n_codebooks: int, n_codes_given: int) -> W
 
 
 def checked(stage: str, tensors: Weights, expected: Mapping[str, tuple[int, ...]]) -> Weights:
-    """The tensors that `expected` names, and their biases. Raises CheckpointError if one is missing or has another shape."""
+    """The tensors that `expected` names, and their biases. CheckpointError if one is missing or has another shape."""
     missing = [name for name in expected if name not in tensors]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -1,6 +1,7 @@
-"""Compares every artifact with the plain PyTorch twin on fresh random inputs: `python -m barkstream.export.verify CHECKPOINT`.
+"""Compares every artifact with its plain PyTorch twin, on fresh random inputs.
 
-Prints a table of errors and bounds, and exits with 1 if any bound is passed. Needs PyTorch and onnxruntime.
+`python -m barkstream.export.verify CHECKPOINT` prints a table of errors and bounds,
+and exits with 1 if any bound is passed. Needs PyTorch and onnxruntime.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class Artifact:
         described = self.session.get_modelmeta().custom_metadata_map
         if described.get("weights_sha256") != fingerprint(weights):
             raise ValueError(
-                f"{path} was exported from other weights ({described.get('checkpoint')}) than {source.checkpoint.name}'s: export it again"
+                f"{path} was exported from other weights ({described.get('checkpoint')}) "
+                f"than {source.checkpoint.name}'s: export it again"
             )
         self.int8 = described["weights"] == "int8"
         self.twin = gpt.build(stage, source.checkpoint, weights)
@@ -104,7 +106,7 @@ class Artifact:
         return Check(f"{self.stage}: {name}", float(error), BOUNDS[kind][self.int8])
 
 
-# --- causal GPTs -------------------------------------------------------------------------------------------------------
+# --- causal GPTs -----------------------------------------------------------------------------------------------------
 
 
 def check_causal(artifact: Artifact, rng: np.random.Generator) -> Iterator[Check]:
@@ -166,7 +168,7 @@ def head_ids(checkpoint: Checkpoint, stage: str) -> np.ndarray:
     return checkpoint.coarse.first_id + np.arange(checkpoint.coarse.n_codebooks * checkpoint.coarse.codebook_size)
 
 
-# --- fine --------------------------------------------------------------------------------------------------------------
+# --- fine ------------------------------------------------------------------------------------------------------------
 
 
 def check_fine(artifact: Artifact, rng: np.random.Generator) -> Iterator[Check]:
@@ -232,7 +234,7 @@ def _draw_error(logits: torch.Tensor, token: torch.Tensor, uniform: np.ndarray) 
     return torch.clamp(torch.maximum(low - mark, mark - high), min=0)
 
 
-# --- codec -------------------------------------------------------------------------------------------------------------
+# --- codec -----------------------------------------------------------------------------------------------------------
 
 
 def check_codec(artifact: Artifact, rng: np.random.Generator) -> Iterator[Check]:

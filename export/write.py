@@ -27,20 +27,26 @@ STAGES = ("semantic", "coarse", "fine", "codec")
 
 
 def export(source: Source, repository: Path, int8: bool = False, report: Callable[[str], None] = print) -> None:
-    """Write every stage's `<repository>/bark_<stage>/1/model.onnx`, and what `bark/1` reads: tokenizer, voices, checkpoint.json."""
+    """Write `bark_<stage>/1/model.onnx` of every stage, and what `bark/1` reads: tokenizer, voices, checkpoint.json."""
+    total = 0.0
     for stage in STAGES:
         path = export_stage(source, stage, repository, int8)
+        total += megabytes(path)
         report(f"{path}  {megabytes(path):.1f} MB")
     folder = write_front(source, repository)
     report(f"{folder}  tokenizer, {len(source.voices)} voices")
+    kind = "8-bit weights" if int8 else "float32"
+    report(f"exported {source.checkpoint.name} into {repository}: {total:.1f} MB, {kind}")
 
 
 def export_stage(source: Source, stage: str, repository: Path, int8: bool = False) -> Path:
     """One stage, one set of weights in memory. Returns the path of its model.onnx."""
     weights = source.weights(stage)
+    description = describe(source.checkpoint, stage, weights, int8)
     model = build(source.checkpoint, stage, weights, int8)
+    del weights  # with int8 the model holds less
     model.producer_name, model.producer_version = "barkstream", barkstream.__version__
-    model.metadata_props.update(describe(source.checkpoint, stage, weights, int8))
+    model.metadata_props.update(description)
     folder = repository / f"bark_{stage}" / "1"
     with scratch_folder(folder) as scratch:
         source.checkpoint.save(scratch / "checkpoint.json")

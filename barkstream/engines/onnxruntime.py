@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -152,6 +153,8 @@ class CausalEngine:
             raise ValueError(f"prefix and new tokens must take 1 to {self.size.block_size} positions, got {n_positions}")
         if row.ids.min() < 0 or row.ids.max() > self.size.n_input_ids:
             raise ValueError(f"prefix ids must be 0 to {self.size.n_input_ids - 1}, got {row.ids.min()} to {row.ids.max()}")
+        if min(row.n_tokens, row.position, row.sampling.seed) < 0 or not 0 <= row.sampling.temperature < math.inf:
+            raise ValueError("n_tokens, position, seed and temperature must be 0 or more, and finite")
 
     def release(self, stream: int) -> None:
         """Free a stream's slot; nothing happens if it has none."""

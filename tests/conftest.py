@@ -1,0 +1,46 @@
+"""What the tests share: the exported embedded checkpoint, and a pipeline over it in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from barkstream.local import open_pipeline
+from barkstream.pipeline import Pipeline
+from barkstream.server import Server
+from barkstream.voices import HistoryPrompt
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The model repository with the embedded checkpoint in it; `make test` exports it."""
+    folder = ROOT / "model_repository"
+    assert (folder / "bark" / "1" / "checkpoint.json").exists(), "run `make export` first"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _opened(repository: Path) -> tuple[Pipeline, dict[str, HistoryPrompt]]:
+    return open_pipeline(repository)
+
+
+@pytest.fixture(scope="session")
+def pipeline(_opened: tuple[Pipeline, dict[str, HistoryPrompt]]) -> Pipeline:
+    """The stages in this process, no server."""
+    return _opened[0]
+
+
+@pytest.fixture(scope="session")
+def voices(_opened: tuple[Pipeline, dict[str, HistoryPrompt]]) -> dict[str, HistoryPrompt]:
+    return _opened[1]
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[Server]:
+    """A live tritonserver on free loopback ports, shared by all tests that only talk to it."""
+    with Server(repository) as running:
+        yield running
