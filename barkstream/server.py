@@ -30,7 +30,6 @@ import sys
 import sysconfig
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,10 +46,10 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 READY_TIMEOUT_S = 600  # a large checkpoint on a CPU, or TensorRT engines that are built at the first start
 DRAIN_S = 5  # how long `serve`, told to stop, lets requests under way finish
 N_PORT_TRIES = 3
-STUB_CHECK_S = 1  # between looks for a model's process that died while loading
 N_LOG_LINES = 2000  # kept for error messages
 N_TAIL_LINES = 30  # shown in them
 UP = ("Started GRPCInferenceService", "Started HTTPService", "Started Metrics Service")  # said once models are loaded
+STUCK = "Failed to preinitialize"  # no model.py, for one: Triton 2.51 then waits for that model for ever
 # What only an operator should reach, each a way to write files or memory of the server (CVE-2025-23319 and relatives).
 ADMIN_APIS = "shared-memory,model-repository,trace,logging"
 
@@ -130,7 +129,7 @@ def assemble_backends(installation: Installation, folder: Path) -> None:
 
 def environment(installation: Installation) -> dict[str, str]:
     """The environment of tritonserver, and so of the Python stubs that run the models."""
-    env = dict(os.environ)
+    env = {"ORT_DISABLE_TELEMETRY": "1", **os.environ}  # ONNX Runtime 1.32 reports its use over the network by default
     prepend(env, "PATH", Path(sys.prefix, "bin"))
     if installation.libraries is not None:
         prepend(env, "LD_LIBRARY_PATH", Path(sysconfig.get_config_var("LIBDIR")))  # libpython, for the stub
@@ -176,7 +175,7 @@ class Server:
         self._log: deque[str] = deque(maxlen=N_LOG_LINES)
         self._supervisor: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
-        self._up_or_gone = threading.Event()
+        self._settled = threading.Event()  # up, or gone, or stuck
         self._gone = threading.Event()
 
     @property
@@ -246,7 +245,7 @@ class Server:
     def _launch(self, installation: Installation) -> None:
         self.ports = pick_ports(self.host, self._requested_ports)
         self._log.clear()
-        self._up_or_gone.clear()
+        self._settled.clear()
         self._gone.clear()
         folder = Path(tempfile.mkdtemp(prefix="barkstream-"))  # the supervisor removes it
         assemble_backends(installation, folder / "backends")
@@ -295,21 +294,17 @@ class Server:
                 self._echo.write(line)
                 self._echo.flush()
             waiting_for -= {mark for mark in waiting_for if mark in line}
-            if not waiting_for:
-                self._up_or_gone.set()
+            if not waiting_for or STUCK in line:
+                self._settled.set()
         self._gone.set()
-        self._up_or_gone.set()
+        self._settled.set()
 
     def _wait_ready(self) -> None:
         assert self._supervisor is not None
-        deadline = time.monotonic() + self._ready_timeout_s
-        n_looks_dead = 0
-        while not self._up_or_gone.wait(STUB_CHECK_S):
-            n_looks_dead += has_dead_stub(self._supervisor.pid)
-            if n_looks_dead == 2:  # not the first: one that ends after an error has its reason logged by now
-                raise self._failure("a model's Python process ended while it was loading")
-            if time.monotonic() > deadline:
-                raise self._failure(f"tritonserver was not ready after {self._ready_timeout_s:g} s")
+        if not self._settled.wait(self._ready_timeout_s):
+            raise self._failure(f"tritonserver was not ready after {self._ready_timeout_s:g} s")
+        if STUCK in self.log_text:
+            raise self._failure("tritonserver cannot start a model")
         while not self._listens(self.ports[2]):  # Triton says that it started the metrics just before it does
             if self._gone.wait(0.01):
                 raise self._failure(f"tritonserver ended with status {self._supervisor.wait()}")
@@ -332,21 +327,9 @@ class Server:
         return ServerError(f"{what}\n{failure_reasons(list(self._log))}".rstrip())
 
 
-def has_dead_stub(supervisor: int) -> bool:
-    """Whether a child of the supervisor's tritonserver has ended. Triton 2.51 waits for ever for a stub that ends before
-    it has read its model.py (a missing one, say), and has no event for it."""
-    parents, dead = {}, []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-            parents[path.parent.name] = parent
-            dead += [parent] if state == "Z" else []
-    return any(parents.get(parent) == str(supervisor) for parent in dead)
-
-
 def is_notable(line: str) -> bool:
     """Whether a line of the log is a warning, an error or a model's own words; not Triton's chatter and tables."""
-    return "Failed to preinitialize" in line or bool(line.strip()) and not re.match(r"[|+]|I\d{4} ", line)
+    return STUCK in line or bool(line.strip()) and not re.match(r"[|+]|I\d{4} ", line)
 
 
 def failure_reasons(log: list[str]) -> str:

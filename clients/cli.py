@@ -77,7 +77,7 @@ def say(arguments: argparse.Namespace) -> int:
     with open_client(arguments) as client:
         rate = client.sample_rate
         stream = client.stream(text, **options_of(arguments))
-        chunks = list(show_progress(stream, stream, rate))
+        chunks = list(show_progress(stream, rate))
         audio = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
     write_wav(arguments.out, audio, rate)
     measured = measure(stream, rate)

@@ -23,6 +23,7 @@ class Playback:
 
     n_underruns: int  # times that it ran dry before the last chunk
     underrun_s: float  # silence that it had to put in, in all
+    in_hand_s: float  # audio still to be played when the last chunk had arrived
     smallest_lead_s: float | None  # least audio in hand when a chunk arrived; negative: late; None: fewer than 2 chunks
 
 
@@ -35,7 +36,8 @@ def simulate_playback(arrivals: Sequence[Arrival], sample_rate: int) -> Playback
             leads_s.append(dry_at_s - chunk.at_s)
         dry_at_s = max(dry_at_s, chunk.at_s) + chunk.n_samples / sample_rate
     late_s = [-lead for lead in leads_s if lead < 0]
-    return Playback(len(late_s), sum(late_s), min(leads_s, default=None))
+    in_hand_s = dry_at_s - arrivals[-1].at_s if arrivals else 0.0
+    return Playback(len(late_s), sum(late_s), in_hand_s, min(leads_s, default=None))
 
 
 def time_to_first_audio(arrivals: Sequence[Arrival]) -> float | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from barkstream.clients.playback import simulate_playback
+from barkstream.clients.client import Stream
+from barkstream.clients.playback import Arrival, simulate_playback
 from barkstream.clients.protocol import Received
 
 
@@ -53,34 +54,31 @@ def describe(measured: dict[str, Any]) -> str:
     )
 
 
-def show_progress(
-    chunks: Iterable[NDArray[np.float32]], stream: Received, sample_rate: int, out: TextIO = sys.stderr
-) -> Iterator[NDArray[np.float32]]:
-    """The same chunks, with a bar on a terminal (else a line a chunk) that grows as audio arrives."""
+def show_progress(stream: Stream, sample_rate: int) -> Iterator[NDArray[np.float32]]:
+    """The stream's chunks; on stderr a bar that grows as they arrive, or a line a chunk where stderr is no terminal."""
+    out = sys.stderr
     live = out.isatty()
-    audio_s = 0.0
     try:
-        for chunk in chunks:
-            audio_s += len(chunk) / sample_rate
-            line = _progress_line(stream, audio_s, sample_rate, shutil.get_terminal_size().columns if live else 0)
+        for chunk in stream:
+            line = _progress_line(stream.arrivals, sample_rate, shutil.get_terminal_size().columns if live else 0)
             out.write(f"\r\033[K{line}" if live else f"{line}\n")
             out.flush()
             yield chunk
     finally:
-        if live:
+        if live and stream.arrivals:
             out.write("\n")
 
 
-def _progress_line(stream: Received, audio_s: float, sample_rate: int, n_columns: int) -> str:
-    first, last = stream.arrivals[0], stream.arrivals[-1]
-    ahead_s = audio_s - (last.at_s - first.at_s)  # of a player that started at the first chunk
-    line = f"{audio_s:6.2f} s of speech  {audio_s / last.at_s:5.1f} x real time  {ahead_s:5.1f} s ahead"
+def _progress_line(arrivals: list[Arrival], sample_rate: int, n_columns: int) -> str:
+    audio_s = sum(chunk.n_samples for chunk in arrivals) / sample_rate
+    in_hand_s = simulate_playback(arrivals, sample_rate).in_hand_s
+    line = f"{audio_s:6.2f} s of speech  {audio_s / arrivals[-1].at_s:5.1f} x real time  {in_hand_s:5.1f} s ahead"
     width = min(n_columns - len(line) - 3, 40)
     if width < 8:
         return line
     cell_s = 0.25  # of audio; doubled whenever the bar is full
     while audio_s > cell_s * width:
         cell_s *= 2
-    n_cells, n_played = round(audio_s / cell_s), round(max(0.0, audio_s - ahead_s) / cell_s)
-    bar = "█" * min(n_played, n_cells) + "▒" * max(0, n_cells - n_played)  # played, in hand
+    n_cells, n_in_hand = round(audio_s / cell_s), round(in_hand_s / cell_s)
+    bar = "█" * (n_cells - n_in_hand) + "▒" * n_in_hand  # played, in hand
     return f" {bar:<{width}} {line}"

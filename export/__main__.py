@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--int8",
         action="store_true",
-        help="8-bit weights for the GPTs: a quarter of the memory, about twice the speed on a CPU",
+        help="8-bit weights for the GPTs: about twice the decode speed on a CPU",
     )
     return p
 

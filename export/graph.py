@@ -48,7 +48,7 @@ class Graph:
         self._outputs.append(value)
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """A named initializer; the same name twice is the same tensor. A view (a transpose) is copied only on saving."""
+        """A named initializer; the same name twice is the same tensor. A transpose is copied only on saving."""
         if name not in self._constants:
             self._constants[name] = self._tape.initializer(ir.tensor(array, name=name))
         return self._constants[name]
