@@ -71,7 +71,9 @@ class TritonStages:
             raise Cancelled
         return infer(model, inputs, *outputs)
 
-    def semantic(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> tuple[Ints, bool]:
+    def semantic(
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int
+    ) -> tuple[Ints, bool]:
         inputs = _causal_inputs(prefix, n_tokens, position, sampling, stream)
         inputs["min_eos_p"] = np.array([sampling.min_eos_p], np.float32)
         tokens, ended = self._infer("bark_semantic", inputs, "tokens", "ended")
@@ -105,7 +107,9 @@ class TritonStages:
             infer(model, inputs, "tokens")
 
 
-def _causal_inputs(prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> dict[str, np.ndarray]:
+def _causal_inputs(
+    prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int
+) -> dict[str, np.ndarray]:
     return dict(
         prefix=prefix,
         n_tokens=np.array([n_tokens], np.int32),
@@ -125,12 +129,13 @@ class CausalStage:
         """stage: "semantic" or "coarse". args: what Triton passes to `initialize`."""
         folder, parameters = _folder(args), _parameters(args)
         checkpoint = _checkpoint(folder)
-        self._layout = checkpoint.semantic if stage == "semantic" else checkpoint.coarse
         self._is_semantic = stage == "semantic"
-        head = Head.semantic(checkpoint.semantic) if stage == "semantic" else Head.coarse(checkpoint.coarse)
+        self._semantic = checkpoint.semantic
+        size = checkpoint.semantic.size if self._is_semantic else checkpoint.coarse.size
+        head = Head.semantic(checkpoint.semantic) if self._is_semantic else Head.coarse(checkpoint.coarse)
         self._engine = CausalEngine(
             folder / "model.onnx",
-            self._layout.size,
+            size,
             head,
             n_slots=int(parameters["kv_slots"]),
             max_batch=json.loads(args["model_config"])["max_batch_size"],
@@ -138,7 +143,9 @@ class CausalStage:
         )
         self._engine.warm_up()
         slots = pb_utils.MetricFamily(
-            name=f"barkstream_{stage}_kv_slots", description="KV slots held by live streams", kind=pb_utils.MetricFamily.GAUGE
+            name=f"barkstream_{stage}_kv_slots",
+            description="KV slots held by live streams",
+            kind=pb_utils.MetricFamily.GAUGE,
         )
         self._slots_gauge, self._slots_family = slots.Metric(labels={}), slots
 
@@ -165,7 +172,11 @@ class CausalStage:
         call = {tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()}
         one = {name: array[0].item() for name, array in call.items() if name != "prefix"}
         sampling = Sampling(one["seed"], one["temperature"], one["top_k"], one["top_p"], one.get("min_eos_p", 1.0))
-        ids = token_ids(call["prefix"], self._layout) if self._is_semantic and one["n_tokens"] else call["prefix"][:, None]
+        ids = (
+            token_ids(call["prefix"], self._semantic)
+            if self._is_semantic and one["n_tokens"]
+            else call["prefix"][:, None]
+        )
         row = Row(ids, one["n_tokens"], one["position"], sampling, one["stream"])
         if row.n_tokens:
             self._engine.check(row)
@@ -286,7 +297,9 @@ def _speech_response(seed: int, chunk: Floats, speech: Speech | None = None) -> 
     if speech is not None:
         prompt = speech.history_prompt()
         arrays = (prompt.semantic, prompt.coarse, prompt.fine)
-        outputs += [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in zip(PROMPTS, arrays, strict=True)]
+        outputs += [
+            pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in zip(PROMPTS, arrays, strict=True)
+        ]
     return pb_utils.InferenceResponse(outputs)
 
 
@@ -325,5 +338,7 @@ def _parameters(args: dict[str, str]) -> dict[str, str]:
 def _checkpoint(folder: Path) -> Checkpoint:
     path = folder / "checkpoint.json"
     if not path.exists():
-        raise pb_utils.TritonModelException(f"{path} is missing: run `make export` (or `barkstream export CHECKPOINT`) first")
+        raise pb_utils.TritonModelException(
+            f"{path} is missing: run `make export` (or `barkstream export CHECKPOINT`) first"
+        )
     return Checkpoint.load(path)

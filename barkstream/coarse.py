@@ -44,7 +44,9 @@ def generate_coarse(
         if n >= n_steps:
             return
         known = np.concatenate([past_semantic, new_semantic])
-        prefix = np.concatenate([window_prefix(known[first:], past_coarse, generated[:start], layout), generated[start:]])
+        prefix = np.concatenate(
+            [window_prefix(known[first:], past_coarse, generated[:start], layout), generated[start:]]
+        )
         n_call = min(start + layout.window - n, schedule.coarse_call, n_steps - n)
         new = stages.coarse(prefix, n_call, n, sampling, stream)
         generated = np.concatenate([generated, new])
@@ -64,7 +66,9 @@ def coarse_history(history: HistoryPrompt | None, layout: CoarseLayout) -> tuple
     n_coarse = round(n_semantic * layout.tokens_per_semantic)
     if n_semantic == 0:
         return NO_TOKENS, NO_TOKENS
-    return history.semantic[-n_semantic:], tokens[-n_coarse:][: -layout.n_codebooks]  # the reference drops the last frame
+    return history.semantic[-n_semantic:], tokens[-n_coarse:][
+        : -layout.n_codebooks
+    ]  # the reference drops the last frame
 
 
 def n_coarse_tokens(n_semantic: int, layout: CoarseLayout) -> int:
@@ -77,7 +81,9 @@ def window_prefix(semantic: Ints, past_coarse: Ints, generated: Ints, layout: Co
     window = np.full(layout.n_semantic_window, layout.semantic_pad, np.int32)
     visible = semantic[: layout.n_semantic_window]
     window[: len(visible)] = visible
-    return np.concatenate([window, [layout.infer], np.concatenate([past_coarse, generated])[-layout.max_history :]]).astype(np.int32)
+    return np.concatenate(
+        [window, [layout.infer], np.concatenate([past_coarse, generated])[-layout.max_history :]]
+    ).astype(np.int32)
 
 
 def tokens_from_codes(codes: Ints, layout: CoarseLayout) -> Ints:

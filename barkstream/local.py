@@ -26,15 +26,22 @@ class LocalStages:
         """repository: a folder that `barkstream export` filled. n_threads: 0 for all cores."""
         self.checkpoint = Checkpoint.load(repository / "bark_semantic" / "1" / "checkpoint.json")
         layouts = self.checkpoint
-        model = {stage: repository / f"bark_{stage}" / "1" / "model.onnx" for stage in ("semantic", "coarse", "fine", "codec")}
+        model = {
+            stage: repository / f"bark_{stage}" / "1" / "model.onnx"
+            for stage in ("semantic", "coarse", "fine", "codec")
+        }
         limits = (n_slots, max_batch, n_threads)
-        self.semantic_engine = CausalEngine(model["semantic"], layouts.semantic.size, Head.semantic(layouts.semantic), *limits)
+        self.semantic_engine = CausalEngine(
+            model["semantic"], layouts.semantic.size, Head.semantic(layouts.semantic), *limits
+        )
         self.coarse_engine = CausalEngine(model["coarse"], layouts.coarse.size, Head.coarse(layouts.coarse), *limits)
         self._semantic_lock, self._coarse_lock = Lock(), Lock()  # an engine serves one call at a time, as in Triton
         self._fine = open_session(model["fine"], n_threads)
         self._codec = open_session(model["codec"], n_threads)
 
-    def semantic(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> tuple[Ints, bool]:
+    def semantic(
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int
+    ) -> tuple[Ints, bool]:
         ids = token_ids(prefix, self.checkpoint.semantic)
         with self._semantic_lock:
             generation = self.semantic_engine.generate([Row(ids, n_tokens, position, sampling, stream)])[0]
@@ -67,12 +74,16 @@ class LocalStages:
             self.coarse_engine.release(stream)
 
 
-def open_pipeline(repository: Path, schedule: Schedule | None = None, n_threads: int = 0) -> tuple[Pipeline, dict[str, HistoryPrompt]]:
+def open_pipeline(
+    repository: Path, schedule: Schedule | None = None, n_threads: int = 0
+) -> tuple[Pipeline, dict[str, HistoryPrompt]]:
     """A pipeline over an exported model repository, and its voices by name."""
     stages = LocalStages(repository, n_threads)
     folder = repository / "bark" / "1"
     tokenizer = TextTokenizer(folder / "tokenizer.json", stages.checkpoint.semantic)
-    return Pipeline(stages.checkpoint, tokenizer, stages, schedule or Schedule()), load_voices(folder / "voices", stages.checkpoint)
+    return Pipeline(stages.checkpoint, tokenizer, stages, schedule or Schedule()), load_voices(
+        folder / "voices", stages.checkpoint
+    )
 
 
 def state_size(codec: ort.InferenceSession) -> int:
@@ -84,5 +95,3 @@ def _run(session: ort.InferenceSession, **inputs: np.ndarray) -> list[np.ndarray
     """One call for one stream: a batch dimension added and taken away again."""
     outputs = session.run(None, {name: array[None] for name, array in inputs.items()})
     return [np.asarray(output)[0] for output in outputs]
-
-

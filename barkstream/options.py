@@ -98,9 +98,9 @@ _CHECKS = dict(
 class Schedule:
     """How a stream is cut: a deployment's choice, set in bark/config.pbtxt. All counts are frames unless named otherwise."""
 
-    chunk_frames: tuple[int, ...] = (30, 45, 60, 90, 120)  # sizes of a sentence's chunks; the last one repeats
+    chunk_frames: tuple[int, ...] = (24, 30, 36, 48, 72, 108, 120)  # sizes of a sentence's chunks; the last one repeats
     fine_context: int = 128  # frames already filled, to the left of a chunk
-    fine_lookahead: int = 24  # coarse frames after the chunk
+    fine_lookahead: int = 6  # coarse frames after the chunk
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
     semantic_call: int = 64  # semantic tokens asked for in one call, at most
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
@@ -120,8 +120,12 @@ class Schedule:
         """A schedule from config.pbtxt parameters ("30, 45, 60" for chunk_frames); unknown names are ignored, they are Triton's."""
         parsed: dict[str, Any] = {}
         for field in fields(cls):
-            if field.name == "chunk_frames" and field.name in given:
-                parsed[field.name] = tuple(int(n) for n in given[field.name].split(","))
-            elif field.name in given:
-                parsed[field.name] = type(field.default)(given[field.name])
+            if field.name in given:
+                parsed[field.name] = _PARSERS.get(field.name, int)(given[field.name])
         return replace(cls(), **parsed)
+
+
+_PARSERS: dict[str, Any] = {
+    "chunk_frames": lambda text: tuple(int(n) for n in text.split(",")),
+    "sentence_pause_s": float,
+}  # the rest are integers

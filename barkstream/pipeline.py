@@ -20,7 +20,6 @@ from barkstream.text import TextTokenizer, check_text
 from barkstream.tokens import Checkpoint
 from barkstream.voices import HistoryPrompt, find_voice
 
-
 NO_SAMPLES = np.zeros(0, np.float32)
 
 
@@ -43,7 +42,9 @@ class Speech:
 
     def history_prompt(self) -> HistoryPrompt:
         """All of it as a history prompt."""
-        return HistoryPrompt(np.concatenate(self.semantic), np.concatenate(self.coarse, axis=1), np.concatenate(self.fine, axis=1))
+        return HistoryPrompt(
+            np.concatenate(self.semantic), np.concatenate(self.coarse, axis=1), np.concatenate(self.fine, axis=1)
+        )
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,19 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         if self.schedule.chunk(0) < self.checkpoint.codec.min_first_chunk:
-            raise ValueError(f"the first chunk must have at least {self.checkpoint.codec.min_first_chunk} frames: the codec reads that many")
+            raise ValueError(
+                f"the first chunk must have at least {self.checkpoint.codec.min_first_chunk} frames: the codec reads that many"
+            )
         if self.schedule.coarse_call % self.checkpoint.coarse.n_codebooks:
             raise ValueError(f"coarse_call must be a multiple of {self.checkpoint.coarse.n_codebooks}: whole frames")
 
     def stream(
-        self, text: str, options: SpeechOptions, voice: HistoryPrompt | None = None, stream: int = 0, speech: Speech | None = None
+        self,
+        text: str,
+        options: SpeechOptions,
+        voice: HistoryPrompt | None = None,
+        stream: int = 0,
+        speech: Speech | None = None,
     ) -> Iterator[Floats]:
         """Chunks of samples [n] of a text, sentence after sentence, with a short pause between two.
 
@@ -113,8 +121,12 @@ class Pipeline:
         layouts, stages, seed = self.checkpoint, self.stages, sentence_seed(options.seed, index)
         sampling = options.sampling(seed)
         prompt = semantic_prompt(self.tokenizer.encode(sentence), voice, layouts.semantic)
-        semantic = SemanticTokens(prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, stream, background)
-        coarse = generate_coarse(semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, stream)
+        semantic = SemanticTokens(
+            prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, stream, background
+        )
+        coarse = generate_coarse(
+            semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, stream
+        )
         coarse = _collect(ahead(coarse, background), said.coarse)
         if options.streaming:
             codes = generate_fine(coarse, voice, layouts.fine, seed, options.fine_temperature, self.schedule, stages)
@@ -123,10 +135,14 @@ class Pipeline:
         yield from decode_audio(_collect(codes, said.fine), stages)
         said.semantic.append(semantic.tokens)
 
-    def _offline(self, coarse: Iterator[Ints], voice: HistoryPrompt | None, seed: int, temperature: float) -> Iterator[Ints]:
+    def _offline(
+        self, coarse: Iterator[Ints], voice: HistoryPrompt | None, seed: int, temperature: float
+    ) -> Iterator[Ints]:
         pieces = list(coarse)
         if pieces:
-            yield fill_offline(np.concatenate(pieces, axis=1), voice, self.checkpoint.fine, seed, temperature, self.stages)
+            yield fill_offline(
+                np.concatenate(pieces, axis=1), voice, self.checkpoint.fine, seed, temperature, self.stages
+            )
 
     def _pause(self) -> Floats:
         return np.zeros(round(self.schedule.sentence_pause_s * self.checkpoint.codec.sample_rate), np.float32)
@@ -154,4 +170,3 @@ def _collect(pieces: Iterator[Ints], into: list[Ints]) -> Iterator[Ints]:
     for piece in pieces:
         into.append(piece)
         yield piece
-

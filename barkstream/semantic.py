@@ -29,7 +29,9 @@ def token_ids(prefix: Ints, layout: SemanticLayout) -> Ints:
     """
     n, nothing = layout.n_text, layout.size.n_input_ids
     if len(prefix) < layout.n_prompt_ids:
-        raise ValueError(f"a semantic prefix has at least {layout.n_prompt_ids} ids (text, history, infer), got {len(prefix)}")
+        raise ValueError(
+            f"a semantic prefix has at least {layout.n_prompt_ids} ids (text, history, infer), got {len(prefix)}"
+        )
     pairs = np.full((len(prefix) - n, 2), nothing, np.int32)
     pairs[:, 0] = np.concatenate([prefix[:n], prefix[2 * n :]])
     pairs[:n, 1] = prefix[n : 2 * n]

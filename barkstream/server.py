@@ -17,6 +17,7 @@ needs help that the container's does not, all of it given here without touching 
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import importlib.util
 import os
@@ -40,7 +41,7 @@ from typing import TextIO
 PACKAGE = Path(__file__).resolve().parent
 MODEL_REPOSITORY = PACKAGE.parent / "model_repository"
 OUR_BACKENDS = PACKAGE / "triton_backends"
-NATIVE_BACKENDS = ("python", "onnxruntime", "tensorrt")  # those that a profile of ours names
+NATIVE_BACKENDS = ("python", "tensorrt")  # besides onnxruntime, those that our configurations name
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 READY_TIMEOUT_S = 600  # a large checkpoint on a CPU, or TensorRT engines that are built at the first start
@@ -111,20 +112,22 @@ def check_stub(installation: Installation) -> None:
         )
 
 
-def assemble_backends(installation: Installation, folder: Path) -> None:
-    """A backend directory in `folder`: the installation's, plus ours where it has no native backend of that name.
+def assemble_backends(installation: Installation, folder: Path) -> Path:
+    """The backend directory: the installation's own if it has ONNX Runtime, else a copy in `folder` with ours added.
 
     Copies (3 MB), because Triton refuses links that lead out of the backend directory.
     """
-    copy = {"ignore": shutil.ignore_patterns("__pycache__")}
+    if (installation.backends / "onnxruntime").is_dir():
+        return installation.backends
+    copy = functools.partial(shutil.copytree, ignore=shutil.ignore_patterns("__pycache__"))
     for name in NATIVE_BACKENDS:
         if (installation.backends / name).is_dir():
-            shutil.copytree(installation.backends / name, folder / name, **copy)
+            copy(installation.backends / name, folder / name)
     if installation.python_stub is not None:
         shutil.copy(installation.python_stub, folder / "python")
     for ours in OUR_BACKENDS.iterdir():
-        if not (folder / ours.name).exists():
-            shutil.copytree(ours, folder / ours.name, **copy)
+        copy(ours, folder / ours.name)
+    return folder
 
 
 def environment(installation: Installation) -> dict[str, str]:
@@ -167,7 +170,7 @@ class Server:
         self.repository = Path(repository).resolve()
         self.profile = profile
         self.host = host
-        self.ports = (grpc_port, http_port, metrics_port)
+        self.ports: tuple[int, ...] = (grpc_port, http_port, metrics_port)
         self._requested_ports = self.ports
         self._echo = log
         self._drain_s = drain_s
@@ -248,20 +251,20 @@ class Server:
         self._settled.clear()
         self._gone.clear()
         folder = Path(tempfile.mkdtemp(prefix="barkstream-"))  # the supervisor removes it
-        assemble_backends(installation, folder / "backends")
+        backends = assemble_backends(installation, folder / "backends")
         imports = folder / "imports"
         imports.mkdir()
         (imports / "barkstream").symlink_to(PACKAGE)
         supervise = [sys.executable, "-I", "-S", str(PACKAGE / "supervise.py"), str(folder), str(self._drain_s)]
         self._supervisor = subprocess.Popen(
-            [*supervise, str(installation.executable), *self._arguments(folder)],
+            [*supervise, str(installation.executable), *self._arguments(folder.name, backends)],
             cwd=imports, env=environment(installation), start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read_log, args=(self._supervisor.stdout,), daemon=True)
         self._reader.start()
 
-    def _arguments(self, folder: Path) -> list[str]:
+    def _arguments(self, name: str, backends: Path) -> list[str]:
         grpc_port, http_port, metrics_port = self.ports
         profile = [f"--model-config-name={self.profile}"] if self.profile else []
         no_gpu = ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]
@@ -269,8 +272,8 @@ class Server:
         return [
             f"--model-repository={self.repository}",
             *profile,
-            f"--backend-directory={folder / 'backends'}",
-            f"--backend-config=python,shm-region-prefix-name={folder.name}",
+            f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={name}",
             # Our configurations are complete; completing them would start every Python model twice (2.3 s, not .5 s).
             "--disable-auto-complete-config",
             f"--grpc-address={self.host}",
@@ -334,7 +337,7 @@ def is_notable(line: str) -> bool:
 
 def failure_reasons(log: list[str]) -> str:
     """What Triton's log says about a failure: the models that failed to load and why; failing that, its last lines."""
-    failed = [line for line in log if re.match(r"E\d{4} .*(failed to load '.*' version|Poll failed)", line)]
+    failed = [line for line in log if re.match(r"E\d{4} .*(failed to load |Poll failed)|\[libprotobuf ERROR", line)]
     if failed:
         return "\n".join(map(readable, failed))
     text = "".join(log)
@@ -349,8 +352,9 @@ def readable(line: str) -> str:
     A TritonModelException is a model's considered message: its traceback is of no use to a user.
     """
     message = line.split("] ", 1)[-1].strip().strip('"').replace("\\n", "\n")
-    considered = "TritonModelException: " in message
-    return message.replace("Internal: TritonModelException: ", "").split("\n\nAt:")[0] if considered else message
+    if "TritonModelException: " in message:
+        return message.replace("Internal: TritonModelException: ", "").split("\n\nAt:")[0]
+    return message + (": run `make export`" if "at least one version must be available" in message else "")
 
 
 def check_repository(repository: Path, profile: str | None) -> None:

@@ -14,7 +14,9 @@ Cancelled = Callable[[], bool]
 
 
 class Stages(Protocol):
-    def semantic(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> tuple[Ints, bool]:
+    def semantic(
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int
+    ) -> tuple[Ints, bool]:
         """The next <= n_tokens semantic tokens after prefix [text | history | infer | generated], and whether speech ended.
 
         position: index of the first new token in the generation. stream: key of the KV cache kept between calls, 0 for none.

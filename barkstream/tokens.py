@@ -148,10 +148,14 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         s, c, f, a = self.semantic, self.coarse, self.fine, self.codec
-        assert s.n_prompt_positions + s.max_new_tokens <= s.size.block_size + 1, "semantic prompt and tokens exceed the block"
+        assert s.n_prompt_positions + s.max_new_tokens <= s.size.block_size + 1, (
+            "semantic prompt and tokens exceed the block"
+        )
         assert s.n_tokens <= s.end < s.size.n_output_ids
         assert c.first_id == s.n_tokens, "coarse ids start after the semantic ones"
-        assert c.n_semantic_window + 1 + c.max_history + c.window <= c.size.block_size, "a coarse window exceeds the block"
+        assert c.n_semantic_window + 1 + c.max_history + c.window <= c.size.block_size, (
+            "a coarse window exceeds the block"
+        )
         assert c.window % c.n_codebooks == 0
         assert f.window <= f.size.block_size and f.n_given == c.n_codebooks and f.n_codebooks <= a.n_codebooks
         assert c.rate_hz == a.frame_rate_hz, "coarse and codec clocks differ"
@@ -167,12 +171,16 @@ class Checkpoint:
             return cls(
                 name=name,
                 semantic=_semantic_layout(config["semantic_config"], generation["semantic_config"]),
-                coarse=_coarse_layout(config["coarse_acoustics_config"], generation, config["codec_config"]["codebook_size"]),
+                coarse=_coarse_layout(
+                    config["coarse_acoustics_config"], generation, config["codec_config"]["codebook_size"]
+                ),
                 fine=_fine_layout(config["fine_acoustics_config"], generation, config["codec_config"]["codebook_size"]),
                 codec=_codec_layout(config["codec_config"], generation),
             )
         except KeyError as missing:
-            raise ValueError(f"{name} is no Bark checkpoint: its config.json / generation_config.json lack the key {missing}") from None
+            raise ValueError(
+                f"{name} is no Bark checkpoint: its config.json / generation_config.json lack the key {missing}"
+            ) from None
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:

@@ -48,7 +48,9 @@ class HistoryPrompt:
         with np.load(path, allow_pickle=False) as arrays:
             missing = {"semantic_prompt", "coarse_prompt", "fine_prompt"} - set(arrays.files)
             if missing:
-                raise BadRequest(f"{path.name} holds no {sorted(missing)[0]}; a voice has semantic_, coarse_ and fine_prompt")
+                raise BadRequest(
+                    f"{path.name} holds no {sorted(missing)[0]}; a voice has semantic_, coarse_ and fine_prompt"
+                )
             return cls.check(arrays["semantic_prompt"], arrays["coarse_prompt"], arrays["fine_prompt"], checkpoint)
 
     def save(self, path: Path) -> None:

@@ -15,6 +15,13 @@ from barkstream.voices import HistoryPrompt
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks for the live server is a server test: `pytest -m "not server"` is the quick part."""
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()):
+            item.add_marker("server")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The model repository with the embedded checkpoint in it; `make test` exports it."""

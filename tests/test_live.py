@@ -81,14 +81,20 @@ def test_what_was_said_is_a_voice_for_what_comes(client):
     stream = client.stream(TEXT, seed=4, return_prompt=True)
     list(stream)
     prompt = stream.history_prompt
-    assert {name: array.ndim for name, array in prompt.items()} == {"semantic_prompt": 1, "coarse_prompt": 2, "fine_prompt": 2}
+    assert {name: array.ndim for name, array in prompt.items()} == {
+        "semantic_prompt": 1,
+        "coarse_prompt": 2,
+        "fine_prompt": 2,
+    }
     np.testing.assert_array_equal(prompt["fine_prompt"][:2], prompt["coarse_prompt"])
     assert len(client.speak("And on it goes.", history_prompt=prompt, seed=4)) > 6000
 
 
 def test_the_same_seed_says_the_same_alone_and_among_sixteen(server, client):
     def tokens(seed):
-        stream = client.stream(TEXT, voice=("heart_0", "deep_0", None)[seed % 3], seed=seed, max_seconds=1.2, return_prompt=True)
+        stream = client.stream(
+            TEXT, voice=("heart_0", "deep_0", None)[seed % 3], seed=seed, max_seconds=1.2, return_prompt=True
+        )
         list(stream)
         return stream.history_prompt
 
@@ -145,7 +151,9 @@ def test_a_bad_request_is_refused_with_what_would_be_right(client, options, said
 )
 def test_a_bad_history_prompt_is_refused(client, name, array, said):
     good = dict(
-        semantic_prompt=np.zeros(300, np.int32), coarse_prompt=np.zeros((2, 450), np.int32), fine_prompt=np.zeros((8, 450), np.int32)
+        semantic_prompt=np.zeros(300, np.int32),
+        coarse_prompt=np.zeros((2, 450), np.int32),
+        fine_prompt=np.zeros((8, 450), np.int32),
     )
     with pytest.raises(BarkstreamError, match=said):
         client.speak(TEXT, history_prompt={**good, name: array})
@@ -212,7 +220,9 @@ def test_leaving_the_loop_stops_the_work_and_frees_the_slots(server, client):
 
 
 def test_above_the_limit_a_request_is_refused_at_once(server, client):
-    streams = [client.stream("This one takes its time to be spoken to the end.", voice="heart_0") for _ in range(MAX_STREAMS)]
+    streams = [
+        client.stream("This one takes its time to be spoken to the end.", voice="heart_0") for _ in range(MAX_STREAMS)
+    ]
     with ThreadPoolExecutor(MAX_STREAMS) as pool:
         work = [pool.submit(lambda stream=stream: next(iter(stream), None)) for stream in streams]
         wait_until(lambda: metrics(server)["barkstream_live_streams"] == MAX_STREAMS)

@@ -9,7 +9,13 @@ from barkstream.options import BadRequest, Schedule, SpeechOptions
 
 def test_defaults_are_sunos_and_a_fresh_seed():
     first, second = SpeechOptions.parse({}), SpeechOptions.parse({})
-    assert (first.temperature, first.fine_temperature, first.top_k, first.top_p, first.min_eos_p) == (0.7, 0.5, 0, 1, 0.2)
+    assert (first.temperature, first.fine_temperature, first.top_k, first.top_p, first.min_eos_p) == (
+        0.7,
+        0.5,
+        0,
+        1,
+        0.2,
+    )
     assert first.seed != second.seed
 
 

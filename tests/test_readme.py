@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = "127.0.0.1:8001"  # what the README says; the tests' server has a free port
 README = (ROOT / "README.md").read_text()
 SNIPPETS = {
-    language: re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL) for language in ("python", "bash")
+    language: re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for language in ("python", "bash")
 }
 
 
@@ -28,7 +29,9 @@ def test_there_are_snippets():
 @pytest.mark.parametrize("code", SNIPPETS["python"], ids=lambda code: code.splitlines()[-1].strip()[:30])
 def test_a_python_snippet_runs(server, code):
     assert ADDRESS in code
-    ran = subprocess.run([sys.executable, "-c", code.replace(ADDRESS, server.grpc_url)], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        [sys.executable, "-c", code.replace(ADDRESS, server.grpc_url)], capture_output=True, text=True, timeout=120
+    )
     assert ran.returncode == 0, ran.stderr
 
 

@@ -3,13 +3,27 @@
 import numpy as np
 import pytest
 
-from barkstream.sampling import COARSE, SEMANTIC, Sampling, draw, ends, gumbel_noise, keep_likely, sentence_seed, uniforms
+from barkstream.sampling import (
+    COARSE,
+    SEMANTIC,
+    Sampling,
+    draw,
+    ends,
+    gumbel_noise,
+    keep_likely,
+    sentence_seed,
+    uniforms,
+)
 
 
 def test_noise_is_a_function_of_seed_stage_and_position():
     noise = gumbel_noise(3, SEMANTIC, 7, 100)
     np.testing.assert_array_equal(noise, gumbel_noise(3, SEMANTIC, 7, 100))
-    for other in (gumbel_noise(4, SEMANTIC, 7, 100), gumbel_noise(3, COARSE, 7, 100), gumbel_noise(3, SEMANTIC, 8, 100)):
+    for other in (
+        gumbel_noise(4, SEMANTIC, 7, 100),
+        gumbel_noise(3, COARSE, 7, 100),
+        gumbel_noise(3, SEMANTIC, 8, 100),
+    ):
         assert np.abs(np.corrcoef(noise, other)[0, 1]) < 0.4
 
 
@@ -18,7 +32,9 @@ def test_a_shorter_vocabulary_draws_the_same_noise():
 
 
 def test_uniforms_are_what_philox_says():
-    words = np.random.Philox(key=np.array([9, SEMANTIC], np.uint64), counter=np.array([0, 5, 0, 0], np.uint64)).random_raw(2)
+    words = np.random.Philox(
+        key=np.array([9, SEMANTIC], np.uint64), counter=np.array([0, 5, 0, 0], np.uint64)
+    ).random_raw(2)
     low, high = int(words[0]) & 0xFFFFFFFF, int(words[0]) >> 32
     np.testing.assert_allclose(uniforms(9, SEMANTIC, 5, 2), [(low + 0.5) / 2**32, (high + 0.5) / 2**32], rtol=1e-6)
 

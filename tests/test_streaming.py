@@ -32,7 +32,9 @@ def test_streamed_semantic_and_coarse_tokens_equal_the_offline_ones(pipeline, vo
     assert streamed.fine.shape == offline.fine.shape
 
 
-@pytest.mark.parametrize("cut", [dict(coarse_call=14), dict(semantic_call=5, semantic_ahead=0), dict(semantic_ahead=50)])
+@pytest.mark.parametrize(
+    "cut", [dict(coarse_call=14), dict(semantic_call=5, semantic_ahead=0), dict(semantic_ahead=50)]
+)
 def test_any_cut_into_calls_gives_the_same_tokens(pipeline, voices, cut):
     audio, speech = generate(pipeline, voices["deep_0"], cut)
     expected_audio, expected = generate(pipeline, voices["deep_0"])
@@ -49,7 +51,9 @@ def test_one_chunk_with_everything_known_is_one_fine_window(pipeline, voices):
     whole = replace(pipeline.schedule, chunk_frames=(120,), fine_lookahead=0)
     late = replace(pipeline.schedule, chunk_frames=(200,), fine_lookahead=500)
     a = np.concatenate(list(generate_fine(iter([coarse]), None, layout, 1, 0.5, whole, stages)), axis=1)
-    b = np.concatenate(list(generate_fine(iter([coarse[:, :50], coarse[:, 50:]]), None, layout, 1, 0.5, late, stages)), axis=1)
+    b = np.concatenate(
+        list(generate_fine(iter([coarse[:, :50], coarse[:, 50:]]), None, layout, 1, 0.5, late, stages)), axis=1
+    )
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a[:2], coarse)
 
@@ -100,7 +104,12 @@ class Spy:
 
 
 def test_max_seconds_bounds_the_whole_text(pipeline, voices):
-    audio, _ = generate(pipeline, voices["heart_0"], max_seconds=0.5, text="A sentence that is longer than that. And another one of them.")
+    audio, _ = generate(
+        pipeline,
+        voices["heart_0"],
+        max_seconds=0.5,
+        text="A sentence that is longer than that. And another one of them.",
+    )
     assert 0.4 < len(audio) / pipeline.checkpoint.codec.sample_rate <= 0.5
 
 
@@ -114,7 +123,9 @@ def test_a_lower_lookahead_asks_for_fewer_semantic_tokens(pipeline, voices):
 
     def first_calls(**options):
         wanted.clear()
-        cut = replace(pipeline, stages=Counting(pipeline.stages, None), schedule=replace(pipeline.schedule, semantic_ahead=0))
+        cut = replace(
+            pipeline, stages=Counting(pipeline.stages, None), schedule=replace(pipeline.schedule, semantic_ahead=0)
+        )
         stream = cut.stream(TEXT, SpeechOptions.parse({"seed": 5, **options}), voices["heart_0"])
         next(stream)
         stream.close()
@@ -159,7 +170,9 @@ def test_blank_text_is_refused_before_any_work(pipeline):
 
 def test_a_schedule_that_the_codec_cannot_stream_is_refused(pipeline):
     with pytest.raises(ValueError, match="first chunk must have at least 7 frames"):
-        Pipeline(pipeline.checkpoint, pipeline.tokenizer, pipeline.stages, replace(pipeline.schedule, chunk_frames=(3,)))
+        Pipeline(
+            pipeline.checkpoint, pipeline.tokenizer, pipeline.stages, replace(pipeline.schedule, chunk_frames=(3,))
+        )
 
 
 # --- the engine's batches --------------------------------------------------------------------------------------------
@@ -175,7 +188,13 @@ def rows_of(checkpoint, streams=(0, 0, 0, 0, 0)):
     layout, rng = checkpoint.coarse, np.random.default_rng(3)
     lengths, wishes, temperatures = (300, 257, 471, 260, 333), (6, 9, 1, 12, 4), (0.7, 0.0, 1.0, 0.7, 0.5)
     return [
-        Row(rng.integers(0, layout.first_id, (n, 1)).astype(np.int32), wish, 2 * i, Sampling(seed=i, temperature=t), stream)
+        Row(
+            rng.integers(0, layout.first_id, (n, 1)).astype(np.int32),
+            wish,
+            2 * i,
+            Sampling(seed=i, temperature=t),
+            stream,
+        )
         for i, (n, wish, t, stream) in enumerate(zip(lengths, wishes, temperatures, streams, strict=True))
     ]
 
@@ -198,7 +217,9 @@ def test_a_kept_cache_and_a_lost_one_give_the_same_tokens(batched):
         rest = Row(longer, 5, row.position + len(first), row.sampling, stream=0)
         known = engine.generate([replace(row, stream=8)])[0].tokens
         np.testing.assert_array_equal(known, first)
-        np.testing.assert_array_equal(engine.generate([replace(rest, stream=8)])[0].tokens, engine.generate([rest])[0].tokens)
+        np.testing.assert_array_equal(
+            engine.generate([replace(rest, stream=8)])[0].tokens, engine.generate([rest])[0].tokens
+        )
     assert engine.n_owned_slots <= 4
 
 
@@ -206,7 +227,9 @@ def test_a_cache_is_never_trusted_for_another_prefix(batched):
     engine, row = batched.coarse_engine, rows_of(batched.checkpoint)[0]
     other = replace(row, ids=row.ids[::-1].copy(), stream=8)
     engine.generate([replace(row, stream=8)])
-    np.testing.assert_array_equal(engine.generate([other])[0].tokens, engine.generate([replace(other, stream=0)])[0].tokens)
+    np.testing.assert_array_equal(
+        engine.generate([other])[0].tokens, engine.generate([replace(other, stream=0)])[0].tokens
+    )
 
 
 def test_the_unused_tail_of_a_cache_is_never_read(batched):
@@ -220,7 +243,9 @@ def test_the_unused_tail_of_a_cache_is_never_read(batched):
         np.testing.assert_array_equal(before, after.tokens)
 
 
-@pytest.mark.parametrize(("ids", "n_tokens"), [(np.full((10, 1), 10**6, np.int32), 1), (np.zeros((1000, 1), np.int32), 60)])
+@pytest.mark.parametrize(
+    ("ids", "n_tokens"), [(np.full((10, 1), 10**6, np.int32), 1), (np.zeros((1000, 1), np.int32), 60)]
+)
 def test_a_row_that_does_not_fit_is_refused(batched, ids, n_tokens):
     with pytest.raises(ValueError, match="must"):
         batched.coarse_engine.generate([Row(ids, n_tokens, 0, Sampling())])

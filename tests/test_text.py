@@ -20,11 +20,16 @@ def test_sentences_end_at_their_marks():
 
 
 def test_quotes_stay_with_their_sentence():
-    assert split_sentences('He said "go away, all of you!" Then everybody left the room.')[0] == 'He said "go away, all of you!"'
+    assert (
+        split_sentences('He said "go away, all of you!" Then everybody left the room.')[0]
+        == 'He said "go away, all of you!"'
+    )
 
 
 def test_very_short_sentences_are_said_together():
-    assert split_sentences("No. Yes. Well, who can say what tomorrow brings?") == ["No. Yes. Well, who can say what tomorrow brings?"]
+    assert split_sentences("No. Yes. Well, who can say what tomorrow brings?") == [
+        "No. Yes. Well, who can say what tomorrow brings?"
+    ]
 
 
 @pytest.mark.parametrize("text", [LONG, "word " * 200, "x" * 1000, "今日は。いい天気ですね！" * 20, "a, " * 300])

@@ -31,8 +31,16 @@ def test_an_unknown_voice_names_the_nearest(voices):
         ("semantic_prompt", lambda a: a.astype(np.float32), "whole numbers, got float32"),
         ("semantic_prompt", lambda a: a + 10_000, "ids from 0 to 767"),
         ("semantic_prompt", lambda a: a - 10_000, "ids from 0 to 767"),
-        ("semantic_prompt", lambda a: a[:50], "cover the same time: 50 semantic tokens go with about 75 frames, got 371"),
-        ("coarse_prompt", lambda a: a[:1], r"coarse_prompt must have the shape \[2, n\] and not be empty, got \[1, 371\]"),
+        (
+            "semantic_prompt",
+            lambda a: a[:50],
+            "cover the same time: 50 semantic tokens go with about 75 frames, got 371",
+        ),
+        (
+            "coarse_prompt",
+            lambda a: a[:1],
+            r"coarse_prompt must have the shape \[2, n\] and not be empty, got \[1, 371\]",
+        ),
         ("coarse_prompt", lambda a: a + 1024, "ids from 0 to 1023"),
         ("fine_prompt", lambda a: a[:, :-1], "as many frames, got 371 and 370"),
         ("fine_prompt", lambda a: a.T, r"fine_prompt must have the shape \[8, n\]"),

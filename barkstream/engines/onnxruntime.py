@@ -30,7 +30,9 @@ def open_session(path: Path, n_threads: int) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise RuntimeError(f"{path} cannot be loaded, it may be truncated: run `make export` again ({error})") from error
+        raise RuntimeError(
+            f"{path} cannot be loaded, it may be truncated: run `make export` again ({error})"
+        ) from error
 
 
 class Cache:
@@ -45,6 +47,7 @@ class Cache:
         self.lengths = np.ones(n_rows, np.int32)
         self.logits = np.zeros((n_rows, n_logits), np.float32)
         self._session, self._size = session, size
+        self._held: list[ort.OrtValue] = []
         self._caches = [ort.OrtValue.ortvalue_from_numpy(array) for array in keys_values]
         self._step = self._binding(self.ids)
 
@@ -56,15 +59,23 @@ class Cache:
     def prefill(self, ids: Ints) -> Floats:
         """The whole prefix ids [B, S, C] at once; logits [B, V] after its last token."""
         self.last[:], self.lengths[:] = ids.shape[1] - 1, ids.shape[1]
+        n_held = len(self._held)
         self._session.run_with_iobinding(self._binding(ids))
+        del self._held[n_held:]
         self.last[:] = 0
         return self.logits
+
+    def _value(self, array: np.ndarray) -> ort.OrtValue:
+        """The array's own memory as ONNX Runtime's. A binding does not keep it alive, so we do."""
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._held.append(value)
+        return value
 
     def _binding(self, ids: Ints) -> ort.IOBinding:
         binding = self._session.io_binding()
         for name, array in (("token_ids", ids), ("last", self.last), ("lengths", self.lengths)):
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
+            binding.bind_ortvalue_input(name, self._value(array))
+        binding.bind_ortvalue_output("logits", self._value(self.logits))
         for i in range(self._size.n_layers):
             for name, cache in ((f"key_{i}", self._caches[2 * i]), (f"value_{i}", self._caches[2 * i + 1])):
                 binding.bind_ortvalue_input(name, cache)
@@ -150,9 +161,13 @@ class CausalEngine:
         """Raises ValueError for a row that does not fit the model."""
         n_positions = len(row.ids) + row.n_tokens - 1
         if not len(row.ids) or n_positions > self.size.block_size:
-            raise ValueError(f"prefix and new tokens must take 1 to {self.size.block_size} positions, got {n_positions}")
+            raise ValueError(
+                f"prefix and new tokens must take 1 to {self.size.block_size} positions, got {n_positions}"
+            )
         if row.ids.min() < 0 or row.ids.max() > self.size.n_input_ids:
-            raise ValueError(f"prefix ids must be 0 to {self.size.n_input_ids - 1}, got {row.ids.min()} to {row.ids.max()}")
+            raise ValueError(
+                f"prefix ids must be 0 to {self.size.n_input_ids - 1}, got {row.ids.min()} to {row.ids.max()}"
+            )
         if min(row.n_tokens, row.position, row.sampling.seed) < 0 or not 0 <= row.sampling.temperature < math.inf:
             raise ValueError("n_tokens, position, seed and temperature must be 0 or more, and finite")
 
@@ -228,7 +243,7 @@ class CausalEngine:
         try:
             for row in rows:
                 stream = 0 if row.stream in [owner for owner, _ in slots] else row.stream
-                slots.append((stream, self._owned.pop(stream, None) or self._free_slot()))
+                slots.append((stream, self._owned.pop(stream) if stream in self._owned else self._free_slot()))
             yield [slot for _, slot in slots]
         finally:
             for stream, slot in slots:
