@@ -62,7 +62,7 @@ def wait_for_end_or_stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def end(server: subprocess.Popen[bytes], drain_s: float) -> None:
-    """Let requests under way finish for at most `drain_s`, then kill what is left, and reap it all."""
+    """Let the server end by itself within `drain_s`, then kill what is left, and reap it all."""
     if drain_s:
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

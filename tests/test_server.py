@@ -268,6 +268,25 @@ def test_half_an_artifact_of_bark_or_none_says_how_to_make_it(repository, tmp_pa
         Server(tmp_path).start()
 
 
+def test_a_model_without_a_version_says_how_to_make_it(tmp_path):
+    shutil.rmtree(add_lookup(tmp_path).parent)  # as in a fresh clone, where nothing of a stage is in its folder
+    with pytest.raises(ServerError, match="failed to load model 'lookup'.*run `make export`"):
+        Server(tmp_path).start()
+
+
+def test_a_mistake_in_a_configuration_is_shown(tmp_path):
+    config = add_lookup(tmp_path).parents[1] / "config.pbtxt"
+    config.write_text(LOOKUP_CONFIG + "max_bath_size: 4")
+    with pytest.raises(ServerError, match=r'(?s)no field named "max_bath_size".*Poll failed .*lookup'):
+        Server(tmp_path).start()
+
+
+def test_onnx_runtime_reports_to_nobody(small):
+    files = [os.readlink(file) for pid in descendants(small.pid) for file in Path(f"/proc/{pid}/fd").iterdir()]
+    assert files
+    assert not [file for file in files if "onnxruntime.db" in file]
+
+
 def test_a_tensor_that_the_artifact_lacks_is_named(tmp_path):
     config = add_lookup(tmp_path).parents[1] / "config.pbtxt"
     config.write_text(LOOKUP_CONFIG.replace('"values"', '"result"'))
@@ -325,14 +344,17 @@ def test_a_taken_port_is_said_before_anything_is_loaded(tmp_path):
             Server(tmp_path, grpc_port=port).start()
 
 
-def test_a_free_port_that_is_taken_meanwhile_is_replaced(tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", [0, 1, 2])  # gRPC, HTTP, metrics
+def test_a_free_port_that_is_taken_meanwhile_is_replaced(tmp_path, monkeypatch, which):
     add_python(tmp_path)
     pick = launcher.pick_ports
     with socket.create_server(("127.0.0.1", 0)) as other:
-        picks = iter([(other.getsockname()[1], *pick("127.0.0.1", (0, 0)))])
+        taken = list(pick("127.0.0.1", (0, 0, 0)))
+        taken[which] = other.getsockname()[1]
+        picks = iter([tuple(taken)])
         monkeypatch.setattr(launcher, "pick_ports", lambda *args: next(picks, None) or pick(*args))
         with Server(tmp_path) as running:
-            assert running.ports[0] != other.getsockname()[1]
+            assert running.ports[which] != taken[which]
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones(tmp_path):
@@ -374,18 +396,29 @@ def test_no_tritonserver_says_where_to_get_one(monkeypatch):
         launcher.find_tritonserver()
 
 
-def test_a_tritonserver_on_the_path_comes_first_and_keeps_its_native_backends(tmp_path, monkeypatch):
-    executable = tmp_path / "bin" / "tritonserver"
-    for name in ("python", "onnxruntime"):
-        (tmp_path / "backends" / name).mkdir(parents=True)
-    (tmp_path / "backends" / "onnxruntime" / "libtriton_onnxruntime.so").touch()
+def fake_installation(root: Path, *backends: str) -> launcher.Installation:
+    """A tritonserver as in Triton's container, with empty backends."""
+    for name in backends:
+        (root / "backends" / name).mkdir(parents=True)
+    executable = root / "bin" / "tritonserver"
     executable.parent.mkdir()
     executable.touch(mode=0o755)
-    monkeypatch.setenv("PATH", f"{executable.parent}:{os.environ['PATH']}")
-    installation = launcher.find_tritonserver()
-    assert installation == launcher.Installation(executable, tmp_path / "backends")
-    launcher.assemble_backends(installation, tmp_path / "assembled")
-    assert [path.name for path in (tmp_path / "assembled" / "onnxruntime").iterdir()] == ["libtriton_onnxruntime.so"]
+    return launcher.Installation(executable, root / "backends")
+
+
+def test_a_tritonserver_on_the_path_comes_first(tmp_path, monkeypatch):
+    installation = fake_installation(tmp_path, "python")
+    monkeypatch.setenv("PATH", f"{installation.executable.parent}:{os.environ['PATH']}")
+    assert launcher.find_tritonserver() == installation
+
+
+def test_a_native_onnx_runtime_is_used_where_there_is_one(tmp_path):
+    native = fake_installation(tmp_path / "native", "python", "onnxruntime")
+    assert launcher.assemble_backends(native, tmp_path / "unused") == native.backends
+    bare = fake_installation(tmp_path / "bare", "python", "tensorrt", "pytorch")
+    assembled = launcher.assemble_backends(bare, tmp_path / "assembled")
+    assert sorted(path.name for path in assembled.iterdir()) == ["onnxruntime", "python", "tensorrt"]
+    assert (assembled / "onnxruntime" / "model.py").exists()
 
 
 def test_python_models_get_the_environment_of_the_launcher(small, client):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
-# Several models share the cores: a pool that spins after its last run takes them from the one that works now.
+# Several models share the cores: a pool that spins after its last run takes them from the one that works now. Measured
+# on two cores, 19 s of speech with nano-bark: CPU time of fine 7.8 s with spinning, 3.8 s without; codec 1.7 s and .5 s.
 DEFAULT_ENTRIES = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
 HOW_TO_EXPORT = "run `make export` (or `barkstream export CHECKPOINT`)"
 
@@ -54,7 +56,7 @@ class TritonPythonModel:
     def _feed(self, request: Any) -> Arrays:
         return {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
 
-    def _run(self, feeds: list[Arrays]) -> list[Arrays | Exception]:
+    def _run(self, feeds: list[Arrays]) -> Sequence[Arrays | Exception]:
         """Each feed's outputs, or its own failure: a batch that fails is run again one by one."""
         try:
             return self._run_together(feeds)
