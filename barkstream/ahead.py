@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
 Piece = TypeVar("Piece")
 
 
-def ahead(pieces: Iterator[Piece], background: Executor) -> Iterator[Piece]:
-    """The same pieces; each is made in the background while the one before it is in use."""
-    coming = background.submit(next, pieces, None)
-    while (piece := coming.result()) is not None:
-        coming = background.submit(next, pieces, None)
+def ahead(pieces: Iterator[Piece], worker: Executor, n_ahead: int) -> Iterator[Piece]:
+    """The same pieces; the next n_ahead are made by `worker` while one is in use.
+
+    worker: an executor of one thread, since an iterator cannot be asked by two at once.
+    """
+    coming = deque(worker.submit(next, pieces, None) for _ in range(n_ahead))
+    while (piece := coming.popleft().result()) is not None:
+        coming.append(worker.submit(next, pieces, None))
         yield piece
+
+
+class Workers:
+    """One thread a stage that works ahead, for one stream. As a context manager; its end drops what has not begun."""
+
+    def __init__(self) -> None:
+        self.coarse = ThreadPoolExecutor(1, thread_name_prefix="coarse")
+        self.semantic = ThreadPoolExecutor(1, thread_name_prefix="semantic")
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.coarse.shutdown(wait=True, cancel_futures=True)  # first: it may be waiting for the other
+        self.semantic.shutdown(wait=True, cancel_futures=True)

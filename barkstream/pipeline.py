@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from barkstream.ahead import ahead
+from barkstream.ahead import Workers, ahead
 from barkstream.coarse import generate_coarse
 from barkstream.codec import decode_audio
 from barkstream.fine import fill_offline, generate_fine
@@ -81,14 +80,13 @@ class Pipeline:
         sentences = self.tokenizer.split(check_text(text))
         speech = Speech() if speech is None else speech
         n_samples, pause = 0, NO_SAMPLES
-        background = ThreadPoolExecutor(2, thread_name_prefix="ahead")  # one for the coarse stage, one for the semantic
         try:
             for index, sentence in enumerate(sentences):
                 seconds_left = options.max_seconds - (n_samples + len(pause)) / self.checkpoint.codec.sample_rate
                 if n_samples and seconds_left * self.checkpoint.semantic.rate_hz < 1:
                     break
                 said = Speech()
-                for chunk in self._say(sentence, index, voice, options, seconds_left, stream, background, said):
+                for chunk in self._say(sentence, index, voice, options, seconds_left, stream, said):
                     yield np.concatenate([pause, chunk])
                     n_samples += len(pause) + len(chunk)
                     pause = NO_SAMPLES
@@ -99,7 +97,6 @@ class Pipeline:
             if not n_samples:
                 raise NothingSaid("the model ended before it said anything; try another seed, voice or text")
         finally:
-            background.shutdown(wait=True, cancel_futures=True)
             self.stages.release(stream)
 
     def speak(self, text: str, options: SpeechOptions, voice: HistoryPrompt | None = None) -> Floats:
@@ -114,25 +111,27 @@ class Pipeline:
         options: SpeechOptions,
         max_seconds: float,
         stream: int,
-        background: Executor,
         said: Speech,
     ) -> Iterator[Floats]:
         """Chunks of samples of one sentence; `said` collects its tokens and codes."""
         layouts, stages, seed = self.checkpoint, self.stages, sentence_seed(options.seed, index)
         sampling = options.sampling(seed)
         prompt = semantic_prompt(self.tokenizer.encode(sentence), voice, layouts.semantic)
-        semantic = SemanticTokens(
-            prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, stream, background
-        )
-        coarse = generate_coarse(
-            semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, stream
-        )
-        coarse = _collect(ahead(coarse, background), said.coarse)
-        if options.streaming:
-            codes = generate_fine(coarse, voice, layouts.fine, seed, options.fine_temperature, self.schedule, stages)
-        else:
-            codes = self._offline(coarse, voice, seed, options.fine_temperature)
-        yield from decode_audio(_collect(codes, said.fine), stages)
+        with Workers() as workers:
+            semantic = SemanticTokens(
+                prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, stream, workers.semantic
+            )
+            coarse = generate_coarse(
+                semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, stream
+            )
+            coarse = _collect(ahead(coarse, workers.coarse, self.schedule.coarse_ahead), said.coarse)
+            if options.streaming:
+                codes = generate_fine(
+                    coarse, voice, layouts.fine, seed, options.fine_temperature, self.schedule, stages
+                )
+            else:
+                codes = self._offline(coarse, voice, seed, options.fine_temperature)
+            yield from decode_audio(_collect(codes, said.fine), stages)
         said.semantic.append(semantic.tokens)
 
     def _offline(

@@ -50,13 +50,13 @@ class SemanticTokens:
         schedule: Schedule,
         stages: Stages,
         stream: int,
-        background: Executor,
+        worker: Executor,
     ):
         self.tokens: Ints = np.zeros(0, np.int32)
         self.ended = False
         self._n_most = max(1, int(min(max_seconds * layout.rate_hz, layout.max_new_tokens)))
         self._prompt, self._sampling, self._schedule = prompt, sampling, schedule
-        self._stages, self._stream, self._background = stages, stream, background
+        self._stages, self._stream, self._worker = stages, stream, worker
         self._call: Future[tuple[Ints, bool]] | None = None  # the one under way
 
     def ensure(self, n: int) -> None:
@@ -72,4 +72,4 @@ class SemanticTokens:
     def _start(self, n: int) -> Future[tuple[Ints, bool]]:
         prefix, n_now = np.concatenate([self._prompt, self.tokens]), len(self.tokens)
         n_call = min(n, self._n_most - n_now)
-        return self._background.submit(self._stages.semantic, prefix, n_call, n_now, self._sampling, self._stream)
+        return self._worker.submit(self._stages.semantic, prefix, n_call, n_now, self._sampling, self._stream)

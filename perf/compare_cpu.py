@@ -3,7 +3,7 @@
 Both say the same text for the same number of semantic tokens, hence of coarse codes and of samples, in turns that
 change order. Hugging Face: float32, all cores. Ours: in this process and, with --url, through a server.
 Models: `nano` is the embedded checkpoint; `small` has Bark-small's sizes (12 x 12 x 768, Bark's vocabularies, codec
-with 32 filters) and random weights; ours runs it in float32 and with 8-bit weights.
+with 32 filters) and random weights.
 """
 
 from __future__ import annotations
@@ -173,10 +173,9 @@ def race(contenders: list[Contender], n_repeats: int) -> None:
 
 
 def exported(checkpoint: Path, int8: bool = False) -> Path:
-    """The checkpoint's model repository under build/."""
+    """The checkpoint's model repository, written anew under build/."""
     repository = BUILD / (checkpoint.name + ("-int8" if int8 else "-float32"))
-    if not (repository / "bark" / "1" / "checkpoint.json").exists():
-        export(open_huggingface(checkpoint), repository, int8, report=lambda line: None)
+    export(open_huggingface(checkpoint), repository, int8, report=lambda line: None)
     return repository
 
 
@@ -244,13 +243,16 @@ def bark_generation_config() -> dict[str, Any]:
 
 
 def compare_nano(seconds: float, n_repeats: int, url: str | None) -> list[Contender]:
-    pipeline, voices = open_pipeline(exported(NANO))
+    repository = exported(NANO)
+    pipeline, voices = open_pipeline(repository)
+    int8, _ = open_pipeline(exported(NANO, int8=True))
     voice = sorted(voices)[0]
     n_semantic = ceil(seconds * pipeline.checkpoint.semantic.rate_hz)
     contenders = [
         hugging_face(NANO, pipeline, voices[voice], n_semantic),
-        ours("ours, offline", open_pipeline(exported(NANO))[0], voices[voice], n_semantic, streaming=False),
+        ours("ours, offline", open_pipeline(repository)[0], voices[voice], n_semantic, streaming=False),
         ours("ours, streamed", pipeline, voices[voice], n_semantic, streaming=True),
+        ours("ours, 8-bit weights, streamed", int8, voices[voice], n_semantic, streaming=True),
     ]
     if url:
         contenders.append(through_server(url, pipeline, voice, n_semantic))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from barkstream.export.__main__ import main as export_main
 from barkstream.local import open_pipeline
 from barkstream.pipeline import Pipeline
 from barkstream.server import Server
@@ -23,10 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def repository() -> Path:
-    """The model repository with the embedded checkpoint in it; `make test` exports it."""
-    folder = ROOT / "model_repository"
-    assert (folder / "bark" / "1" / "checkpoint.json").exists(), "run `make export` first"
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with the embedded checkpoint in float32, which is what can equal a reference."""
+    folder = tmp_path_factory.mktemp("float32")
+    unwanted = shutil.ignore_patterns("*.onnx*", "checkpoint.json", "voices", "tokenizer.json", "__pycache__", ".*")
+    shutil.copytree(ROOT / "model_repository", folder, dirs_exist_ok=True, ignore=unwanted)
+    assert export_main([str(ROOT / "checkpoints" / "nano-bark"), "--to", str(folder)]) == 0
     return folder
 
 

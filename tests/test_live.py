@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -18,6 +19,9 @@ from tritonclient.grpc import service_pb2_grpc
 from barkstream.clients import BarkstreamError, Client
 from barkstream.clients.protocol import build_request
 from barkstream.options import SpeechOptions
+from barkstream.server import Server
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.server
 
@@ -274,3 +278,9 @@ def coarse_call(server, prefix, stream):
 
 
 TYPES = {np.dtype(np.int32): "INT32", np.dtype(np.int64): "INT64", np.dtype(np.float32): "FP32"}
+
+
+def test_the_repository_that_make_exports_speaks():
+    """With 8-bit weights, as users have it; the other tests run in float32."""
+    with Server(ROOT / "model_repository") as server, Client(server.grpc_url) as client:
+        assert 1 < len(client.speak(TEXT, voice="heart_0", seed=1)) / client.sample_rate < 5

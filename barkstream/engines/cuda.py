@@ -1,0 +1,191 @@
+"""The causal GPTs on an NVIDIA GPU: bf16 weights and KV cache, many decode steps without a word from the host.
+
+Prefill fills the cache with all of a prefix but its last position, which the first decode step feeds: so no prefill needs
+logits, and sampling happens in one place. Up to 8 rows decode in one kernel launch (`kernels/decode.cu`), more as
+CUDA graphs around cuBLAS (`kernels/batched.cu`), which is also the way on GPUs that the fused kernel does not fit.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from barkstream.engines import Generation, Head, Row
+from barkstream.engines.kernels.batched import BatchedDecoder, Layers, Prefill
+from barkstream.engines.kernels.fused import ROW_COUNTS, FusedDecoder, RowArguments
+from barkstream.engines.kernels.weights import load_weights, read_onnx
+from barkstream.sampling import Ints, Sampling
+from barkstream.tokens import GPTSize
+
+WARM_UP = Sampling(temperature=0)
+
+
+@dataclass
+class Slot:
+    """A place in the KV cache: what it holds is `ids`, the prefix that its keys and values belong to."""
+
+    index: int
+    ids: Ints  # [n, C]
+
+    def n_known(self, ids: Ints) -> int:
+        """Leading positions of a prefix [S, C] that the cache holds."""
+        n = min(len(self.ids), len(ids))
+        if self.ids.shape[1:] != ids.shape[1:]:
+            return 0
+        differs = (self.ids[:n] != ids[:n]).any(axis=1)
+        return int(differs.argmax()) if differs.any() else n
+
+
+class CudaEngine:
+    """Generates tokens for batches of rows with one causal GPT. One thread at a time may use it."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, np.ndarray | Tensor],
+        size: GPTSize,
+        head: Head,
+        n_slots: int = 32,
+        max_batch: int = 32,
+        fused: bool = True,
+    ):
+        """weights: by Hugging Face name, see `load_weights`. n_slots: streams whose KV cache is kept; max_batch: rows decoded together.
+
+        GPU memory: 2 copies of the weights in bf16 (one in the fused kernel's order), and
+        (max(n_slots, max_batch) + 1) * 4 * layers * width * block bytes of cache (large: 100 MB a slot).
+        """
+        if size.head_width != 64:
+            raise ValueError(f"the cuda engine's kernels are made for heads 64 wide, not {size.head_width}")
+        self.size, self.head, self.max_batch = size, head, max_batch
+        n_slots = max(n_slots, max_batch)
+        on_gpu = load_weights(weights, size, head)
+        shape = (size.n_layers, 2, n_slots + 1, size.n_heads, size.block_size, 64)
+        self.cache = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+        layers = Layers(on_gpu, size, head, self.cache)
+        self._prefill, self._batched = Prefill(layers), BatchedDecoder(layers)
+        self._fused = FusedDecoder(on_gpu, size, head, self.cache) if fused and FusedDecoder.fits(size) else None
+        self._free = [Slot(i, np.zeros((0, 1), np.int32)) for i in range(n_slots)]
+        self._owned: OrderedDict[int, Slot] = OrderedDict()  # by stream, least recently used first
+
+    @classmethod
+    def load(cls, path: Path, size: GPTSize, head: Head, n_slots: int = 32, max_batch: int = 32) -> CudaEngine:
+        """path: a stage's model.onnx, of which only the weights are read."""
+        return cls(read_onnx(path), size, head, n_slots, max_batch)
+
+    @property
+    def n_owned_slots(self) -> int:
+        """Slots that streams hold now."""
+        return len(self._owned)
+
+    def check(self, row: Row) -> None:
+        """Raises ValueError for a row that does not fit the model."""
+        n_positions = len(row.ids) + row.n_tokens - 1
+        if not len(row.ids) or n_positions > self.size.block_size:
+            raise ValueError(
+                f"prefix and new tokens must take 1 to {self.size.block_size} positions, got {n_positions}"
+            )
+        if row.ids.min() < 0 or row.ids.max() > self.size.n_input_ids:
+            raise ValueError(
+                f"prefix ids must be 0 to {self.size.n_input_ids - 1}, got {row.ids.min()} to {row.ids.max()}"
+            )
+
+    def release(self, stream: int) -> None:
+        """Free a stream's slot; nothing happens if it has none."""
+        slot = self._owned.pop(stream, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def generate(self, rows: list[Row]) -> list[Generation]:
+        """Up to n_tokens new tokens for every row. Raises ValueError for a row that does not fit."""
+        for row in rows:
+            self.check(row)
+        batches = [rows[i : i + self.max_batch] for i in range(0, len(rows), self.max_batch)]
+        return [generation for batch in batches for generation in self._generate(batch)]
+
+    def warm(self, prefix_lengths: Sequence[int]) -> None:
+        """Compile the kernels and capture the graphs of every batch size, and those of single prefixes of these lengths."""
+        sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= self.max_batch]
+        for n_rows in sizes:
+            ids = np.full((2, 1), self.size.n_input_ids, np.int32)
+            self.generate([Row(ids, 2, 0, WARM_UP) for _ in range(n_rows)])
+        for length in prefix_lengths:
+            self.prefill([np.full((length, 1), self.size.n_input_ids, np.int32)], [self.cache.shape[2] - 1])
+        torch.cuda.synchronize()
+
+    def prefill(self, ids: Sequence[Ints], slots: Sequence[int]) -> None:
+        """Keys and values of whole prefixes [S, C] into slots. Asynchronous."""
+        self._prefill(ids, slots)
+
+    def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Decode steps for rows whose slots are filled, see `FusedDecoder.decode`. Asynchronous."""
+        decoder = self._fused if self._fused is not None and len(rows) <= ROW_COUNTS[-1] else self._batched
+        return decoder.decode(rows, logits)
+
+    def _generate(self, rows: list[Row]) -> list[Generation]:
+        with self._slots_for(rows) as slots:
+            new = [
+                (row, slot) for row, slot in zip(rows, slots, strict=True) if slot.n_known(row.ids) < len(row.ids) - 1
+            ]
+            for _, slot in new:
+                slot.ids = slot.ids[:0]
+            if new:
+                self.prefill([row.ids[:-1] for row, _ in new], [slot.index for _, slot in new])
+            tokens, results = self.decode([self._arguments(row, slot) for row, slot in zip(rows, slots, strict=True)])
+            tokens, results = tokens[: len(rows)].cpu().numpy(), results[: len(rows)].cpu().numpy()
+            generations = [self._take(*each) for each in zip(rows, tokens, results, strict=True)]
+            for row, slot, generation in zip(rows, slots, generations, strict=True):
+                slot.ids = _held(row, generation)
+        return generations
+
+    def _arguments(self, row: Row, slot: Slot) -> RowArguments:
+        ids = [*row.ids[-1], self.size.n_input_ids][:2]
+        return RowArguments(
+            seed=row.sampling.seed % (1 << 64),
+            slot=slot.index,
+            length=len(row.ids) - 1,
+            position=row.position,
+            ids=tuple(int(i) for i in ids),
+            n_tokens=row.n_tokens,
+            top_k=row.sampling.top_k,
+            temperature=row.sampling.temperature,
+            top_p=row.sampling.top_p,
+            min_eos_p=row.sampling.min_eos_p,
+        )
+
+    def _take(self, row: Row, tokens: Ints, result: Ints) -> Generation:
+        n, ended = int(result[0]), bool(result[1])
+        books = (row.position + np.arange(n)) % self.head.n_codebooks
+        return Generation((self.head.first_id + books * self.head.size + tokens[:n]).astype(np.int32), ended)
+
+    @contextmanager
+    def _slots_for(self, rows: list[Row]) -> Iterator[list[Slot]]:
+        """A slot for each row: its stream's, or a free one, or that of the stream that was used least recently."""
+        slots: list[tuple[int, Slot]] = []
+        try:
+            for row in rows:
+                stream = 0 if row.stream in [owner for owner, _ in slots] else row.stream
+                slots.append((stream, self._owned.pop(stream) if stream in self._owned else self._free_slot()))
+            yield [slot for _, slot in slots]
+        finally:
+            for stream, slot in slots:
+                if stream:
+                    self._owned[stream] = slot
+                else:
+                    self._free.append(slot)
+
+    def _free_slot(self) -> Slot:
+        return self._free.pop() if self._free else self._owned.popitem(last=False)[1]
+
+
+def _held(row: Row, generation: Generation) -> Ints:
+    """The prefix [n, C] that a row's slot holds after a call: all that was fed, which is not the token drawn last."""
+    drawn = np.repeat(row.ids[-1:], len(generation.tokens), axis=0)
+    drawn[:, 0] = generation.tokens
+    held = np.concatenate([row.ids, drawn])
+    return held if generation.ended else held[: len(held) - 1]

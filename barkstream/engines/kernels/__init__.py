@@ -1,0 +1,199 @@
+"""CUDA C++ kernels, compiled when an engine starts, for the GPU that is there: NVRTC and the driver through ctypes.
+
+Needs no nvcc and no Python package besides PyTorch: libnvrtc comes with PyTorch's wheels and with every CUDA container,
+libcuda with the driver. The sources include no header, so that none has to be found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import site
+import sys
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+# CUlaunchAttributeID and CUfunction_attribute of cuda.h
+COOPERATIVE, CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", c_int), ("pad", c_int), ("value", c_uint * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared_bytes", c_uint),
+        ("stream", c_void_p),
+        ("attributes", POINTER(_Attribute)),
+        ("n_attributes", c_uint),
+    ]
+
+
+class Kernel:
+    """One `extern "C" __global__` function of a module."""
+
+    def __init__(
+        self,
+        function: c_void_p,
+        shared_bytes: int,
+        cluster: int = 1,
+        cooperative: bool = False,
+        early_start: bool = False,
+    ):
+        """shared_bytes: dynamic shared memory a block. cluster: blocks that share it. cooperative: all blocks run at once.
+        early_start: may start before the kernel ahead of it in the stream is done (programmatic dependent launch)."""
+        self._function, self._shared_bytes, self.cluster = function, shared_bytes, cluster
+        chosen: list[tuple[int, tuple[int, ...]]] = [(CLUSTER_DIMENSION, (cluster, 1, 1))] * (cluster > 1)
+        chosen += [(COOPERATIVE, (1,))] * cooperative + [(PROGRAMMATIC_STREAM_SERIALIZATION, (1,))] * early_start
+        self._attributes = (_Attribute * len(chosen))()
+        for attribute, (kind, values) in zip(self._attributes, chosen, strict=True):
+            attribute.id = kind
+            attribute.value[: len(values)] = values
+        if shared_bytes > 48 << 10:
+            _check(_cuda().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        block: int,
+        arguments: Sequence[ctypes._SimpleCData | ctypes.Structure],
+        stream: int,
+    ) -> None:
+        """Put the kernel on a stream (torch.cuda.Stream.cuda_stream); asynchronous, and captured if the stream captures."""
+        config = self._config(grid, block, stream)
+        pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        _check(_cuda().cuLaunchKernelEx(byref(config), self._function, pointers, None))
+
+    def max_clusters(self, grid: tuple[int, int, int], block: int) -> int:
+        """Clusters of this kernel that can run at once on this GPU; 0 if none can."""
+        n = c_int()
+        status = _cuda().cuOccupancyMaxActiveClusters(byref(n), self._function, byref(self._config(grid, block, 0)))
+        return n.value if status == 0 else 0
+
+    def _config(self, grid: tuple[int, int, int], block: int, stream: int) -> _LaunchConfig:
+        return _LaunchConfig(
+            (c_uint * 3)(*grid),
+            (c_uint * 3)(block, 1, 1),
+            self._shared_bytes,
+            stream,
+            self._attributes,
+            len(self._attributes),
+        )
+
+
+class Module:
+    """Compiled kernels, loaded on the current device for the life of the process."""
+
+    def __init__(self, image: bytes):
+        self._handle = c_void_p()
+        _check(_cuda().cuModuleLoadData(byref(self._handle), c_char_p(image)))
+
+    def kernel(
+        self, name: str, shared_bytes: int = 0, cluster: int = 1, cooperative: bool = False, early_start: bool = False
+    ) -> Kernel:
+        function = c_void_p()
+        _check(_cuda().cuModuleGetFunction(byref(function), self._handle, name.encode()))
+        return Kernel(function, shared_bytes, cluster, cooperative, early_start)
+
+
+@functools.cache
+def build(file: str, architecture: str, **constants: int) -> Module:
+    """Compile kernels/<file> for an architecture such as "sm_90a", with -D constants, and load it on the current device."""
+    return Module(compile_source(file, architecture, **constants))
+
+
+def compile_source(file: str, architecture: str, **constants: int) -> bytes:
+    """Machine code of kernels/<file>. Raises RuntimeError with the compiler's log."""
+    nvrtc = _nvrtc()
+    names = [path.name for path in sorted(HERE.glob("*.cuh"))]
+    sources = (c_char_p * len(names))(*((HERE / name).read_bytes() for name in names))
+    program = c_void_p()
+    _check_nvrtc(
+        nvrtc.nvrtcCreateProgram(
+            byref(program),
+            (HERE / file).read_bytes(),
+            file.encode(),
+            len(names),
+            sources,
+            (c_char_p * len(names))(*map(str.encode, names)),
+        )
+    )
+    options = [
+        f"-arch={architecture}",
+        "-std=c++17",
+        "-default-device",
+        *(f"-D{name}={value}" for name, value in constants.items()),
+    ]
+    status = nvrtc.nvrtcCompileProgram(program, len(options), (c_char_p * len(options))(*map(str.encode, options)))
+    if status:
+        log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()
+        raise RuntimeError(f"{file} does not compile for {architecture}:\n{log}")
+    image = _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    nvrtc.nvrtcDestroyProgram(byref(program))
+    return image
+
+
+def _read(get_size: Callable[..., int], get: Callable[..., int], program: c_void_p) -> bytes:
+    size = c_size_t()
+    _check_nvrtc(get_size(program, byref(size)))
+    content = ctypes.create_string_buffer(size.value)
+    _check_nvrtc(get(program, content))
+    return content.raw
+
+
+@functools.cache
+def _cuda() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuLaunchKernelEx.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
+    library.cuModuleLoadData.argtypes = [c_void_p, c_char_p]
+    library.cuFuncSetAttribute.argtypes = [c_void_p, c_int, c_int]
+    return library
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    for path in _nvrtc_candidates():
+        try:
+            for builtins in sorted(
+                Path(path).parent.glob("libnvrtc-builtins.so.*")
+            ):  # which libnvrtc looks for by its bare name
+                ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    raise RuntimeError(
+        "no libnvrtc.so: install PyTorch with CUDA, or NVIDIA's nvidia-cuda-nvrtc package, or the CUDA toolkit"
+    )
+
+
+def _nvrtc_candidates() -> list[str | Path]:
+    """Where libnvrtc may lie: PyTorch's wheels, the toolkit, the loader's own path."""
+    folders = [Path(folder) for folder in dict.fromkeys([*site.getsitepackages(), *sys.path]) if folder]
+    patterns = ("nvidia/cu*/lib/libnvrtc.so.*", "nvidia/cuda_nvrtc/lib/libnvrtc.so.*")
+    wheels = [path for folder in folders for pattern in patterns for path in sorted(folder.glob(pattern))]
+    toolkit = sorted(Path("/usr/local").glob("cuda*/**/libnvrtc.so.*"))
+    found = [path for path in [*wheels, *toolkit] if "builtins" not in path.name and ".alt" not in path.name]
+    return [*found, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
+
+
+def _check(status: int) -> None:
+    if status:
+        name = c_char_p()
+        _cuda().cuGetErrorString(status, byref(name))
+        raise RuntimeError(f"CUDA driver error {status}: {(name.value or b'unknown').decode()}")
+
+
+def _check_nvrtc(status: int) -> None:
+    if status:
+        _nvrtc().nvrtcGetErrorString.restype = c_char_p
+        raise RuntimeError(f"NVRTC: {_nvrtc().nvrtcGetErrorString(status).decode()}")
+
+
+__all__ = ["Kernel", "Module", "build", "c_int", "c_uint", "c_uint64", "c_void_p", "compile_source"]

@@ -1,0 +1,177 @@
+"""Many rows at once: matrix products by cuBLAS, the rest by `batched.cu`; prefill of whole prefixes, and decode steps as CUDA graphs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import c_int, c_void_p
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from barkstream.engines import Head
+from barkstream.engines.kernels import Kernel, build
+from barkstream.engines.kernels.fused import RowArguments, kernel_constants
+from barkstream.engines.kernels.weights import GPTWeights
+from barkstream.sampling import Ints
+from barkstream.tokens import GPTSize
+
+PREFILL_STEP = 128  # prefixes are padded to a multiple of this many tokens
+GRAPH_TOKENS = 4096  # a prefill of more tokens than this keeps the GPU busy without a graph
+STATE_FIELDS = 6  # length, ids, n_drawn, running, ended: `RowState` of batched.cu
+
+Attend = Callable[[int, Tensor], Tensor]  # (layer, q | k | v [rows, 3 width]) -> [rows, width]
+
+
+class Layers:
+    """The transformer over rows of activations; attention is the caller's."""
+
+    def __init__(self, weights: GPTWeights, size: GPTSize, head: Head, cache: Tensor):
+        """cache: [layers, 2, slots, heads, block, 64] bf16; the last slot is scratch."""
+        self.weights, self.size, self.head, self.cache = weights, size, head, cache
+        major, minor = torch.cuda.get_device_capability()
+        module = build("batched.cu", f"sm_{major}{minor}", **kernel_constants(size, head))
+        self.kernels: dict[str, Kernel] = {
+            name: module.kernel(name) for name in ("embed", "add_norm", "gelu", "store", "attend", "sample")
+        }
+
+    def run(self, states: Tensor, attend: Attend, n_layers: int) -> Tensor:
+        """states: [rows, 6] int32, what to feed where. Returns the normed activations [rows, width] bf16 behind n_layers."""
+        x = torch.empty(len(states), self.size.width, dtype=torch.float32, device="cuda")
+        normed = torch.empty_like(x, dtype=torch.bfloat16)
+        self.launch("embed", (len(x), 1, 1), states, self.weights.embedding, self.weights.positions, x, normed)
+        for i, layer in enumerate(self.weights.layers[:n_layers]):
+            attended = attend(i, normed @ layer.qkv.t())
+            self._add_norm(x, torch.mm(attended, layer.out.t(), out_dtype=torch.float32), normed)
+            hidden = normed @ layer.up.t()
+            n_pairs = hidden.numel() // 2
+            self.launch("gelu", (-(-n_pairs // 256), 1, 1), hidden, n_pairs)
+            self._add_norm(x, torch.mm(hidden, layer.down.t(), out_dtype=torch.float32), normed)
+        return normed
+
+    def launch(self, name: str, grid: tuple[int, int, int], *arguments: Tensor | int, block: int = 256) -> None:
+        passed = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int(a) for a in arguments]
+        self.kernels[name].launch(grid, block, passed, torch.cuda.current_stream().cuda_stream)
+
+    def _add_norm(self, x: Tensor, y: Tensor, normed: Tensor) -> None:
+        self.launch("add_norm", (len(x), 1, 1), x, y, normed)
+
+
+class Prefill:
+    """Keys and values of whole prefixes into the cache, padded to few lengths, small ones as CUDA graphs."""
+
+    def __init__(self, layers: Layers):
+        self._layers = layers
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, ids: Sequence[Ints], slots: Sequence[int]) -> None:
+        """ids: [S, C] of each row (C = 1 or 2), all of which goes into the row's slot. Asynchronous."""
+        size, cache = self._layers.size, self._layers.cache
+        n_rows = 1 << (len(ids) - 1).bit_length()
+        n_tokens = min(-(-max(map(len, ids)) // PREFILL_STEP) * PREFILL_STEP, size.block_size)
+        states = np.zeros((n_rows, n_tokens, STATE_FIELDS), np.int32)
+        states[:, :, 0], states[:, :, 1:3] = np.arange(n_tokens), size.n_input_ids
+        for i, row in enumerate(ids):
+            states[i, : len(row), 1 : 1 + row.shape[1]] = row
+        scratch = cache.shape[2] - 1
+        all_slots = torch.tensor([*slots, *[scratch] * (n_rows - len(slots))], dtype=torch.int32)
+        uploads = (torch.from_numpy(states.reshape(-1, STATE_FIELDS)), all_slots)
+        if n_rows * n_tokens > GRAPH_TOKENS:
+            self._forward(*(upload.cuda() for upload in uploads))
+            return
+        graph, *inputs = self._graphs.get((n_rows, n_tokens)) or self._capture(n_rows, n_tokens)
+        for place, upload in zip(inputs, uploads, strict=True):
+            place.copy_(upload)
+        graph.replay()
+
+    def _capture(self, n_rows: int, n_tokens: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        states = torch.zeros(n_rows * n_tokens, STATE_FIELDS, dtype=torch.int32, device="cuda")
+        slots = torch.full((n_rows,), self._layers.cache.shape[2] - 1, dtype=torch.int32, device="cuda")
+        graph = capture(lambda: self._forward(states, slots))
+        self._graphs[n_rows, n_tokens] = graph, states, slots
+        return self._graphs[n_rows, n_tokens]
+
+    def _forward(self, states: Tensor, slots: Tensor) -> None:
+        layers, size = self._layers, self._layers.size
+        n_tokens = len(states) // len(slots)
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            layers.launch("store", (len(states), 1, 1), slots, qkv, layers.cache, layers.cache.shape[2], i, n_tokens)
+            q, k, v = qkv.view(len(slots), n_tokens, 3, size.n_heads, 64).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return attended.transpose(1, 2).reshape(len(states), size.width)
+
+        last = size.n_layers - 1  # of the last layer only keys and values are wanted
+        normed = layers.run(states, attend, last)
+        qkv = normed @ layers.weights.layers[last].qkv.t()
+        layers.launch("store", (len(states), 1, 1), slots, qkv, layers.cache, layers.cache.shape[2], last, n_tokens)
+
+
+class BatchedDecoder:
+    """Decode steps of up to max_rows rows, one CUDA graph for each power of two."""
+
+    def __init__(self, layers: Layers):
+        self._layers = layers
+        self._steps: dict[int, _Step] = {}
+
+    def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As FusedDecoder.decode."""
+        n_rows = 1 << (len(rows) - 1).bit_length()
+        if n_rows not in self._steps:
+            self._steps[n_rows] = _Step(self._layers, n_rows)
+        step = self._steps[n_rows]
+        step.set(rows)
+        for _ in range(max(row.n_tokens for row in rows)):
+            step.graph.replay()
+        if logits is not None:
+            for i, row in enumerate(rows):
+                book = (row.position + row.n_tokens - 1) % self._layers.head.n_codebooks
+                logits[i] = step.logits[i].view(self._layers.head.n_codebooks, -1)[book]
+        return step.tokens, step.states[:, [3, 5]]
+
+
+class _Step:
+    """One decode step of n_rows rows: its graph and the memory it works on."""
+
+    def __init__(self, layers: Layers, n_rows: int):
+        self._n_rows, self._scratch = n_rows, layers.cache.shape[2] - 1
+        self.rows = torch.zeros(n_rows, ctypes.sizeof(RowArguments), dtype=torch.uint8, device="cuda")
+        self.states = torch.zeros(n_rows, STATE_FIELDS, dtype=torch.int32, device="cuda")
+        self.tokens = torch.zeros(n_rows, layers.size.block_size, dtype=torch.int32, device="cuda")
+        self.graph = capture(lambda: self._step(layers))
+
+    def set(self, rows: Sequence[RowArguments]) -> None:
+        rows = [*rows, *[RowArguments(slot=self._scratch, top_p=1)] * (self._n_rows - len(rows))]
+        states = [[row.length, *row.ids, 0, row.n_tokens > 0, 0] for row in rows]
+        self.rows.copy_(
+            torch.frombuffer(bytearray((RowArguments * self._n_rows)(*rows)), dtype=torch.uint8).view_as(self.rows)
+        )
+        self.states.copy_(torch.tensor(states, dtype=torch.int32))
+
+    def _step(self, layers: Layers) -> None:
+        size, _head, cache = layers.size, layers.head, layers.cache
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            attended = torch.empty(self._n_rows, size.width, dtype=torch.bfloat16, device="cuda")
+            grid = (size.n_heads, self._n_rows, 1)
+            layers.launch("attend", grid, self.rows, self.states, qkv, cache, cache.shape[2], i, attended)
+            return attended
+
+        normed = layers.run(self.states, attend, size.n_layers)
+        self.logits = torch.mm(normed, layers.weights.head.t(), out_dtype=torch.float32)
+        layers.launch("sample", (self._n_rows, 1, 1), self.rows, self.states, self.logits, self.tokens, block=1024)
+
+
+def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The work as a CUDA graph; it runs once before, so that libraries initialise outside of it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph

@@ -1,0 +1,882 @@
+// n decode steps of a causal GPT for 1 to 8 rows in one launch: one block per multiprocessor, all of them working on
+// every matrix. docs/performance.md has the measurements behind each choice.
+//
+// A step is a chain of small matrix products, far too short for kernel launches or grid barriers between them, while
+// 600 MB of weights must come from memory. So:
+// - Weights stream. Each block owns a fixed share of every matrix, stored in the order of use. One warp copies it into
+//   shared memory, which holds a layer's share of it (3 stages), whatever the other warps wait for.
+// - Blocks exchange activations as packets of 16 bytes, written and read at once, whose lowest bit says which layer
+//   they belong to: an even or an odd one. The reader polls the packet itself, so an exchange costs one store and one load,
+//   and no barrier. A packet is only overwritten after an exchange in which everybody has seen everybody, so one buffer
+//   and one bit are enough.
+// - A packet is 8 columns of a row as the tensor cores want them, so a warp polls straight into registers what its
+//   slice of k needs. What everybody reads is written COPIES times: 128 readers of one line of L2 would wait for each other.
+// - Products are split over k by warp. Tensor cores take up to 8 rows at the price of one.
+// - Nothing spills: a reload from local memory waits in line behind the other warps' polls. Hence 8 warps only, and
+//   `thread()` and `lane()`, which the compiler must read again where it wants them.
+//
+// Exchanges of a layer, for block b = 8 * head + rank:
+// - q, k, v of the head: 24 rows a block, to the head's 8 blocks
+// - attention: positions are dealt to the head's blocks in chunks of 8; each block then combines 8 of the 64 dimensions
+// - attention output: 8 dimensions a block, to all
+// - x after attention: 8 columns a block, to all
+// - hidden layer of the MLP: 32 a block, to all
+// - x after the MLP: 8 columns a block, to all
+// Layer norm: its weights, and the subtraction of the mean, are folded into the matrices behind it, so products are
+// taken of plain x; 1 / standard deviation is computed beside them and scales the sums.
+#include "sampling.cuh"
+
+constexpr int W = WIDTH, H = N_HEADS, B = N_ROWS, BLOCKS = 8 * H, WARPS = 8, THREADS = WARPS * 32;
+constexpr int SLICES = W / 32, PAIRS = (SLICES + WARPS - 1) / WARPS;  // slices of k, 32 wide, and how many a warp takes
+constexpr int TILE = 32 * W;  // the bytes of 16 rows of W weights: two units of 8 rows
+constexpr int STAGES = 3, STAGE_TILES = 2, STAGE_UNITS = 4;
+constexpr int TILE_CHUNKS = 4, CHUNK = TILE / TILE_CHUNKS, STAGE_CHUNKS = STAGE_TILES * TILE_CHUNKS;
+constexpr int IN_FLIGHT = 2;  // chunks of a block that are on their way
+constexpr int HEAD_STAGES = (HEAD_TILES + STAGE_TILES - 1) / STAGE_TILES, HEAD_ROWS = HEAD_TILES * 16;
+constexpr int HEAD_CYCLES = (HEAD_STAGES + STAGES - 1) / STAGES;  // a cycle fills every stage once; a layer is one
+constexpr int ALL_TILES = N_LAYERS * STAGES * STAGE_TILES + N_BOOKS * HEAD_TILES;
+constexpr int SPLIT = WARPS / B;  // warps that share a row's attention
+constexpr int COPIES = 8;
+static_assert(W == 64 * H && B <= 8 && (B & (B - 1)) == 0 && N_LAYERS % 2 == 0);
+
+// Where the packets of 16 bytes lie.
+constexpr int QKV_AT = 0, PART_AT = QKV_AT + H * B * 48, OUT_AT = PART_AT + BLOCKS * B * 17,
+              X1_AT = OUT_AT + COPIES * B * W / 8, X2_AT = X1_AT + COPIES * B * W / 8,
+              HIDDEN_AT = X2_AT + COPIES * B * W / 8, CANDIDATE_AT = HIDDEN_AT + COPIES * B * W / 2,
+              LOGITS_AT = CANDIDATE_AT + BLOCKS * B * 2;
+
+struct Arguments {
+    const u8* weights;       // [BLOCKS][ALL_TILES][TILE]
+    const u16* embedding;    // [ids][W], bf16
+    const float* positions;  // [BLOCK_SIZE][W]
+    u16* cache;              // [N_LAYERS][2][slots][H][BLOCK_SIZE][64], bf16
+    u8* packets;
+    int* tokens;    // [B][BLOCK_SIZE]: vocabulary indices within the book
+    int* result;    // [B][2]: how many tokens, and whether speech ended
+    float* logits;  // [B][BOOK_SIZE] of the last step, for tests; may be null
+    int n_slots, n_steps;
+    u32 number;    // of the first step; each step has its own
+    int filter;    // some row asks for top-k or top-p
+    int one_book;  // all rows stand at the same codebook, so the others need not be computed
+    Row rows[B];
+};
+
+struct RowState {
+    int length, ids[2], n_drawn, running, ended;
+};
+
+struct Shared {
+    u64 full[STAGES], empty[STAGES], landed[IN_FLIGHT];
+    float2 moments[2][WARPS][B];   // of a warp's slice of x: sum, and sum of squares
+    float2 residual[B][4];         // this block's 8 columns of x, in full precision
+    float2 part_scale[WARPS + B];  // attention: peak and sum of a warp's positions, and of a row's newest one
+    __align__(16) float part[WARPS + B][64];
+    float noise[B][HEAD_ROWS], logits[B][HEAD_ROWS];
+    float scratch[WARPS];
+    RowState rows[B];
+    volatile int stop;
+};
+
+__device__ __forceinline__ void sync() { sync_threads(1, THREADS); }
+__device__ __forceinline__ int
+thread() {  // volatile: else all that follows from it is kept for the whole loop, in local memory
+    int t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return t;
+}
+__device__ __forceinline__ int warp() { return thread() / 32; }
+__device__ __forceinline__ int lane() {
+    int l;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(l));
+    return l;
+}
+__device__ __forceinline__ u8* at(const Arguments& a, int packet) { return a.packets + packet * 16; }
+
+__device__ __forceinline__ int book_of(const Arguments& a, int row, int step) {
+    return (a.rows[row].position + step) % N_BOOKS;
+}
+
+// ---- the copying warp ----
+
+__device__ __forceinline__ bool passed(u64* barrier, u32 parity) {
+    u32 ready;
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(ready)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return ready;
+}
+
+// Copies in chunks, only IN_FLIGHT of them on their way at once: enough to keep memory busy, and no more, because polls
+// and packets wait behind what is on its way (with 144 KB a block in flight an exchange took 10,000 cycles instead of
+// 1,400).
+struct Copier {
+    Shared& shared;
+    u8* stages;
+    int n_issued, n_landed, n_filled;  // chunks, chunks, stages
+
+    // Waits for the oldest chunk on its way, and tells the others when it was its stage's last.
+    __device__ void land() {
+        barrier_wait(&shared.landed[n_landed % IN_FLIGHT], n_landed / IN_FLIGHT & 1);
+        if (++n_landed % STAGE_CHUNKS == 0) barrier_arrive(&shared.full[(n_landed / STAGE_CHUNKS - 1) % STAGES]);
+    }
+    // Fills every stage once with n_tiles tiles, nothing where there are none; false if the block is told to stop.
+    __device__ bool fill(const u8* from, int n_tiles) {
+        for (int stage = 0; stage < STAGES; stage++, n_filled++) {
+            if (!passed(&shared.empty[stage], (n_filled / STAGES & 1) ^ 1)) {
+                while (n_landed < n_issued) land();
+                while (!passed(&shared.empty[stage], (n_filled / STAGES & 1) ^ 1))
+                    if (shared.stop) return false;
+            }
+            for (int i = stage * STAGE_CHUNKS; i < (stage + 1) * STAGE_CHUNKS; i++, n_issued++) {
+                if (n_issued - n_landed == IN_FLIGHT) land();
+                u64* landed = &shared.landed[n_issued % IN_FLIGHT];
+                bool there = i < n_tiles * TILE_CHUNKS;
+                barrier_expect(landed, there ? CHUNK : 0);
+                if (there) copy_to_shared(stages + i * CHUNK, from + i * CHUNK, CHUNK, landed);
+            }
+        }
+        return true;
+    }
+};
+
+// Brings the keys and values that this block will read in a layer into L2.
+__device__ void prefetch_cache(const Arguments& a, int layer, int step) {
+    int head = blockIdx.x / 8, rank = blockIdx.x % 8;
+    for (int b = 0; b < B; b++) {
+        int length = min(a.rows[b].length + step, BLOCK_SIZE);
+        for (int kind = 0; kind < 2; kind++) {
+            const u16* keys =
+                a.cache + ((((size_t)layer * 2 + kind) * a.n_slots + a.rows[b].slot) * H + head) * BLOCK_SIZE * 64;
+            for (int i = lane();; i += 32) {
+                int p = ((i / 8) * 8 + rank) * 8 + i % 8;
+                if (p >= length) break;
+                prefetch_l2(keys + p * 64);
+            }
+        }
+    }
+}
+
+__device__ void copy_steps(const Arguments& a, Copier& copier) {
+    const u8* mine = a.weights + (size_t)blockIdx.x * ALL_TILES * TILE;
+    for (int step = 0; step < a.n_steps; step++) {
+        for (int layer = 0; layer < N_LAYERS; layer++) {
+            prefetch_cache(a, layer, step);
+            bool go = true;
+            if (lane() == 0) go = copier.fill(mine + layer * (STAGES * STAGE_TILES * TILE), STAGES * STAGE_TILES);
+            if (!__shfl_sync(~0u, go, 0)) return;
+        }
+        for (int book = 0; book < N_BOOKS; book++) {
+            if (a.one_book && book != book_of(a, 0, step)) continue;
+            bool go = true;
+            for (int i = 0; i < HEAD_CYCLES && go; i++) {
+                int first = i * STAGES * STAGE_TILES;
+                if (lane() == 0)
+                    go =
+                        copier.fill(mine + (size_t)(N_LAYERS * STAGES * STAGE_TILES + book * HEAD_TILES + first) * TILE,
+                                    HEAD_TILES - first);
+            }
+            if (!__shfl_sync(~0u, go, 0)) return;
+        }
+    }
+}
+
+__device__ void copying_warp(const Arguments& a, Shared& shared, u8* stages) {
+    Copier copier = {shared, stages, 0, 0, 0};
+    copy_steps(a, copier);
+    if (lane() == 0)
+        while (copier.n_landed < copier.n_issued)
+            copier.land();  // also those that nobody will use must land before the block ends
+}
+
+// ---- the 8 computing warps ----
+
+// What a warp carries from phase to phase.
+struct Place {
+    Shared& shared;
+    const u8* stages;
+    float* partial;  // [2][WARPS][units][B][8]
+    int cycle;       // of the stages
+    int buffer;      // of the partial sums
+};
+
+__device__ __forceinline__ u8* copy_at(const Arguments& a, int from,
+                                       int words_per_row) {  // where this block reads what everybody reads
+    return at(a, from + blockIdx.x % COPIES * (B * words_per_row / 4));
+}
+
+// This warp's slices of a tile. Its 16 bytes for a lane and 16 of k are the tensor cores' left operand: rows of the
+// first unit, of the second, and both again 2 of k further on.
+__device__ __forceinline__ void load_tile(uint4 (&weights)[2 * PAIRS], const Place& place, int tile) {
+    const uint4* from = (const uint4*)(place.stages + tile * TILE) + warp() * 64 + lane();
+#pragma unroll
+    for (int i = 0; i < 2 * PAIRS; i++)
+        weights[i] = warp() + i / 2 * WARPS < SLICES ? from[i / 2 * WARPS * 64 + i % 2 * 32] : make_uint4(0, 0, 0, 0);
+}
+
+__device__ __forceinline__ void wait_for_stage(const Place& place, int stage) {
+    barrier_wait(&place.shared.full[stage], place.cycle & 1);
+}
+__device__ __forceinline__ void release_stage(const Place& place, int stage) {
+    __syncwarp();
+    if (lane() == 0) barrier_arrive(&place.shared.empty[stage]);
+}
+
+// All weights of a stage, which is free for the next ones from then on.
+__device__ __forceinline__ void take_stage(uint4 (&weights)[STAGE_TILES][2 * PAIRS], const Place& place, int stage) {
+    wait_for_stage(place, stage);
+#pragma unroll
+    for (int m = 0; m < STAGE_TILES; m++) load_tile(weights[m], place, stage * STAGE_TILES + m);
+    release_stage(place, stage);
+}
+
+// sums of 16 rows of weights [16 x 8 rows of activations]: sums[0], [1] of the first unit, [2], [3] of the second
+__device__ __forceinline__ void multiply(float (&sums)[4], const uint4 (&weights)[2 * PAIRS],
+                                         const uint4 (&act)[PAIRS]) {
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        const uint4 &first = weights[2 * i], &second = weights[2 * i + 1];
+        multiply_add(sums, first.x, first.y, first.z, first.w, act[i].x, act[i].y);
+        multiply_add(sums, second.x, second.y, second.z, second.w, act[i].z, act[i].w);
+    }
+}
+
+__device__ __forceinline__ void store_packet(u8* to, u64 low, u64 high) {
+    asm volatile(
+        "{\n.reg .b128 packet;\nmov.b128 packet, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], packet;\n}" ::"l"(to),
+        "l"(low), "l"(high)
+        : "memory");
+}
+__device__ __forceinline__ void publish_numbered(u8* to, u32 x, u32 y, u32 z, u32 number) {
+    store_packet(to, (u64)y << 32 | x, (u64)number << 32 | z);
+}
+
+// Packets of activations are odd or even, by the lowest bit of their first word.
+__device__ __forceinline__ void publish(u8* to, uint4 v, u32 odd) {
+    store_packet(to, (u64)v.y << 32 | ((v.x & ~1u) | odd), (u64)v.w << 32 | v.z);
+}
+
+__device__ __forceinline__ uint4 peek(const u8* from) {
+    u64 low, high;
+    asm volatile("{\n.reg .b128 packet;\nld.relaxed.gpu.global.b128 packet, [%2];\nmov.b128 {%0, %1}, packet;\n}"
+                 : "=l"(low), "=l"(high)
+                 : "l"(from)
+                 : "memory");
+    return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
+}
+
+// Polls N packets, at address(i), until all of them are wanted. A wait of seconds means that a block died: better an
+// error than a hang.
+template <int N, class Address, class Wanted>
+__device__ __forceinline__ void await(uint4 (&v)[N], Address address, Wanted wanted) {
+    bool ready;
+    u32 patience = 1u << 23;
+    do {
+        ready = true;
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = peek(address(i));
+#pragma unroll
+        for (int i = 0; i < N; i++) ready &= wanted(v[i]);
+        if (--patience == 0) __trap();
+    } while (!ready);
+}
+
+// Activations of this warp's slices, N_CHUNKS times W of k: packets of everybody, from `from` on.
+template <int N_CHUNKS>
+__device__ __forceinline__ void await_slices(uint4 (&act)[N_CHUNKS][PAIRS], const u8* from, u32 odd) {
+    constexpr int PACKETS_PER_ROW = N_CHUNKS * W / 8;
+    constexpr bool EVEN = SLICES % WARPS == 0;
+    const u8* mine = from + (lane() / 4 % B * PACKETS_PER_ROW + lane() % 4) *
+                                16;  // rows beyond B repeat others; nobody reads their sums
+    // A slice that doesn't exist is polled, too, as the last one; its weights are 0.
+    auto slice = [&](int i) { return EVEN ? warp() + i * WARPS : min(warp() + i * WARPS, SLICES - 1); };
+    uint4 v[N_CHUNKS * PAIRS];
+    await(
+        v, [&](int i) { return mine + (i / PAIRS * (W / 8) + slice(i % PAIRS) * 4) * 16; },
+        [&](const uint4& packet) { return (packet.x & 1) == odd; });
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < N_CHUNKS * PAIRS; i++) act[i / PAIRS][i % PAIRS] = v[i];
+}
+
+// Sums and sums of squares of this warp's slices of x, by tensor cores: ones times x, and the diagonal of x times x.
+__device__ __forceinline__ void note_moments(const uint4 (&act)[PAIRS], const Place& place) {
+    constexpr bool EVEN = SLICES % WARPS == 0;
+    constexpr u32 ONES = 0x3f803f80u;
+    float sums[4] = {}, even[4] = {}, odd[4] = {};
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        if (!EVEN && warp() + i * WARPS >= SLICES) break;
+        const uint4& x = act[i];
+        multiply_add(sums, ONES, ONES, ONES, ONES, x.x, x.y);
+        multiply_add(sums, ONES, ONES, ONES, ONES, x.z, x.w);
+        multiply_add(even, x.x, x.y, x.z, x.w, x.x, x.z);  // words 0 and 2 in rows 0 to 7
+        multiply_add(odd, x.x, x.y, x.z, x.w, x.y, x.w);   // words 1 and 3 in rows 8 to 15
+    }
+    int row = lane() / 4;  // of the diagonal
+    if (row < B && lane() % 4 == row / 2) {
+        float squares = row % 2 ? even[1] + odd[3] : even[0] + odd[2];
+        place.shared.moments[place.buffer][warp()][row].y = squares;
+    }
+    if (row == 0) {
+        if (lane() * 2 < B) place.shared.moments[place.buffer][warp()][lane() * 2].x = sums[0];
+        if (lane() * 2 + 1 < B) place.shared.moments[place.buffer][warp()][lane() * 2 + 1].x = sums[1];
+    }
+}
+
+// 1 / standard deviation of a row of x, found by a warp
+__device__ __forceinline__ float scale_of(const Place& place, int row) {
+    float2 m = place.shared.moments[place.buffer][lane() % WARPS][row];
+#pragma unroll
+    for (int offset = 1; offset < WARPS; offset *= 2) {
+        m.x += __shfl_xor_sync(~0u, m.x, offset);
+        m.y += __shfl_xor_sync(~0u, m.y, offset);
+    }
+    float mean = m.x / W;
+    return rsqrtf(fmaxf(m.y / W - mean * mean, 0) + 1e-5f);
+}
+
+// One warp's sums into shared memory: N units, the first of which is half FIRST of tile 0.
+template <int FIRST, int N, int N_TILES>
+__device__ __forceinline__ void note_sums(const float (&sums)[N_TILES][4], const Place& place) {
+    float* to = place.partial + (place.buffer * WARPS + warp()) * (STAGE_UNITS * B * 8) + lane() / 4;
+    int row = lane() % 4 * 2;
+#pragma unroll
+    for (int u = 0; u < N; u++) {
+        int half = FIRST + u;
+        if (row < B) to[(u * B + row) * 8] = sums[half / 2][half % 2 * 2];
+        if (row + 1 < B) to[(u * B + row + 1) * 8] = sums[half / 2][half % 2 * 2 + 1];
+    }
+}
+
+// Columns 2 * (lane % 4), + 1 of item = unit * B + row, summed over warps by a warp.
+__device__ __forceinline__ float2 total_of(int item, const Place& place) {
+    static_assert(WARPS == 8, "one for each group of 4 lanes");
+    const float* from =
+        place.partial + (place.buffer * WARPS + lane() / 4) * (STAGE_UNITS * B * 8) + item * 8 + lane() % 4 * 2;
+    float2 v = *(const float2*)from;
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2) {
+        v.x += __shfl_xor_sync(~0u, v.x, offset);
+        v.y += __shfl_xor_sync(~0u, v.y, offset);
+    }
+    return v;
+}
+
+// 8 columns of a row, 2 in each of 4 neighbouring lanes, as one packet, from `to` on: every group of 4 lanes writes one
+// of the copies.
+__device__ __forceinline__ void publish_columns(u8* to, int bytes_per_copy, float2 v, u32 odd) {
+    static_assert(COPIES == 8);
+    u32 word = pack_bf16(v.x, v.y);
+    int first = lane() & ~3;
+    uint4 packet = make_uint4(__shfl_sync(~0u, word, first), __shfl_sync(~0u, word, first + 1),
+                              __shfl_sync(~0u, word, first + 2), __shfl_sync(~0u, word, first + 3));
+    if (lane() == first) publish(to + lane() / 4 * bytes_per_copy, packet, odd);
+}
+
+__device__ __forceinline__ void unpack(float (&v)[8], const uint4& words) {
+    v[0] = low_bf16(words.x), v[1] = high_bf16(words.x), v[2] = low_bf16(words.y), v[3] = high_bf16(words.y);
+    v[4] = low_bf16(words.z), v[5] = high_bf16(words.z), v[6] = low_bf16(words.w), v[7] = high_bf16(words.w);
+}
+
+__device__ __forceinline__ uint4 pack(const float (&v)[8]) {
+    return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
+
+__device__ __forceinline__ uint4 as_words(float x, float y, float z, float w) {
+    return make_uint4(__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w));
+}
+
+__device__ __forceinline__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Columns column ... + N of x at a row's next position: the embeddings of its ids and of the position.
+template <int N>
+__device__ __forceinline__ void embedding(float (&x)[N], const Arguments& a, const RowState& row, int column) {
+    const u16 *first = a.embedding + (size_t)row.ids[0] * W + column,
+              *second = a.embedding + (size_t)row.ids[1] * W + column;
+    const float* position = a.positions + (size_t)row.length * W + column;
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+        u32 one = *(const u32*)(first + i), other = *(const u32*)(second + i);
+        float2 p = *(const float2*)(position + i);
+        x[i] = low_bf16(one) + low_bf16(other) + p.x, x[i + 1] = high_bf16(one) + high_bf16(other) + p.y;
+    }
+}
+
+// x of this warp's slices, and of the block's own columns.
+__device__ __forceinline__ void embed(uint4 (&act)[PAIRS], const Arguments& a, Shared& shared) {
+    int row = lane() / 4 % B;
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        float x[8] = {};
+        int slice = warp() + i * WARPS;
+        if (slice < SLICES) embedding(x, a, shared.rows[row], slice * 32 + lane() % 4 * 8);
+        act[i] = pack(x);
+    }
+    if (warp() < B) {
+        float x[2];
+        embedding(x, a, shared.rows[warp()], blockIdx.x * 8 + lane() % 4 * 2);
+        shared.residual[warp()][lane() % 4] = make_float2(x[0], x[1]);
+    }
+}
+
+// ---- attention ----
+
+// Where a row's keys of this block's head begin in the cache, for this lane's 8 dimensions; its values lie
+// `values_after` further on.
+__device__ __forceinline__ u16* keys_at(const Arguments& a, int layer, int b) {
+    return a.cache + ((size_t)(layer * 2 * a.n_slots + a.rows[b].slot) * H + blockIdx.x / 8) * BLOCK_SIZE * 64 +
+           lane() % 8 * 8;
+}
+__device__ __forceinline__ size_t values_after(const Arguments& a) { return (size_t)a.n_slots * H * BLOCK_SIZE * 64; }
+
+// 8 dimensions a lane of the query (which = 0), the new key (1) or the new value (2) of this block's head.
+__device__ __forceinline__ void receive(float (&v)[8], const Arguments& a, int b, int which, u32 odd) {
+    const u8* from = at(a, QKV_AT + (blockIdx.x / 8 * B + b) * 48 + which * 16 + lane() % 8 * 2);
+    uint4 packets[2];
+    await(packets, [&](int i) { return from + i * 16; }, [&](const uint4& packet) { return (packet.x & 1) == odd; });
+    __syncwarp();
+    v[0] = __uint_as_float(packets[0].x), v[1] = __uint_as_float(packets[0].y), v[2] = __uint_as_float(packets[0].z),
+    v[3] = __uint_as_float(packets[0].w);
+    v[4] = __uint_as_float(packets[1].x), v[5] = __uint_as_float(packets[1].y), v[6] = __uint_as_float(packets[1].z),
+    v[7] = __uint_as_float(packets[1].w);
+}
+
+__device__ __forceinline__ float score_of(const float (&q)[8], const uint4& key) {  // / sqrt(64), to base 2
+    float k[8], score = 0;
+    unpack(k, key);
+#pragma unroll
+    for (int d = 0; d < 8; d++) score = fmaf(q[d], k[d], score);
+#pragma unroll
+    for (int offset = 1; offset < 8; offset *= 2) score += __shfl_xor_sync(~0u, score, offset);
+    return score * (0.125f * 1.44269504f);
+}
+
+// The helping warp's part: the positions being fed, if they are this block's. They go into the cache, too.
+__device__ __forceinline__ void attend_newest(const Arguments& a, Shared& shared, int layer, u32 odd) {
+    for (int b = 0; b < B; b++) {
+        int length = shared.rows[b].length;
+        float score = -1e30f, sum = 0, v[8] = {};
+        if (length / 8 % 8 == blockIdx.x % 8) {
+            float q[8], k[8];
+            receive(q, a, b, 0, odd);
+            receive(k, a, b, 1, odd);
+            receive(v, a, b, 2, odd);
+            uint4 key = pack(k), value = pack(v);
+            score = score_of(q, key), sum = 1;
+            unpack(v, value);
+            u16* keys = keys_at(a, layer, b) + length * 64;
+            if (lane() < 8) *(uint4*)keys = key, *(uint4*)(keys + values_after(a)) = value;
+        }
+        if (lane() < 8) {
+            *(float4*)&shared.part[WARPS + b][lane() * 8] = make_float4(v[0], v[1], v[2], v[3]);
+            *(float4*)&shared.part[WARPS + b][lane() * 8 + 4] = make_float4(v[4], v[5], v[6], v[7]);
+        }
+        if (lane() == 0) shared.part_scale[WARPS + b] = make_float2(score, sum);
+    }
+    sync_threads(4, THREADS + 32);
+}
+
+// A row's warps and its newest position together, for the head's other blocks: 4 dimensions a lane, half of the parts
+// each.
+__device__ __forceinline__ void share_attention(const Arguments& a, const Shared& shared, u32 odd) {
+    int row = warp(), quad = lane() % 16;
+    float2 newest = shared.part_scale[WARPS + row];
+    float top = newest.x, total = 0;
+    float4 x = make_float4(0, 0, 0, 0);
+    auto add = [&](int part, float2 scale) {
+        float weight = power_of_2(scale.x - top);
+        float4 v = *(const float4*)&shared.part[part][quad * 4];
+        total = fmaf(weight, scale.y, total);
+        x.x = fmaf(weight, v.x, x.x), x.y = fmaf(weight, v.y, x.y), x.z = fmaf(weight, v.z, x.z),
+        x.w = fmaf(weight, v.w, x.w);
+    };
+    constexpr int HALF = (SPLIT + 1) / 2;
+    int first = lane() / 16 * HALF;
+    float2 scale[HALF];
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        scale[i] = first + i < SPLIT ? shared.part_scale[(first + i) * B + row] : make_float2(-1e30f, 0);
+        top = fmaxf(top, scale[i].x);
+    }
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
+#pragma unroll
+    for (int i = 0; i < HALF; i++)
+        if (first + i < SPLIT) add((first + i) * B + row, scale[i]);
+    if (lane() < 16) add(WARPS + row, newest);
+    __syncwarp();
+    total += __shfl_xor_sync(~0u, total, 16);
+    x.x += __shfl_xor_sync(~0u, x.x, 16), x.y += __shfl_xor_sync(~0u, x.y, 16), x.z += __shfl_xor_sync(~0u, x.z, 16),
+        x.w += __shfl_xor_sync(~0u, x.w, 16);
+    u8* to = at(a, PART_AT + (blockIdx.x * B + row) * 17);
+    uint4 packet = lane() == 16 ? as_words(top, total, 0, 0) : as_words(x.x, x.y, x.z, x.w);
+    if (lane() <= 16) publish(to + lane() * 16, packet, odd);
+}
+
+// This block's 8 dimensions, of the head's 8 blocks: lane = 4 * source + pair of dimensions.
+__device__ __forceinline__ void combine_attention(const Arguments& a, u32 odd) {
+    const u8* source = at(a, PART_AT + ((blockIdx.x / 8 * 8 + lane() / 4) * B + warp()) * 17);
+    int mine = blockIdx.x % 8 * 2 + lane() / 2 % 2;
+    uint4 packets[2];
+    await(
+        packets, [&](int i) { return source + (i ? 16 : mine) * 16; },
+        [&](const uint4& packet) { return (packet.x & 1) == odd; });
+    __syncwarp();
+    float top = __uint_as_float(packets[1].x), all = top;
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, offset));
+    float weight = power_of_2(top - all), total = weight * __uint_as_float(packets[1].y);
+    float x = weight * __uint_as_float(lane() % 2 ? packets[0].z : packets[0].x),
+          y = weight * __uint_as_float(lane() % 2 ? packets[0].w : packets[0].y);
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2) {
+        total += __shfl_xor_sync(~0u, total, offset);
+        x += __shfl_xor_sync(~0u, x, offset);
+        y += __shfl_xor_sync(~0u, y, offset);
+    }
+    float share = __fdividef(1, total);
+    publish_columns(at(a, OUT_AT + warp() * (W / 8) + blockIdx.x), B * W * 2, make_float2(x * share, y * share), odd);
+}
+
+// The computing warps': this block's share of a row's earlier positions; a warp takes 4 at a time, 8 lanes and 8
+// dimensions each.
+__device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int layer, u32 odd) {
+    constexpr int GROUPS = BLOCK_SIZE / 32,
+                  TOGETHER = B < 4 ? 2 : 4;  // groups of 4 positions that a block owns at most
+    int rank = blockIdx.x % 8, b = warp() % B, sub = lane() / 8, length = shared.rows[b].length;
+    const u16 *keys = keys_at(a, layer, b), *values = keys + values_after(a);
+    uint4 key[TOGETHER], value[TOGETHER];
+    auto position = [&](int group) { return (group / 2 * 8 + rank) * 8 + group % 2 * 4 + sub; };
+    auto fetch = [&](int first) {
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            int p = position(first + j * SPLIT);
+            key[j] = value[j] = make_uint4(0, 0, 0, 0);
+            if (p < length) key[j] = load_cached_l2(keys + p * 64), value[j] = load_cached_l2(values + p * 64);
+        }
+    };
+    fetch(warp() / B);
+    float q[8], peak = -1e30f, sum = 0, out[8] = {};
+    receive(q, a, b, 0, odd);
+#pragma unroll 1
+    for (int first = warp() / B;;) {
+        float score[TOGETHER], highest = peak;
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            score[j] = score_of(q, key[j]);
+            if (position(first + j * SPLIT) >= length) score[j] = -1e30f;
+            highest = fmaxf(highest, score[j]);
+        }
+        float rescale = power_of_2(peak - highest);
+        peak = highest, sum *= rescale;
+#pragma unroll
+        for (int d = 0; d < 8; d++) out[d] *= rescale;
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            float weight = position(first + j * SPLIT) < length ? power_of_2(score[j] - peak) : 0, v[8];
+            unpack(v, value[j]);
+            sum += weight;
+#pragma unroll
+            for (int d = 0; d < 8; d++) out[d] = fmaf(weight, v[d], out[d]);
+        }
+        first += SPLIT * TOGETHER;
+        if (first >= GROUPS || position(first) - sub >= length) break;
+        fetch(first);
+    }
+    float highest = fmaxf(peak, __shfl_xor_sync(~0u, peak, 8));  // over the warp's 4 positions
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 16));
+    float rescale = power_of_2(peak - highest);
+    sum *= rescale;
+    sum += __shfl_xor_sync(~0u, sum, 8);
+    sum += __shfl_xor_sync(~0u, sum, 16);
+#pragma unroll
+    for (int d = 0; d < 8; d++) {
+        out[d] *= rescale;
+        out[d] += __shfl_xor_sync(~0u, out[d], 8);
+        out[d] += __shfl_xor_sync(~0u, out[d], 16);
+    }
+    if (sub == 0) {
+        *(float4*)&shared.part[warp()][lane() * 8] = make_float4(out[0], out[1], out[2], out[3]);
+        *(float4*)&shared.part[warp()][lane() * 8 + 4] = make_float4(out[4], out[5], out[6], out[7]);
+        if (lane() == 0) shared.part_scale[warp()] = make_float2(highest, sum);
+    }
+    sync_threads(4, THREADS + 32);
+    if (warp() < B) {
+        share_attention(a, shared, odd);
+        combine_attention(a, odd);
+    }
+}
+
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
+
+// Row `warp`, columns 2 * (lane % 4), + 1: each group of 4 lanes does the same.
+__device__ __forceinline__ float2 add_to_residual(Shared& shared, float2 v) {
+    float2 x = shared.residual[warp()][lane() % 4];
+    __syncwarp();
+    x = make_float2(x.x + v.x, x.y + v.y);
+    shared.residual[warp()][lane() % 4] = x;
+    return x;
+}
+
+// One layer. x of the first layer comes in `act`.
+__device__ __forceinline__ void layer_step(const Arguments& a, Place& place, uint4 (&act)[1][PAIRS], int layer) {
+    u32 odd = layer % 2 == 0;
+    uint4 weights[STAGE_TILES][2 * PAIRS];
+    take_stage(weights, place, 0);  // queries and keys; values and the output projection
+    if (layer) await_slices<1>(act, copy_at(a, X2_AT, W / 2), odd ^ 1);
+    {
+        float sums[2][4] = {};
+        multiply(sums[0], weights[0], act[0]);
+        multiply(sums[1], weights[1], act[0]);
+        note_moments(act[0], place);
+        note_sums<0, 3>(sums, place);
+        sync();
+#pragma unroll 1
+        for (int item = warp(); item < 3 * B; item += WARPS) {
+            int row = item % B, unit = item / B;
+            float2 v = total_of(item, place);
+            float scale = scale_of(place, row), x = v.x * scale, y = v.y * scale, z = __shfl_down_sync(~0u, x, 1),
+                  w = __shfl_down_sync(~0u, y, 1);
+            if (lane() < 4 && lane() % 2 == 0)
+                publish(at(a, QKV_AT + (blockIdx.x / 8 * B + row) * 48 + unit * 16 + blockIdx.x % 8 * 2 + lane() / 2),
+                        as_words(x, y, z, w), odd);
+        }
+        place.buffer ^= 1;
+    }
+    attend(a, place.shared, layer, odd);
+    {
+        float sums[1][4] = {};
+        await_slices<1>(act, copy_at(a, OUT_AT, W / 2), odd);
+        multiply(sums[0], weights[1], act[0]);
+        note_sums<1, 1>(sums, place);
+        sync();
+        if (warp() < B) {
+            float2 v = total_of(warp(), place);
+            v = add_to_residual(place.shared, v);
+            publish_columns(at(a, X1_AT + warp() * (W / 8) + blockIdx.x), B * W * 2, v, odd);
+        }
+        place.buffer ^= 1;
+    }
+    {
+        take_stage(weights, place, 1);
+        float sums[2][4] = {};
+        await_slices<1>(act, copy_at(a, X1_AT, W / 2), odd);
+        multiply(sums[0], weights[0], act[0]);
+        multiply(sums[1], weights[1], act[0]);
+        note_moments(act[0], place);
+        note_sums<0, 4>(sums, place);
+        sync();
+#pragma unroll 1
+        for (int item = warp(); item < 4 * B; item += WARPS) {
+            int row = item % B, unit = item / B;
+            float2 v = total_of(item, place);
+            float scale = scale_of(place, row);
+            v = make_float2(gelu(v.x * scale), gelu(v.y * scale));
+            publish_columns(at(a, HIDDEN_AT + row * (W / 2) + blockIdx.x * 4 + unit), B * W * 8, v, odd);
+        }
+        place.buffer ^= 1;
+    }
+    {
+        wait_for_stage(place, 2);  // the 4 units are 4 pieces of k of the same 8 rows
+        load_tile(weights[0], place, 2 * STAGE_TILES);
+        float sums[4][4] = {}, all[1][4];
+        uint4 hidden[4][PAIRS];
+        await_slices<4>(hidden, copy_at(a, HIDDEN_AT, 2 * W), odd);
+        multiply(sums[0], weights[0], hidden[0]);
+        multiply(sums[1], weights[0], hidden[1]);
+        load_tile(weights[1], place, 2 * STAGE_TILES + 1);  // not before: registers are full
+        release_stage(place, 2);
+        multiply(sums[2], weights[1], hidden[2]);
+        multiply(sums[3], weights[1], hidden[3]);
+        for (int j = 0; j < 2; j++) all[0][j] = (sums[0][j] + sums[1][j + 2]) + (sums[2][j] + sums[3][j + 2]);
+        note_sums<0, 1>(all, place);
+        sync();
+        if (warp() < B) {
+            float2 v = total_of(warp(), place);
+            v = add_to_residual(place.shared, v);
+            publish_columns(at(a, X2_AT + warp() * (W / 8) + blockIdx.x), B * W * 2, v, odd);
+        }
+        place.buffer ^= 1;
+    }
+    place.cycle++;
+}
+
+__device__ __forceinline__ void note_logit(const Arguments& a, Shared& shared, int row, int local, float logit,
+                                           u32 number) {
+    int index = blockIdx.x * HEAD_ROWS + local;
+    shared.logits[row][local] = index < BOOK_SIZE ? logit : NEVER;
+    if (a.filter)
+        asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(
+                         at(a, LOGITS_AT) + (size_t)(row * BLOCKS * HEAD_ROWS + index) * 8),
+                     "r"(__float_as_uint(shared.logits[row][local])), "r"(number)
+                     : "memory");
+    if (a.logits && index < BOOK_SIZE) a.logits[row * BOOK_SIZE + index] = logit;
+}
+
+// Logits of this block's share of each row's vocabulary, into shared memory.
+__device__ __forceinline__ void head_step(const Arguments& a, Place& place, int step, u32 number) {
+    uint4 act[1][PAIRS], weights[STAGE_TILES][2 * PAIRS];
+    await_slices<1>(act, copy_at(a, X2_AT, W / 2), 0);
+#pragma unroll 1
+    for (int book = 0; book < N_BOOKS; book++) {
+        if (a.one_book && book != book_of(a, 0, step)) continue;
+#pragma unroll 1
+        for (int i = 0; i < HEAD_CYCLES * STAGES; i++) {
+            take_stage(weights, place, i % STAGES);
+            if (i % STAGES == STAGES - 1) place.cycle++;
+            if (i >= HEAD_STAGES) continue;
+            float sums[2][4] = {};
+            multiply(sums[0], weights[0], act[0]);
+            multiply(sums[1], weights[1], act[0]);
+            note_moments(act[0], place);
+            note_sums<0, 4>(sums, place);
+            sync();
+#pragma unroll 1
+            for (int item = warp(); item < 4 * B; item += WARPS) {
+                int row = item % B, local = (i * STAGE_UNITS + item / B) * 8 + lane() % 4 * 2;
+                float2 v = total_of(item, place);
+                float scale = scale_of(place, row);
+                if (lane() < 4 && local < HEAD_ROWS && book == book_of(a, row, step)) {
+                    note_logit(a, place.shared, row, local, v.x * scale, number);
+                    note_logit(a, place.shared, row, local + 1, v.y * scale, number);
+                }
+            }
+            place.buffer ^= 1;
+        }
+    }
+}
+
+// Which of its logits a row may draw: all blocks' are read by every block.
+__device__ void filter_logits(const Arguments& a, Shared& shared, u32 number) {
+    constexpr int PADDED = BLOCKS * HEAD_ROWS, N = (PADDED / 2 + THREADS - 1) / THREADS;
+    for (int b = 0; b < B; b++) {
+        float mine[2 * N];
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            int i = j * THREADS + thread();
+            uint4 v[1] = {make_uint4(__float_as_uint(NEVER), 0, __float_as_uint(NEVER), 0)};
+            if (i < PADDED / 2)
+                await(
+                    v, [&](int) { return at(a, LOGITS_AT + b * PADDED / 2 + i); },
+                    [&](const uint4& packet) { return packet.y == number && packet.w == number; });
+            mine[2 * j] = __uint_as_float(v[0].x), mine[2 * j + 1] = __uint_as_float(v[0].z);
+        }
+        u32 least = smallest_kept<WARPS>(mine, a.rows[b], shared.scratch, 1);
+        for (int i = thread(); i < HEAD_ROWS; i += THREADS)
+            if (ordered(shared.logits[b][i]) < least) shared.logits[b][i] = NEVER;
+    }
+    sync();
+}
+
+// Each row's token, found alike by every block.
+__device__ void draw(const Arguments& a, Shared& shared, int step, u32 number) {
+    if (warp() < B) {
+        int b = warp();
+        const Row& row = a.rows[b];
+        Candidate best = nothing();
+#pragma unroll 1
+        for (int i = lane(); i < HEAD_ROWS; i += 32)
+            best =
+                combine(best, consider(shared.logits[b][i], shared.noise[b][i], blockIdx.x * HEAD_ROWS + i, END, row));
+        best = combine_warp(best);
+        u8* to = at(a, CANDIDATE_AT + (b * BLOCKS + blockIdx.x) * 2);
+        if (lane() == 0) {  // three words and the step's number in each packet
+            publish_numbered(to, __float_as_uint(best.value), best.index, 0, number);
+            publish_numbered(to + 16, __float_as_uint(best.peak), __float_as_uint(best.sum), __float_as_uint(best.end),
+                             number);
+        }
+        best = nothing();
+#pragma unroll 1
+        for (int i = lane(); i < BLOCKS; i += 32) {
+            uint4 v[2];
+            await(
+                v, [&](int j) { return at(a, CANDIDATE_AT + (b * BLOCKS + i) * 2 + j); },
+                [&](const uint4& packet) { return packet.w == number; });
+            best = combine(best, {__uint_as_float(v[0].x), (int)v[0].y, __uint_as_float(v[1].x),
+                                  __uint_as_float(v[1].y), __uint_as_float(v[1].z)});
+        }
+        __syncwarp();
+        best = combine_warp(best);
+        if (lane() == 0) {
+            RowState& state = shared.rows[b];
+            if (state.running) {
+                state.ended = ends(best, END, row);
+                if (!state.ended) {
+                    if (blockIdx.x == 0) a.tokens[b * BLOCK_SIZE + state.n_drawn] = best.index;
+                    state.n_drawn++;
+                }
+                state.running = !state.ended && state.n_drawn < row.n_tokens;
+                if (state.running) {  // a finished row feeds its last position again and again: the same keys, the same
+                                      // values
+                    state.length++;
+                    state.ids[0] = FIRST_ID + book_of(a, b, step) * BOOK_SIZE + best.index;
+                    state.ids[1] = NO_ID;
+                }
+            }
+        }
+    }
+    sync();
+}
+
+// ---- the helping warp: the newest positions' attention, and the noise ----
+
+__device__ void helping_warp(const Arguments& a, Shared& shared) {
+    for (int step = 0; step < a.n_steps; step++) {
+#pragma unroll 1
+        for (int layer = 0; layer < N_LAYERS; layer++) attend_newest(a, shared, layer, layer % 2 == 0);
+#pragma unroll 1
+        for (int i = lane(); i < B * HEAD_TILES * 2; i += 32) {
+            int b = i / (HEAD_TILES * 2), unit = i % (HEAD_TILES * 2);
+            const Row& row = a.rows[b];
+            if (row.temperature != 0)
+                gumbel_block(&shared.noise[b][unit * 8], row.seed, STAGE, row.position + step,
+                             blockIdx.x * HEAD_TILES * 2 + unit);
+        }
+        sync_threads(2, THREADS + 32);  // noise ready
+        sync_threads(3, THREADS + 32);  // noise used, rows' states moved on
+        if (shared.stop) return;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(128) u8 memory[];
+    __shared__ Shared shared;
+    if (thread() == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS);
+        for (int i = 0; i < IN_FLIGHT; i++) barrier_init(&shared.landed[i], 1);
+        barrier_init_fence();
+        shared.stop = 0;
+    }
+    if (thread() < B) {
+        const Row& row = a.rows[thread()];
+        shared.rows[thread()] = {row.length, {row.ids[0], row.ids[1]}, 0, row.n_tokens > 0, 0};
+    }
+    __syncthreads();
+    if (warp() == WARPS) return copying_warp(a, shared, memory);
+    if (warp() == WARPS + 1) return helping_warp(a, shared);
+    Place place = {shared, memory, (float*)(memory + STAGES * STAGE_TILES * TILE), 0, 0};
+    for (int step = 0; step < a.n_steps; step++) {
+        uint4 act[1][PAIRS];
+        embed(act[0], a, shared);
+#pragma unroll 1
+        for (int layer = 0; layer < N_LAYERS; layer++) layer_step(a, place, act, layer);
+        head_step(a, place, step, a.number + step);
+        sync_threads(2, THREADS + 32);  // the noise is ready
+        if (a.filter) filter_logits(a, shared, a.number + step);
+        draw(a, shared, step, a.number + step);
+        bool running = false;
+#pragma unroll
+        for (int b = 0; b < B; b++) running |= shared.rows[b].running;
+        if (!running && thread() == 0) shared.stop = 1;
+        sync_threads(3, THREADS + 32);
+        if (!running) break;
+    }
+    if (blockIdx.x == 0 && thread() < B) {
+        a.result[thread() * 2] = shared.rows[thread()].n_drawn;
+        a.result[thread() * 2 + 1] = shared.rows[thread()].ended;
+    }
+}

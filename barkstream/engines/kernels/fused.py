@@ -1,0 +1,174 @@
+"""Decode steps of 1 to 8 rows as one kernel launch: `decode.cu`, its weights in streaming order, its arguments."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_uint, c_uint64, c_void_p
+
+import torch
+from torch import Tensor
+
+from barkstream.engines import Head
+from barkstream.engines.kernels import Kernel, build
+from barkstream.engines.kernels.weights import GPTWeights
+from barkstream.tokens import GPTSize
+
+N_WARPS, COPIES = 8, 8
+ROW_COUNTS = (1, 2, 4, 8)
+
+
+class RowArguments(ctypes.Structure):
+    """`Row` of sampling.cuh."""
+
+    _fields_ = [
+        ("seed", c_uint64),
+        ("slot", c_int),
+        ("length", c_int),
+        ("position", c_int),
+        ("ids", c_int * 2),
+        ("n_tokens", c_int),
+        ("top_k", c_int),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_eos_p", c_float),
+    ]
+
+    @property
+    def filters(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
+
+
+def kernel_constants(size: GPTSize, head: Head) -> dict[str, int]:
+    """What both kernel files are compiled with."""
+    return dict(
+        WIDTH=size.width,
+        N_HEADS=size.n_heads,
+        BLOCK_SIZE=size.block_size,
+        BOOK_SIZE=head.size,
+        N_BOOKS=head.n_codebooks,
+        END=-1 if head.end is None else head.end,
+        STAGE=head.stage,
+        FIRST_ID=head.first_id,
+        NO_ID=size.n_input_ids,
+    )
+
+
+class FusedDecoder:
+    """Decodes up to 8 rows on compute capability 9.0 or later, if the GPU can run 8 blocks a head at once."""
+
+    def __init__(self, weights: GPTWeights, size: GPTSize, head: Head, cache: Tensor):
+        """cache: [layers, 2, slots, heads, block, 64] bf16; the last slot is scratch, for the rows that fill a batch up."""
+        self._weights, self._size, self._head, self._cache = weights, size, head, cache
+        self._n_blocks = 8 * size.n_heads
+        self._head_tiles = -(-head.size // (self._n_blocks * 16))
+        self._tiles = pack_tiles(weights, self._n_blocks, self._head_tiles, head)
+        self._variants: dict[int, _Variant] = {}
+        self._number = 1
+
+    @staticmethod
+    def fits(size: GPTSize) -> bool:
+        """Whether this GPU and this size allow it."""
+        properties = torch.cuda.get_device_properties(0)
+        even = size.n_layers % 2 == 0  # a bit tells one layer's packets from the next one's
+        return (
+            even
+            and properties.major == 9
+            and 8 * size.n_heads <= properties.multi_processor_count
+            and size.head_width == 64
+        )
+
+    def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Start as many steps as the longest row wants; nothing waits for the GPU.
+
+        Returns tokens [>= rows, block] int32 (indices within their codebook) and [>= rows, 2] int32: how many there are, and whether speech
+        ended. Both are overwritten by the next call. logits: [rows, head.size] float32, to be filled with the last step's.
+        """
+        n_rows = next(n for n in ROW_COUNTS if n >= len(rows))
+        variant = self._variants.get(n_rows) or self._build(n_rows)
+        idle = RowArguments(slot=self._cache.shape[2] - 1, position=rows[0].position, temperature=0, top_p=1)
+        arguments = variant.arguments
+        arguments.n_steps, arguments.number = max(row.n_tokens for row in rows), self._number
+        arguments.filter = any(row.filters for row in rows)
+        arguments.one_book = len({row.position % self._head.n_codebooks for row in rows}) == 1
+        last_logits = (
+            None if logits is None else torch.empty(n_rows, self._head.size, dtype=torch.float32, device="cuda")
+        )
+        arguments.logits = None if last_logits is None else last_logits.data_ptr()
+        for i in range(n_rows):
+            arguments.rows[i] = rows[i] if i < len(rows) else idle
+        self._number = (self._number + arguments.n_steps) % (1 << 32)
+        variant.kernel.launch(
+            (self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], torch.cuda.current_stream().cuda_stream
+        )
+        if logits is not None and last_logits is not None:
+            logits.copy_(last_logits[: len(rows)])
+        return variant.tokens, variant.result
+
+    def _build(self, n_rows: int) -> _Variant:
+        self._variants[n_rows] = _Variant(self, n_rows)
+        return self._variants[n_rows]
+
+
+class _Variant:
+    """The kernel for one number of rows, with the memory that its blocks talk through."""
+
+    def __init__(self, decoder: FusedDecoder, n_rows: int):
+        size, head, width = decoder._size, decoder._head, decoder._size.width
+        head_rows = 16 * decoder._head_tiles
+        stages, partials = 12 * 16 * width, N_WARPS * 4 * n_rows * 8 * 4
+        self.kernel: Kernel = build(
+            "decode.cu",
+            "sm_90a",
+            N_LAYERS=size.n_layers,
+            N_ROWS=n_rows,
+            HEAD_TILES=decoder._head_tiles,
+            **kernel_constants(size, head),
+        ).kernel("decode", stages + 2 * partials, cooperative=True)
+        blocks = decoder._n_blocks
+        packets = n_rows * (size.n_heads * 48 + blocks * 19 + COPIES * width * 7 // 8 + blocks * head_rows // 2)
+        self.packets = torch.zeros(packets, 2, dtype=torch.int64, device="cuda")
+        self.tokens = torch.zeros(n_rows, size.block_size, dtype=torch.int32, device="cuda")
+        self.result = torch.zeros(n_rows, 2, dtype=torch.int32, device="cuda")
+        self.arguments = _arguments(n_rows)(
+            weights=decoder._tiles.data_ptr(),
+            embedding=decoder._weights.embedding.data_ptr(),
+            positions=decoder._weights.positions.data_ptr(),
+            cache=decoder._cache.data_ptr(),
+            packets=self.packets.data_ptr(),
+            tokens=self.tokens.data_ptr(),
+            result=self.result.data_ptr(),
+            n_slots=decoder._cache.shape[2],
+        )
+
+
+def _arguments(n_rows: int) -> type[ctypes.Structure]:
+    """`Arguments` of decode.cu."""
+    pointers = ("weights", "embedding", "positions", "cache", "packets", "tokens", "result", "logits")
+    fields: list[tuple[str, type]] = [(name, c_void_p) for name in pointers]
+    fields += [("n_slots", c_int), ("n_steps", c_int), ("number", c_uint), ("filter", c_int), ("one_book", c_int)]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", RowArguments * n_rows)]})
+
+
+def pack_tiles(weights: GPTWeights, n_blocks: int, head_tiles: int, head: Head) -> Tensor:
+    """Every block's weights in the order in which it uses them: [blocks, tiles, width / 32, 2, 32 lanes, 8] bf16.
+
+    A unit is 8 rows of `width` weights. Block 8 h + r has rows 8 r .. of head h's queries, keys and values, rows 8 b .. of both
+    output projections (the MLP's in 4 pieces of k), rows 32 b .. of the MLP's first matrix, and its share of each codebook's head.
+    A tile is two units as the left operand of the tensor cores' m16n8k16: lane 4 g + j holds row g of both; of each
+    32 of k, j = 0..3 have eight in turn.
+    """
+    width = weights.embedding.shape[1]
+    parts = []
+    for layer in weights.layers:
+        parts.append(layer.qkv.view(3, n_blocks, 8, width).transpose(0, 1))
+        parts.append(layer.out.view(n_blocks, 1, 8, width))
+        parts.append(layer.up.view(n_blocks, 4, 8, width))
+        parts.append(layer.down.view(n_blocks, 8, 4, width).transpose(1, 2))
+    for book in weights.head.split(head.size):
+        padded = torch.nn.functional.pad(book, (0, 0, 0, n_blocks * head_tiles * 16 - head.size))
+        parts.append(padded.view(n_blocks, head_tiles * 2, 8, width))
+    units = torch.cat(parts, 1)
+    # [blocks, tiles, unit, g, slice, j, half of 8, pair of 2, 2] -> a lane's 8: for each pair, both units
+    split = units.view(n_blocks, -1, 2, 8, width // 32, 4, 2, 2, 2)
+    return split.permute(0, 1, 4, 6, 3, 5, 7, 2, 8).reshape(n_blocks, -1, width // 32, 2, 32, 8).contiguous()
