@@ -147,15 +147,16 @@ class CausalEngine:
         self.head, self.size, self.max_batch = head, size, max_batch
         self._session = open_session(path, n_threads)
         self._n_ids = next(value.shape[2] for value in self._session.get_inputs() if value.name == "token_ids")
-        self._free = [self._new_slot() for _ in range(max(n_slots, max_batch))]
+        self._n_slots = max(n_slots, max_batch)
+        self._free = [self._new_slot() for _ in range(self._n_slots)]
         self._owned: OrderedDict[int, Slot] = OrderedDict()  # by stream, least recently used first
         self._shared = self._memory(max_batch)  # where rows meet that are decoded together
         self._shared_caches: dict[int, Cache] = {}  # by number of rows
 
     @property
     def n_owned_slots(self) -> int:
-        """Slots that streams hold now."""
-        return len(self._owned)
+        """Slots that streams hold now, those of a call under way included."""
+        return self._n_slots - len(self._free)
 
     def check(self, row: Row) -> None:
         """Raises ValueError for a row that does not fit the model."""
