@@ -98,7 +98,7 @@ _CHECKS = dict(
 class Schedule:
     """How a stream is cut: a deployment's choice, set in bark/config.pbtxt. All counts are frames unless named otherwise."""
 
-    chunk_frames: tuple[int, ...] = (24, 30, 36, 48, 72, 108, 120)  # sizes of a sentence's chunks; the last one repeats
+    chunk_frames: tuple[int, ...] = (24, 30, 30, 60, 60, 90, 120)  # sizes of a sentence's chunks; the last one repeats
     fine_context: int = 128  # frames already filled, to the left of a chunk
     fine_lookahead: int = 6  # coarse frames after the chunk
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
