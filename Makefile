@@ -14,7 +14,8 @@ BIN  := .venv/bin
 PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint requirements.lock
 EXPORTED := model_repository/.exported
 # Which checkpoint is served: the one exported last, at first the embedded one.
-# On a CPU 8-bit weights are twice as fast (docs/quality.md: no worse); PRECISION= keeps float32, which a GPU engine needs.
+# On a CPU 8-bit weights decode three times as fast (docs/quality.md: no difference beyond reseeding, offline); PRECISION=
+# keeps float32, which a GPU engine needs.
 PRECISION  ?= --int8
 CHECKPOINT ?= $(or $(shell cat $(EXPORTED) 2>/dev/null),checkpoints/nano-bark)
 

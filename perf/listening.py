@@ -66,9 +66,9 @@ class Listener:
             clip.seed,
             clip.sentence,
             " ".join(heard),
-            edit_distance(said, heard),
+            min(edit_distance(said, heard), len(said)),  # Whisper may loop; a clip is at most wholly wrong
             len(said),
-            edit_distance(" ".join(said), " ".join(heard)),
+            min(edit_distance(" ".join(said), " ".join(heard)), len(" ".join(said))),
             len(" ".join(said)),
             *(float(mos[key]) for key in ("ovrl_mos", "sig_mos", "bak_mos", "p808_mos")),
             seconds=len(clip.audio) / SAMPLE_RATE,

@@ -43,8 +43,9 @@ CACHE = ROOT / "build" / "quality"  # Hugging Face's audio: minutes to make
 METRICS = {"wer": "lower", "cer": "lower", "ovrl": "higher", "sig": "higher", "bak": "higher", "p808": "higher"}
 JUDGED = ("wer", "cer", "ovrl")
 
-OFFLINE, STREAMED, INT8 = "ours, offline", "ours, streamed", "ours, 8-bit weights"
-HUGGING_FACE, LIKE_THEM = "Hugging Face", "ours, their settings"
+OFFLINE, STREAMED = "ours, offline, float32", "ours, streamed, float32"
+INT8 = "ours, offline, 8-bit weights"
+HUGGING_FACE, LIKE_THEM = "Hugging Face", "ours, float32, their settings"
 
 
 # --- who speaks ------------------------------------------------------------------------------------------------------
@@ -168,10 +169,10 @@ def compare(a: list[Score], b: list[Score], n_seeds: int) -> dict[str, dict[str,
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     sentences = [line for line in SENTENCES.read_text().splitlines() if line][: options.sentences]
-    pipeline, voices = open_pipeline(options.repository)
-    speakers = Speakers(sentences, pipeline, voices, options.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
-        int8 = open_int8(options.checkpoint, folder)
+        pipeline, voices = open_exported(options.checkpoint, Path(folder, "float32"), int8=False)
+        int8, _ = open_exported(options.checkpoint, Path(folder, "int8"), int8=True)
+        speakers = Speakers(sentences, pipeline, voices, options.checkpoint)
         clips = list(progress(say_all(speakers, int8, options.seeds, options.reference_seeds)))
     listener = Listener()
     scores = [listener.score(clip) for clip in progress(clips)]
@@ -200,10 +201,10 @@ def say_all(speakers: Speakers, int8: Pipeline, n_seeds: int, n_reference_seeds:
         yield from speakers.hugging_face(seed)
 
 
-def open_int8(checkpoint: Path, folder: str) -> Pipeline:
-    """The checkpoint with 8-bit weights, exported into `folder`."""
-    export(open_huggingface(checkpoint), Path(folder), int8=True, report=lambda line: None)
-    return open_pipeline(Path(folder))[0]
+def open_exported(checkpoint: Path, folder: Path, int8: bool) -> tuple[Pipeline, dict[str, HistoryPrompt]]:
+    """The checkpoint exported into `folder`, in float32 or with 8-bit weights, and its voices."""
+    export(open_huggingface(checkpoint), folder, int8, report=lambda line: None)
+    return open_pipeline(folder)
 
 
 def judge(clips: list[Clip], scores: list[Score], n_seeds: int) -> dict[str, Any]:
@@ -283,12 +284,11 @@ def progress(items: Iterable[Any]) -> Iterable[Any]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repository", type=Path, default=ROOT / "model_repository")
     parser.add_argument(
         "--checkpoint",
         type=Path,
         default=ROOT / "checkpoints" / "nano-bark",
-        help="what --repository was exported from",
+        help="a Hugging Face directory",
     )
     parser.add_argument("--seeds", type=int, default=3, help="of offline and streamed; 2 at least")
     parser.add_argument(
