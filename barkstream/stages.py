@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from barkstream.sampling import Floats, Ints, Sampling
-
-Cancelled = Callable[[], bool]
 
 
 class Stages(Protocol):
