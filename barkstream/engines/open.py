@@ -73,6 +73,7 @@ def open_causal(
 
     on_gpu = CudaEngine.load(path, layout.size, head, n_slots, max_batch)
     on_gpu.warm_up(prefix_lengths(stage, checkpoint))
+    give_back_memory()
     return on_gpu
 
 
@@ -103,6 +104,7 @@ def open_fine(
 
     on_gpu = GpuEngine.load(path, checkpoint.fine, max_batch)
     on_gpu.warm_up(frames)
+    give_back_memory()
     return on_gpu
 
 
@@ -125,6 +127,7 @@ def open_codec(
 
     on_gpu = GpuEngine.load(path, checkpoint.codec, max_batch)
     on_gpu.warm_up(frames)
+    give_back_memory()
     return on_gpu
 
 
@@ -144,3 +147,10 @@ def use_gpu(device: int) -> None:
     if not torch.cuda.is_available():
         raise EngineError("the cuda engine needs an NVIDIA GPU, and PyTorch finds none: use the default profile")
     torch.cuda.set_device(device)
+
+
+def give_back_memory() -> None:
+    """What loading took and serving does not need: float32 copies of the weights, and the like."""
+    import torch
+
+    torch.cuda.empty_cache()
