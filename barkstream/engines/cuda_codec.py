@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from barkstream.engines import Chunk
+from barkstream.engines.kernels.batched import capture
 from barkstream.export.codec_state import state_parts, state_size
 from barkstream.sampling import Floats
 from barkstream.tokens import CodecLayout
@@ -28,7 +29,6 @@ class CodecEngine:
         self.layout, self.max_batch = layout, max_batch
         self._decoder = Decoder(weights, layout)
         self._batches: dict[tuple[int, int], _Batch] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # the graphs share their memory: one runs at a time
 
     @classmethod
     def load(cls, path: Path, layout: CodecLayout, max_batch: int = 8) -> CodecEngine:
@@ -50,7 +50,7 @@ class CodecEngine:
         n_rows = 1
         while n_rows <= self.max_batch:
             for n_frames in sorted(set(frames)):
-                self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames, self._pool)
+                self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames)
             n_rows *= 2
 
     def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
@@ -152,17 +152,15 @@ class Decoder(nn.Module):
 class _Batch:
     """A graph that decodes n_rows chunks of n_frames, and the memory it works on."""
 
-    def __init__(self, decoder: Decoder, n_rows: int, n_frames: int, pool: object):
+    def __init__(self, decoder: Decoder, n_rows: int, n_frames: int):
         layout = decoder.layout
         self.codes = torch.zeros(n_rows, layout.n_codebooks, n_frames, dtype=torch.int32, device="cuda")
         self.states = torch.zeros(n_rows, state_size(layout), device="cuda")
         with torch.inference_mode():
-            with torch.cuda.stream(torch.cuda.Stream()):
-                decoder(self.codes, self.states)  # cuDNN chooses its algorithms outside of the capture
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
-                self.audio, self.next_states = decoder(self.codes, self.states)
+            self.graph = capture(lambda: self._decode(decoder))
+
+    def _decode(self, decoder: Decoder) -> None:
+        self.audio, self.next_states = decoder(self.codes, self.states)
 
     def run(self, codes: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Rows beyond those given decode what lies there from before."""
