@@ -164,7 +164,7 @@ def warm_up(url: str, plan: Plan, n_requests: int) -> None:
 def measure(url: str, load: Load, plan: Plan) -> tuple[dict[str, Any], list[Outcome], int]:
     """One run: its row, its requests' outcomes in the order of their index, and the sample rate in Hz."""
     outcomes, sample_rate = asyncio.run(run(url, load, plan))
-    return {**load.row(), **summarize(outcomes, sample_rate)}, outcomes, sample_rate
+    return {**load.row(), "tool": "load_test", **summarize(outcomes, sample_rate)}, outcomes, sample_rate
 
 
 async def run(url: str, load: Load, plan: Plan) -> tuple[list[Outcome], int]:
