@@ -56,7 +56,7 @@ serve: $(EXPORTED)
 verify: $(EXPORTED) .venv/test
 	$(BIN)/python -m barkstream.export.verify $(CHECKPOINT)
 
-test: $(EXPORTED) .venv/oracles
+test: $(EXPORTED) .venv/oracles .venv/load
 	$(BIN)/python -m pytest -m "not gpu"
 
 bench: $(EXPORTED)

@@ -1,6 +1,6 @@
 """What a load test found: each request's outcome, a CSV of them, and a row of a table for each run.
 
-Needs NumPy only, so that it reads on any machine. All load tools (load_test.py, perf_analyzer_report.py, locustfile.py)
+All load tools (load_test.py, perf_analyzer_report.py, locustfile.py)
 come down to `Outcome`; failed and refused requests stay in the table.
 """
 
@@ -23,6 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # an installed barkstream is not needed
 
+from barkstream.clients import BarkstreamError  # noqa: E402
 from barkstream.clients.playback import Arrival, Playback, simulate_playback, time_to_first_audio  # noqa: E402
 
 PERCENTILES = (50, 95, 99)
@@ -65,7 +66,7 @@ class Outcome:
     @property
     def refused(self) -> bool:
         """The server was full, and said so; an unreachable one is UNAVAILABLE too."""
-        return self.status == "UNAVAILABLE" and "busy" in self.error
+        return BarkstreamError(self.error, self.status).retry_after_s is not None
 
     def audio_s(self, sample_rate: int) -> float:
         return sum(chunk.n_samples for chunk in self.arrivals) / sample_rate
