@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,7 @@ class Speaker:
         name = None if voice_name is None else _string("voice", voice_name)
         voice = choose_voice(name, prompts, self._voices, self._checkpoint)
         speech = Speech()
-        with self._pacer.player() as player:
+        with self._pacer.player() if options.streaming else nullcontext() as player:  # offline, nobody listens yet
             stages = TritonStages(self._checkpoint, partial(self._wait_turn, player, sender.is_cancelled))
             pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule)
             for index, chunk in enumerate(pipeline.stream(text, options, voice, next(self._stream_keys), speech)):
@@ -282,17 +283,17 @@ class Speaker:
         if options.return_prompt:
             sender.send(_speech_response(options.seed, np.zeros(0, np.float32), speech))
 
-    def _wait_turn(self, player: Player, is_cancelled: Callable[[], bool]) -> None:
+    def _wait_turn(self, player: Player | None, is_cancelled: Callable[[], bool]) -> None:
         """Before a stage call."""
-        if waited_s := self._pacer.wait(player, is_cancelled):
+        if player and (waited_s := self._pacer.wait(player, is_cancelled)):
             self._metrics.paced_s.increment(waited_s)
         if is_cancelled():
             raise Cancelled
 
-    def _count_chunk(self, player: Player, n_samples: int) -> None:
+    def _count_chunk(self, player: Player | None, n_samples: int) -> None:
         audio_s = n_samples / self._checkpoint.codec.sample_rate
         self._metrics.audio_s.increment(audio_s)
-        if self._pacer.take(player, audio_s):
+        if player and self._pacer.take(player, audio_s):
             self._metrics.underruns.increment()
 
 

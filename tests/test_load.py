@@ -13,7 +13,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import grpc
+import numpy as np
 import pytest
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+from tritonclient.utils import np_to_triton_dtype
 
 from barkstream.clients import AsyncClient, BarkstreamError, Client
 from barkstream.clients.playback import Arrival
@@ -201,6 +206,44 @@ def test_a_flood_is_admitted_up_to_the_limit_and_the_rest_refused_at_once(server
     assert n_threads(server.pid) - before[1] < 10
     with Client(server.grpc_url) as client:
         assert client.speak("Hello there.", voice="heart_0", seed=1, max_seconds=0.5).size
+
+
+@pytest.mark.server
+def test_a_flood_of_stage_calls_is_cut_off_at_the_length_of_the_queue(server):
+    said = asyncio.run(flood_stage(server.grpc_url, 600))
+    assert said["answered"] >= 256
+    assert said["refused"] > 0
+    assert set(said) == {"answered", "refused"}
+
+
+async def flood_stage(url, n):
+    """n calls of the coarse stage at once: how many were answered, refused for the queue's length, or met something else."""
+    request = coarse_request()
+    async with grpc.aio.insecure_channel(url) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        async def call():
+            try:
+                await stub.ModelInfer(request)
+                return "answered"
+            except grpc.RpcError as error:
+                return "refused" if "maximum queue size" in error.details() else error.details()
+
+        return Counter(await asyncio.gather(*(call() for _ in range(n))))
+
+
+def coarse_request():
+    """A call of `bark_coarse` for 60 tokens."""
+    inputs = dict(
+        prefix=np.zeros((1, 3), np.int32), n_tokens=np.int32(60), position=np.int32(0), seed=np.int64(1),
+        temperature=np.float32(0.7), top_k=np.int32(0), top_p=np.float32(1), stream=np.int64(0),
+    )  # fmt: skip
+    request = pb.ModelInferRequest(model_name="bark_coarse")
+    for name, value in inputs.items():
+        array = np.atleast_2d(value)
+        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        request.raw_input_contents.append(array.tobytes())
+    return request
 
 
 async def flood(url, n):

@@ -77,6 +77,12 @@ def test_a_speech_is_counted(client, grown):
         assert growth[f"barkstream_{stage}_rows_total"] == growth[f"barkstream_{stage}_calls_total"] > 0  # one alone
 
 
+def test_an_offline_request_has_no_listener_to_keep_waiting(client, grown):
+    client.speak("Good morning. It is late.", voice="heart_0", seed=1, max_seconds=3, streaming=False)
+    growth = grown(lambda growth: growth["barkstream_audio_seconds_total"] > 1)
+    assert growth["barkstream_underruns_total"] == growth["barkstream_paced_seconds_total"] == 0
+
+
 @pytest.mark.parametrize("options", [dict(text=""), dict(voice="nobody")])
 def test_a_bad_request_is_counted_as_the_callers(client, grown, options):
     with pytest.raises(BarkstreamError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -144,3 +146,39 @@ def test_the_refusal_says_the_limit_and_when_to_come_back():
         admission.enter()
         admission.leave(20.0)
     assert admission.refusal().endswith("retry after 5 s")
+
+
+CALL_S = 0.01  # one stage call, alone on the machine
+N_AHEAD = 8  # streams that have all the audio they need
+
+
+def seconds_to_first_audio(lead_s: float) -> float:
+    """A newcomer makes 3 calls before its first chunk, on a machine that serves one call at a time in the order of their coming."""
+    pacer, done = Pacer(lead_s), threading.Event()
+
+    def call(player):
+        pacer.wait(player, done.is_set)
+        machine.submit(time.sleep, CALL_S).result()
+
+    def go_on(player):
+        while not done.is_set():
+            call(player)
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as machine, ThreadPoolExecutor(N_AHEAD) as pool:
+        for _ in range(N_AHEAD):
+            player = stack.enter_context(pacer.player())
+            pacer.take(player, 60.0)
+            pool.submit(go_on, player)
+        time.sleep(5 * CALL_S)
+        with pacer.player() as newcomer:
+            start = time.monotonic()
+            for _ in range(3):
+                call(newcomer)
+            pacer.take(newcomer, 1.0)
+            heard_s = time.monotonic() - start
+            done.set()
+    return heard_s
+
+
+def test_a_newcomer_among_streams_far_ahead_is_heard_several_times_sooner():
+    assert seconds_to_first_audio(LEAD_S) < seconds_to_first_audio(math.inf) / 2
