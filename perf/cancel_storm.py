@@ -15,7 +15,6 @@ import http.client
 import json
 import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from load_report import append_row, origin, percentiles
+from load_report import append_row, exit_with, origin, percentiles
 from load_test import NO_VOICE, default_voice
 
 from barkstream.clients import BarkstreamError, Client
@@ -168,4 +167,4 @@ def speak(client: Client, voice: str | None) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

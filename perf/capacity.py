@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from load_report import origin, table
+from load_report import exit_with, origin, table
 from load_test import Load, Plan, add_plan_arguments, keep, measure, plan_of, warm_up
 from ttfa import open_server
 
@@ -112,4 +112,4 @@ def highest_rate(passes: Callable[[float], bool], start: float, resolution: floa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

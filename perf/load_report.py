@@ -13,10 +13,10 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # an installed barkstream is not needed
 
 from barkstream.clients import BarkstreamError  # noqa: E402
 from barkstream.clients.playback import Arrival, Playback, simulate_playback, time_to_first_audio  # noqa: E402
+from barkstream.server import ServerError  # noqa: E402
 
 PERCENTILES = (50, 95, 99)
 NOT_AUDIBLE = "nothing audible came"
@@ -114,6 +115,14 @@ def most_at_once(outcomes: Iterable[Outcome]) -> int:
     """The largest number of requests that were under way at a time, as the client saw it; refused ones included."""
     edges = sorted(edge for o in outcomes for edge in ((o.sent_s, 1), (o.end_s, -1)))
     return int(np.cumsum([step for _, step in edges]).max(initial=0)) if edges else 0
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Run a script; a server that cannot be reached or started is one sentence, not a traceback."""
+    try:
+        sys.exit(main())
+    except (BarkstreamError, ServerError) as error:
+        sys.exit(str(error))
 
 
 def origin(gpu: str | None, n_gpus: int | None, commit: str | None, model: str | None) -> dict[str, Any]:

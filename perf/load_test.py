@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,18 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from load_report import NOT_AUDIBLE, Outcome, Request, append_row, origin, read_rows, summarize, table, write_requests
+from load_report import (
+    NOT_AUDIBLE,
+    Outcome,
+    Request,
+    append_row,
+    exit_with,
+    origin,
+    read_rows,
+    summarize,
+    table,
+    write_requests,
+)
 from ttfa import default_voice, open_server
 
 from barkstream.clients import AsyncClient, BarkstreamError
@@ -230,4 +240,4 @@ def keep(output: Path | None, load: Load, row: dict[str, Any], outcomes: Sequenc
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load_report import NOT_AUDIBLE, Arrival, Outcome, Request, origin, summarize, table
+from load_report import NOT_AUDIBLE, Arrival, Outcome, Request, exit_with, origin, summarize, table
 from load_test import NO_VOICE, TEXTS, Load, add_plan_arguments, keep, plan_of
 
 from barkstream.clients import Client
@@ -146,4 +146,4 @@ def arrivals_of(exported: dict[str, Any]) -> Iterator[Arrival]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)
