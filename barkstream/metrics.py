@@ -28,10 +28,6 @@ class Metric:
         with _LOCK:
             self._metric.increment(by)
 
-    def set(self, to: float) -> None:
-        with _LOCK:
-            self._metric.set(to)
-
     def observe(self, value: float) -> None:
         with _LOCK:
             self._metric.observe(value)
@@ -94,9 +90,13 @@ class StageMetrics(Metrics):
         self._kv_slots = self.gauge(f"{stage}_kv_slots", "KV slots held by live streams")
         self._calls = self.counter(f"{stage}_calls_total", "Batches decoded")
         self._rows = self.counter(f"{stage}_rows_total", "Rows of those batches")
+        self._n_held = 0
 
     def held(self, n_slots: int) -> None:
-        self._kv_slots.set(n_slots)
+        """So many slots are held now. The gauge is shared with the model's other instances, so it is moved, not set."""
+        if n_slots != self._n_held:
+            self._kv_slots.increment(n_slots - self._n_held)
+            self._n_held = n_slots
 
     def decoded(self, n_rows: int) -> None:
         """A batch is done."""

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -127,6 +128,15 @@ def test_an_export_of_perf_analyzer_becomes_the_same_table(tmp_path):
     assert row["underruns"] == 2  # a sample lasts no 100 ms
     assert set(COLUMNS.split()) <= set(row)
     assert read_rows(output)[0]["tool"] == "perf_analyzer"
+
+
+@pytest.mark.server
+@pytest.mark.skipif(shutil.which("perf_analyzer") is None, reason="needs perf_analyzer on the PATH (docs/load.md)")
+@pytest.mark.parametrize("load", [("--clients", 2), ("--rate", 1)])
+def test_perf_analyzer_measures_a_live_server(server, load):
+    row = script("perf_analyzer.py", "--url", server.grpc_url, *load, "--requests", 4, "--max-seconds", 0.6)[0]
+    assert (row["requests"], row["failed"]) == (4, 0)
+    assert row["ttfa_ms_p50"] > 0 and row["audio_s_per_s"] > 0
 
 
 @pytest.mark.server
