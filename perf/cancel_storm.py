@@ -105,7 +105,7 @@ def storm(client: Client, metrics: Metrics, arguments: argparse.Namespace) -> di
     """All waves, and what became of the server."""
     voice = None if arguments.voice == NO_VOICE else arguments.voice
     speak(client, voice)  # the first request pays for what is made at first use
-    generator, freed_s = random.Random(0), []
+    generator, freed_s = random.Random(0), list[float]()
     while (n := min(arguments.at_once, arguments.streams - len(freed_s))) > 0:
         freed = wave(client, metrics, voice, n, generator.uniform(0, arguments.listen))
         freed_s += freed

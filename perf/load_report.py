@@ -65,9 +65,9 @@ class Outcome:
         return self.status != "OK"
 
     @property
-    def refused(self) -> bool:
-        """The server was full, and said so; an unreachable one is UNAVAILABLE too."""
-        return BarkstreamError(self.error, self.status).retry_after_s is not None
+    def retry_after_s(self) -> float | None:
+        """When to ask again, as a server that is full says; None for any other outcome."""
+        return BarkstreamError(self.error, self.status).retry_after_s
 
     def audio_s(self, sample_rate: int) -> float:
         return sum(chunk.n_samples for chunk in self.arrivals) / sample_rate
@@ -91,7 +91,7 @@ def summarize(outcomes: Sequence[Outcome], sample_rate: int) -> dict[str, Any]:
     return {
         "requests": len(outcomes),
         "failed": len(outcomes) - len(done),
-        "refused": sum(outcome.refused for outcome in outcomes),
+        "refused": sum(outcome.retry_after_s is not None for outcome in outcomes),
         **percentiles("ttfa_ms", [1000 * o.ttfa_s for o in done if o.ttfa_s is not None]),
         "underruns": sum(playback.n_underruns for playback in playbacks),
         "underrun_requests": sum(playback.n_underruns > 0 for playback in playbacks),

@@ -50,6 +50,7 @@ TEXTS = {
     "By noon we were on the road at last, and nobody was in a hurry any more.",  # about 20 s
 }
 NO_VOICE = "none"
+RETRY_S = 1.0  # for a server that is unavailable and does not say for how long
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,10 @@ async def open_loop(client: AsyncClient, requests: Sequence[Request], plan: Plan
 
 
 async def closed_loop(client: AsyncClient, n_clients: int, seed: int, plan: Plan) -> list[Outcome]:
-    """n clients, each with a request under way until the duration is over or max_requests have been sent."""
+    """n clients, each with a request under way until the duration is over or max_requests have been sent.
+
+    One who was refused waits as long as the server says, and asks for something else.
+    """
     requests = itertools.islice(plan.requests(seed), plan.max_requests)
     began = perf_counter()
 
@@ -206,6 +210,8 @@ async def closed_loop(client: AsyncClient, n_clients: int, seed: int, plan: Plan
         outcomes: list[Outcome] = []
         while (due_s := perf_counter() - began) < plan.duration_s and (request := next(requests, None)) is not None:
             outcomes.append(await ask(client, replace(request, due_s=due_s), plan, began))
+            if outcomes[-1].status == "UNAVAILABLE":
+                await asyncio.sleep(outcomes[-1].retry_after_s or RETRY_S)
         return outcomes
 
     heard = await asyncio.gather(*(listen() for _ in range(n_clients)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import grpc.experimental.gevent
@@ -20,7 +20,7 @@ from locust import User, constant, events, task
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Locust loads this file, it does not run it
 
-from load_test import NO_VOICE, TEXTS, default_voice
+from load_test import NO_VOICE, RETRY_S, TEXTS, default_voice
 
 from barkstream.clients import BarkstreamError, Client
 from barkstream.clients.client import Stream
@@ -77,6 +77,8 @@ class Listener(User):
         except BarkstreamError as failure:
             error = failure
         self._report(f"speech {name}", 1000 * (perf_counter() - sent), stream, error)
+        if error is not None and error.status == "UNAVAILABLE":
+            sleep(error.retry_after_s or RETRY_S)
         if stream.ttfa_s is not None:
             self._report(f"TTFA {name}", 1000 * stream.ttfa_s, stream)
             self._report_playback(name, stream)
