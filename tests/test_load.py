@@ -284,7 +284,7 @@ async def flood(url, n):
         async def ask(seed):
             start = time.monotonic()
             try:
-                await client.speak(TEXTS["short"], voice="heart_0", seed=seed, max_seconds=0.5)
+                await client.speak(TEXTS["short"], voice="heart_0", seed=seed, max_seconds=0.3)
             except BarkstreamError as error:
                 return error, time.monotonic() - start
             return None, time.monotonic() - start
