@@ -21,8 +21,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
-from barkstream.engines import Generation, Head, Row
-from barkstream.engines.onnxruntime import CausalEngine
+from barkstream.engines import Chunk, Generation, Row, Window
+from barkstream.engines.open import CausalEngine, CausalStageName, EngineError, open_causal, open_codec, open_fine
 from barkstream.export.codec_state import state_size
 from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
@@ -136,23 +136,23 @@ def _causal_inputs(
 class CausalStage:
     """`bark_semantic` or `bark_coarse`: a batch of calls in, a response for each out."""
 
-    def __init__(self, stage: str, args: dict[str, str]):
-        """stage: "semantic" or "coarse". args: what Triton passes to `initialize`."""
+    def __init__(self, stage: CausalStageName, args: dict[str, str]):
+        """args: what Triton passes to `initialize`."""
         folder, parameters = _folder(args), _parameters(args)
         checkpoint = _checkpoint(folder)
         self._is_semantic = stage == "semantic"
         self._semantic = checkpoint.semantic
-        size = checkpoint.semantic.size if self._is_semantic else checkpoint.coarse.size
-        head = Head.semantic(checkpoint.semantic) if self._is_semantic else Head.coarse(checkpoint.coarse)
-        self._engine = CausalEngine(
+        self._engine: CausalEngine = _opened(
+            open_causal,
+            parameters["engine"],
+            stage,
             folder / "model.onnx",
-            size,
-            head,
+            checkpoint,
             n_slots=int(parameters["kv_slots"]),
-            max_batch=json.loads(args["model_config"])["max_batch_size"],
+            max_batch=_max_batch(args),
             n_threads=int(parameters.get("n_threads", 0)),
+            device=int(args["model_instance_device_id"]),
         )
-        self._engine.warm_up()
         self._metrics = StageMetrics(pb_utils.MetricFamily, stage)
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -197,6 +197,69 @@ class CausalStage:
         if self._is_semantic:
             outputs.append(pb_utils.Tensor("ended", np.array([[generation.ended]])))
         return pb_utils.InferenceResponse(outputs)
+
+
+class FineStage:
+    """`bark_fine` on the cuda engine: windows of several streams, filled together."""
+
+    def __init__(self, args: dict[str, str]):
+        """args: what Triton passes to `initialize`."""
+        self._engine = _gpu_engine(open_fine, args)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        def window(call: dict[str, np.ndarray]) -> Window:
+            fill_from, temperature = call["fill_from"][0].item(), call["temperature"][0].item()
+            return Window(call["codes"], fill_from, call["uniforms"], temperature)
+
+        return _answer(requests, window, self._engine.check, self._engine.fill, lambda codes: {"filled": codes})
+
+
+class CodecStage:
+    """`bark_codec` on the cuda engine: chunks of several streams, decoded together."""
+
+    def __init__(self, args: dict[str, str]):
+        """args: what Triton passes to `initialize`."""
+        self._engine = _gpu_engine(open_codec, args)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        def chunk(call: dict[str, np.ndarray]) -> Chunk:
+            return call["codes"], call["state"]
+
+        def outputs(decoded: tuple[Floats, Floats]) -> dict[str, np.ndarray]:
+            return {"audio": decoded[0], "next_state": decoded[1]}
+
+        return _answer(requests, chunk, self._engine.check, self._engine.decode, outputs)
+
+
+def _gpu_engine(open_engine: Callable[..., Any], args: dict[str, str]) -> Any:
+    """The fine or codec stage as config.pbtxt's parameters ask for it."""
+    folder, device = _folder(args), int(args["model_instance_device_id"])
+    frames = [int(n) for n in _parameters(args)["warm_frames"].split(",")]
+    path, checkpoint = folder / "model.onnx", _checkpoint(folder)
+    return _opened(open_engine, "cuda", path, checkpoint, _max_batch(args), frames, device=device)
+
+
+def _answer(
+    requests: list[Any],
+    parse: Callable[[dict[str, np.ndarray]], Any],
+    check: Callable[[Any], None],
+    run: Callable[[list[Any]], list[Any]],
+    outputs: Callable[[Any], dict[str, np.ndarray]],
+) -> list[Any]:
+    """A response for each request, run together. A bad call gets its error; the others their results."""
+    good: dict[int, Any] = {}
+    responses: list[Any] = [None] * len(requests)
+    for i, request in enumerate(requests):
+        try:
+            call = parse({tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()})
+            check(call)
+            good[i] = call
+        except ValueError as error:
+            responses[i] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+    for i, result in zip(good, run(list(good.values())), strict=True):
+        tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array[None])) for name, array in outputs(result).items()]
+        responses[i] = pb_utils.InferenceResponse(tensors)
+    return responses
 
 
 class Speaker:
@@ -338,6 +401,18 @@ def _folder(args: dict[str, str]) -> Path:
 
 def _parameters(args: dict[str, str]) -> dict[str, str]:
     return {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
+
+
+def _opened(open_engine: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """An engine; one that cannot be opened stops the server with its own sentence."""
+    try:
+        return open_engine(*arguments, **options)
+    except (EngineError, FileNotFoundError, RuntimeError, ValueError) as error:
+        raise pb_utils.TritonModelException(str(error)) from None
+
+
+def _max_batch(args: dict[str, str]) -> int:
+    return int(json.loads(args["model_config"])["max_batch_size"])
 
 
 def _checkpoint(folder: Path) -> Checkpoint:

@@ -137,7 +137,11 @@ def environment(installation: Installation) -> dict[str, str]:
     env = {"ORT_DISABLE_TELEMETRY": "1", **os.environ}  # ONNX Runtime 1.32 reports its use over the network by default
     prepend(env, "PATH", Path(sys.prefix, "bin"))
     if installation.libraries is not None:
-        prepend(env, "LD_LIBRARY_PATH", Path(sysconfig.get_config_var("LIBDIR")))  # libpython, for the stub
+        libpython = Path(sysconfig.get_config_var("LIBDIR"))
+        # Not the system's own folder: the loader looks there anyway, and it must not go before the libraries (cuDNN) that
+        # PyTorch brings.
+        if not libpython.is_relative_to("/usr/lib") and not libpython.is_relative_to("/lib"):
+            prepend(env, "LD_LIBRARY_PATH", libpython)  # for the stub
         prepend(env, "LD_LIBRARY_PATH", installation.libraries)
     return env
 
@@ -354,7 +358,11 @@ def is_notable(line: str) -> bool:
 
 def failure_reasons(log: list[str]) -> str:
     """What Triton's log says about a failure: the models that failed to load and why; failing that, its last lines."""
-    failed = [line for line in log if re.match(r"E\d{4} .*(failed to load |failed to start |Poll failed)|\[libprotobuf ERROR", line)]
+    failed = [
+        line
+        for line in log
+        if re.match(r"E\d{4} .*(failed to load |failed to start |Poll failed)|\[libprotobuf ERROR", line)
+    ]
     if failed:
         return "\n".join(map(readable, failed))
     text = "".join(log)
