@@ -32,6 +32,16 @@ class Player:
         self._dry_at: float | None = None
 
     @property
+    def age_s(self) -> float:
+        """Since its request was taken in."""
+        return self._clock() - self._began_at
+
+    @property
+    def is_silent(self) -> bool:
+        """Nothing has been sent yet."""
+        return self._dry_at is None
+
+    @property
     def deadline(self) -> Deadline:
         """The smallest is the most urgent: no audio yet, the oldest first; then the nearest to an underrun."""
         return (False, self._began_at) if self._dry_at is None else (True, self._dry_at)
