@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -277,25 +276,25 @@ class Speaker:
         if not self._admission.enter():
             self._metrics.refused.increment()
             return sender.send(_stream_error("UNAVAILABLE", self._admission.refusal()), flags=FINAL)
-        self._workers.submit(self._work, request, sender, time.monotonic())
+        self._workers.submit(self._work, request, sender, Player())
         return None
 
     def close(self) -> None:
         self._workers.shutdown(wait=True)
 
-    def _work(self, request: Any, sender: Any, admitted_at: float) -> None:
+    def _work(self, request: Any, sender: Any, player: Player) -> None:
         """One request from first to last; sends FINAL exactly once, whatever happens."""
         self._metrics.live.increment()
         failure = None
         try:
-            self._speak(request, sender, admitted_at)
+            self._speak(request, sender, player)
         except Cancelled:
             self._metrics.cancelled.increment()
         except Exception as error:
             failure = error
         finally:
             self._metrics.live.increment(-1)
-            self._admission.leave(time.monotonic() - admitted_at)
+            self._admission.leave(player.age_s)
             if failure is None:
                 sender.send(flags=FINAL)
             else:
@@ -315,25 +314,25 @@ class Speaker:
         sender.send(_stream_error(status, message), flags=FINAL)
         self._metrics.failed[whose].increment()
 
-    def _speak(self, request: Any, sender: Any, admitted_at: float) -> None:
+    def _speak(self, request: Any, sender: Any, player: Player) -> None:
         given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         text, voice_name = _string("text", given.pop("text")), given.pop("voice", None)
         prompts = {name: given.pop(name) for name in PROMPTS if name in given}
         options = SpeechOptions.parse({name: _single(name, array) for name, array in given.items()})
         name = None if voice_name is None else _string("voice", voice_name)
         voice = choose_voice(name, prompts, self._voices, self._checkpoint)
-        speech, player = Speech(), Player()
         if not options.streaming:
             player.take(OFFLINE_PATIENCE_S)
         stages = TritonStages(self._checkpoint, partial(self._infer, player, sender.is_cancelled))
-        pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule)
-        for index, chunk in enumerate(pipeline.stream(text, options, voice, next(self._stream_keys), speech)):
+        pipeline, speech = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule), Speech()
+        for chunk in pipeline.stream(text, options, voice, next(self._stream_keys), speech):
             if sender.is_cancelled():
                 raise Cancelled
             sender.send(_speech_response(options.seed, chunk))
-            self._count_chunk(player if options.streaming else None, len(chunk))
-            if index == 0:
-                self._metrics.first_chunk_s.observe(time.monotonic() - admitted_at)
+            audio_s = len(chunk) / self._checkpoint.codec.sample_rate
+            self._metrics.audio_s.increment(audio_s)
+            if options.streaming:
+                self._play(player, audio_s)
         if options.return_prompt:
             sender.send(_speech_response(options.seed, np.zeros(0, np.float32), speech))
 
@@ -352,10 +351,11 @@ class Speaker:
             self._metrics.paced_s.increment(waited_s)
         return result
 
-    def _count_chunk(self, player: Player | None, n_samples: int) -> None:
-        audio_s = n_samples / self._checkpoint.codec.sample_rate
-        self._metrics.audio_s.increment(audio_s)
-        if player and player.take(audio_s):
+    def _play(self, player: Player, audio_s: float) -> None:
+        """A chunk has been sent to a listener."""
+        if player.is_silent:
+            self._metrics.first_chunk_s.observe(player.age_s)
+        if player.take(audio_s):
             self._metrics.underruns.increment()
 
 
