@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ from barkstream.admission import Admission
 from barkstream.engines import Chunk, Generation, Row, Window
 from barkstream.engines.open import CausalEngine, CausalStageName, EngineError, open_causal, open_codec, open_fine
 from barkstream.export.codec_state import state_size
-from barkstream.metrics import REQUEST, SPEAKER, STAGES, SpeakerMetrics, StageMetrics
+from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
-from barkstream.pacing import Cancelled, Player, Turns
+from barkstream.pacing import Pacer, Player
 from barkstream.pipeline import NothingSaid, Pipeline, Speech, choose_voice
 from barkstream.sampling import Floats, Ints, Sampling
 from barkstream.semantic import token_ids
@@ -34,7 +36,6 @@ from barkstream.voices import load_voices
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
-OFFLINE_PATIENCE_S = 30.0  # a request that is not streamed: listeners go first, but for so long at most
 N_TRIES = 2  # stage calls are pure, so one that failed may be repeated
 
 
@@ -44,6 +45,10 @@ class StageFailed(RuntimeError):
     def __init__(self, model: str, reason: str):
         super().__init__(f"{model} failed: {reason}")
         self.model = model
+
+
+class Cancelled(Exception):
+    """The listener has left."""
 
 
 def infer(model: str, inputs: dict[str, np.ndarray], *outputs: str) -> list[np.ndarray]:
@@ -64,11 +69,18 @@ def infer(model: str, inputs: dict[str, np.ndarray], *outputs: str) -> list[np.n
 
 
 class TritonStages:
-    """The stages as Triton models, for one request. infer: makes a call, as the function of that name does."""
+    """The stages as Triton models, for one request.
 
-    def __init__(self, checkpoint: Checkpoint, infer: Callable[..., list[np.ndarray]]):
+    wait_turn: called before every call; returns when it is this stream's turn, raises Cancelled when its listener has left.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, wait_turn: Callable[[], None]):
         self._state_size = state_size(checkpoint.codec)
-        self._infer = infer
+        self._wait_turn = wait_turn
+
+    def _infer(self, model: str, inputs: dict[str, np.ndarray], *outputs: str) -> list[np.ndarray]:
+        self._wait_turn()
+        return infer(model, inputs, *outputs)
 
     def semantic(
         self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int
@@ -266,8 +278,7 @@ class Speaker:
         self._admission = Admission(int(parameters["max_streams"]))
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
         self._stream_keys = itertools.count(secrets.randbits(48) << 14 | 1)
-        n_at_once = map(int, parameters["calls_at_once"].split(","))
-        self._turns = {model: Turns(n) for model, n in zip(STAGES, n_at_once, strict=True)}
+        self._pacer = Pacer(float(parameters.get("pace_lead_s", "inf")))
         self._metrics = SpeakerMetrics(pb_utils.MetricFamily)
 
     def submit(self, request: Any) -> None:
@@ -276,25 +287,25 @@ class Speaker:
         if not self._admission.enter():
             self._metrics.refused.increment()
             return sender.send(_stream_error("UNAVAILABLE", self._admission.refusal()), flags=FINAL)
-        self._workers.submit(self._work, request, sender, Player())
+        self._workers.submit(self._work, request, sender, time.monotonic())
         return None
 
     def close(self) -> None:
         self._workers.shutdown(wait=True)
 
-    def _work(self, request: Any, sender: Any, player: Player) -> None:
+    def _work(self, request: Any, sender: Any, admitted_at: float) -> None:
         """One request from first to last; sends FINAL exactly once, whatever happens."""
         self._metrics.live.increment()
         failure = None
         try:
-            self._speak(request, sender, player)
+            self._speak(request, sender, admitted_at)
         except Cancelled:
             self._metrics.cancelled.increment()
         except Exception as error:
             failure = error
         finally:
             self._metrics.live.increment(-1)
-            self._admission.leave(player.age_s)
+            self._admission.leave(time.monotonic() - admitted_at)
             if failure is None:
                 sender.send(flags=FINAL)
             else:
@@ -314,48 +325,38 @@ class Speaker:
         sender.send(_stream_error(status, message), flags=FINAL)
         self._metrics.failed[whose].increment()
 
-    def _speak(self, request: Any, sender: Any, player: Player) -> None:
+    def _speak(self, request: Any, sender: Any, admitted_at: float) -> None:
         given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         text, voice_name = _string("text", given.pop("text")), given.pop("voice", None)
         prompts = {name: given.pop(name) for name in PROMPTS if name in given}
         options = SpeechOptions.parse({name: _single(name, array) for name, array in given.items()})
         name = None if voice_name is None else _string("voice", voice_name)
         voice = choose_voice(name, prompts, self._voices, self._checkpoint)
-        if not options.streaming:
-            player.take(OFFLINE_PATIENCE_S)
-        stages = TritonStages(self._checkpoint, partial(self._infer, player, sender.is_cancelled))
-        pipeline, speech = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule), Speech()
-        for chunk in pipeline.stream(text, options, voice, next(self._stream_keys), speech):
-            if sender.is_cancelled():
-                raise Cancelled
-            sender.send(_speech_response(options.seed, chunk))
-            audio_s = len(chunk) / self._checkpoint.codec.sample_rate
-            self._metrics.audio_s.increment(audio_s)
-            if options.streaming:
-                self._play(player, audio_s)
+        speech = Speech()
+        with self._pacer.player() if options.streaming else nullcontext() as player:  # offline, nobody listens yet
+            stages = TritonStages(self._checkpoint, partial(self._wait_turn, player, sender.is_cancelled))
+            pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule)
+            for index, chunk in enumerate(pipeline.stream(text, options, voice, next(self._stream_keys), speech)):
+                if sender.is_cancelled():
+                    raise Cancelled
+                sender.send(_speech_response(options.seed, chunk))
+                self._count_chunk(player, len(chunk))
+                if index == 0 and options.streaming:
+                    self._metrics.first_chunk_s.observe(time.monotonic() - admitted_at)
         if options.return_prompt:
             sender.send(_speech_response(options.seed, np.zeros(0, np.float32), speech))
 
-    def _infer(
-        self,
-        player: Player,
-        is_cancelled: Callable[[], bool],
-        model: str,
-        inputs: dict[str, np.ndarray],
-        *outputs: str,
-    ) -> list[np.ndarray]:
-        """A stage call of a stream, when it is its turn. Raises Cancelled, StageFailed."""
-        with self._turns[model].turn(player, is_cancelled) as waited_s:
-            result = infer(model, inputs, *outputs)
-        if waited_s:
+    def _wait_turn(self, player: Player | None, is_cancelled: Callable[[], bool]) -> None:
+        """Before a stage call."""
+        if player and (waited_s := self._pacer.wait(player, is_cancelled)):
             self._metrics.paced_s.increment(waited_s)
-        return result
+        if is_cancelled():
+            raise Cancelled
 
-    def _play(self, player: Player, audio_s: float) -> None:
-        """A chunk has been sent to a listener."""
-        if player.is_silent:
-            self._metrics.first_chunk_s.observe(player.age_s)
-        if player.take(audio_s):
+    def _count_chunk(self, player: Player | None, n_samples: int) -> None:
+        audio_s = n_samples / self._checkpoint.codec.sample_rate
+        self._metrics.audio_s.increment(audio_s)
+        if player and self._pacer.take(player, audio_s):
             self._metrics.underruns.increment()
 
 

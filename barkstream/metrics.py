@@ -73,7 +73,7 @@ class SpeakerMetrics(Metrics):
         )
         self.audio_s = self.counter("audio_seconds_total", "Seconds of audio sent")
         self.underruns = self.counter("underruns_total", "Chunks sent after their listener's playback had run dry")
-        self.paced_s = self.counter("paced_seconds_total", "Seconds that stage calls waited for more urgent ones")
+        self.paced_s = self.counter("paced_seconds_total", "Seconds that streams ahead of playback let others go first")
         self.refused = self.counter("refused_total", "Requests refused because all streams were busy")
         self.cancelled = self.counter("cancelled_total", "Requests whose listener left")
         self.failed = self.counters(

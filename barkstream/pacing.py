@@ -1,14 +1,13 @@
-"""Whose stage call is made next: that of the listener who would run dry first.
+"""Who may call a stage now: streams that are well ahead of their listeners let those go first that are not.
 
-The server knows when it sent each chunk and how long that plays, so it knows every player's time in hand. A stage decodes
-so many calls together with profit; more than that would only wait in its queue, in the order of their coming. So they
-wait here: who has heard nothing yet goes first, then who is nearest to an underrun; a stream well ahead of playback
-yields. No capacity is left idle for it: while there is room in a stage, nobody waits.
+The server knows when it sent each chunk and how long that plays, so it knows every player's time in hand. A stream is
+needy while it has sent no audio, or has less than half of the pacer's lead in hand; one with more than the lead waits while any
+other is needy, at most until it is down to the lead itself. Without needy streams nobody waits: no capacity is left idle.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,35 +15,18 @@ from contextlib import contextmanager
 
 CANCEL_CHECK_S = 0.05  # how often one that waits looks for a listener who has left; Triton cannot tell us
 
-Deadline = tuple[bool, float]  # has been sent audio; since when it waits for it, or when playback runs dry
-
-
-class Cancelled(Exception):
-    """The listener has left."""
-
 
 class Player:
     """A listener's player, as the server can know it: it starts at the first chunk and never skips."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._began_at = clock()
         self._dry_at: float | None = None
 
     @property
-    def age_s(self) -> float:
-        """Since its request was taken in."""
-        return self._clock() - self._began_at
-
-    @property
-    def is_silent(self) -> bool:
-        """Nothing has been sent yet."""
-        return self._dry_at is None
-
-    @property
-    def deadline(self) -> Deadline:
-        """The smallest is the most urgent: no audio yet, the oldest first; then the nearest to an underrun."""
-        return (False, self._began_at) if self._dry_at is None else (True, self._dry_at)
+    def lead_s(self) -> float:
+        """Seconds of audio in hand; below 0 it has stood still so long; -inf before the first chunk."""
+        return -math.inf if self._dry_at is None else self._dry_at - self._clock()
 
     def take(self, audio_s: float) -> bool:
         """A chunk of audio_s seconds was sent; whether that was too late: playback had run dry."""
@@ -54,47 +36,47 @@ class Player:
         return late
 
 
-class Turns:
-    """Turns at one stage, for all streams. Threads share it."""
+class Pacer:
+    """Orders the stage calls of all streams by their players' leads. Threads share it."""
 
-    def __init__(self, n_at_once: int):
-        """n_at_once: calls that may be under way at a time."""
-        self._n_free = n_at_once
-        self._waiting: list[tuple[Deadline, int]] = []
-        self._numbers = itertools.count()  # the order of their coming, for equal deadlines
+    def __init__(self, lead_s: float, clock: Callable[[], float] = time.monotonic):
+        """lead_s: seconds in hand beyond which a stream may have to wait; infinity: no pacing."""
+        self._lead_s = lead_s
+        self._clock = clock
+        self._players: set[Player] = set()
         self._changed = threading.Condition()
 
     @contextmanager
-    def turn(self, player: Player, is_cancelled: Callable[[], bool]) -> Iterator[float]:
-        """The block is one call; gives the seconds waited for it. Raises Cancelled when the listener has left."""
-        waited_s = self._enter(player, is_cancelled)
+    def player(self) -> Iterator[Player]:
+        """A new stream's player, known to the others while the block lasts."""
+        player = Player(self._clock)
+        with self._changed:
+            self._players.add(player)
         try:
-            yield waited_s
+            yield player
         finally:
             with self._changed:
-                self._n_free += 1
+                self._players.discard(player)
                 self._changed.notify_all()
 
-    def _enter(self, player: Player, is_cancelled: Callable[[], bool]) -> float:
-        if is_cancelled():
-            raise Cancelled
+    def take(self, player: Player, audio_s: float) -> bool:
+        """`player` was sent a chunk; whether that was too late. Those who waited for it may go on."""
         with self._changed:
-            mine = (player.deadline, next(self._numbers))
-            self._waiting.append(mine)
-            try:
-                waited_s = self._wait(mine, is_cancelled)
-                self._n_free -= 1
-            finally:
-                self._waiting.remove(mine)
-                self._changed.notify_all()
+            self._changed.notify_all()
+            return player.take(audio_s)
+
+    def wait(self, player: Player, is_cancelled: Callable[[], bool]) -> float:
+        """Return when it is the stream's turn, or its listener has left; the seconds waited, 0 if it was its turn already."""
+        waited_s, start = 0.0, self._clock()
+        with self._changed:
+            while (excess_s := self._excess_s(player)) > 0 and not is_cancelled():
+                self._changed.wait(min(excess_s, CANCEL_CHECK_S))
+                waited_s = self._clock() - start
         return waited_s
 
-    def _wait(self, mine: tuple[Deadline, int], is_cancelled: Callable[[], bool]) -> float:
-        """Until there is room and nobody is more urgent; the seconds waited, 0 if it was so at once."""
-        waited_s, start = 0.0, time.monotonic()
-        while not self._n_free or min(self._waiting) != mine:
-            self._changed.wait(CANCEL_CHECK_S)
-            if is_cancelled():
-                raise Cancelled
-            waited_s = time.monotonic() - start
-        return waited_s
+    def _excess_s(self, player: Player) -> float:
+        """Seconds that a stream has to wait if nothing changes; 0: it is its turn."""
+        excess_s = player.lead_s - self._lead_s
+        if excess_s <= 0 or not any(other.lead_s < self._lead_s / 2 for other in self._players - {player}):
+            return 0.0
+        return excess_s

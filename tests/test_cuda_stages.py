@@ -170,6 +170,19 @@ def test_chunks_of_many_streams_equal_the_whole(codec, warm):
         np.testing.assert_allclose(np.concatenate(audio) / scale, expected / scale, atol=1e-4)
 
 
+def test_a_long_chunk_is_decoded_in_pieces(codec):
+    engine, twin = codec
+    engine.warm_up([8, 24])
+    codes = [np.random.randint(0, 1024, (8, n)).astype(np.int32) for n in (101, 26)]  # 24 x 4, 5; 24, 2
+    state = np.zeros(state_size(CODEC), np.float32)
+    for given, (audio, next_state) in zip(codes, engine.decode([(c, state) for c in codes]), strict=True):
+        with torch.inference_mode():
+            expected, expected_state = twin(torch.from_numpy(given[None]), torch.from_numpy(state[None]))
+        scale = expected.abs().max().item()
+        np.testing.assert_allclose(audio / scale, expected[0].numpy() / scale, atol=1e-4)
+        np.testing.assert_allclose(next_state, expected_state[0].numpy(), atol=1e-3, rtol=1e-3)
+
+
 def test_chunks_of_different_lengths_share_a_call(codec):
     engine, _ = codec
     state = np.zeros(state_size(CODEC), np.float32)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from barkstream.engines import Chunk
+from barkstream.engines.kernels.batched import capture
 from barkstream.export.codec_state import state_parts, state_size
-from barkstream.sampling import Floats
+from barkstream.sampling import Floats, Ints
 from barkstream.tokens import CodecLayout
 
 
@@ -28,7 +29,6 @@ class CodecEngine:
         self.layout, self.max_batch = layout, max_batch
         self._decoder = Decoder(weights, layout)
         self._batches: dict[tuple[int, int], _Batch] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # the graphs share their memory: one runs at a time
 
     @classmethod
     def load(cls, path: Path, layout: CodecLayout, max_batch: int = 8) -> CodecEngine:
@@ -50,22 +50,41 @@ class CodecEngine:
         n_rows = 1
         while n_rows <= self.max_batch:
             for n_frames in sorted(set(frames)):
-                self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames, self._pool)
+                self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames)
             n_rows *= 2
 
     def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
-        """(samples [samples_per_frame n], next state [N]) of each chunk; those of one length are decoded together."""
+        """(samples [samples_per_frame n], next state [N]) of each chunk.
+
+        Chunks are decoded in pieces of the lengths that there are graphs for, equal pieces together: the state makes that
+        exact, and a long chunk takes no more memory than a short one.
+        """
         for chunk in chunks:
             self.check(chunk)
-        alike: dict[int, list[int]] = defaultdict(list)
-        for i, (codes, _) in enumerate(chunks):
-            alike[codes.shape[1]].append(i)
-        decoded: dict[int, tuple[Floats, Floats]] = {}
-        for members in alike.values():
-            for start in range(0, len(members), self.max_batch):
-                batch = members[start : start + self.max_batch]
-                decoded.update(zip(batch, self._decode([chunks[i] for i in batch]), strict=True))
-        return [decoded[i] for i in range(len(chunks))]
+        states = [state for _, state in chunks]
+        heard: list[list[Floats]] = [[] for _ in chunks]
+        left = {i: self._pieces(codes) for i, (codes, _) in enumerate(chunks)}
+        while left := {i: pieces for i, pieces in left.items() if pieces}:
+            alike: dict[int, list[int]] = defaultdict(list)
+            for i, pieces in left.items():
+                alike[pieces[0].shape[1]].append(i)
+            for members in alike.values():
+                for start in range(0, len(members), self.max_batch):
+                    batch = members[start : start + self.max_batch]
+                    decoded = self._decode([(left[i].pop(0), states[i]) for i in batch])
+                    for i, (audio, state) in zip(batch, decoded, strict=True):
+                        heard[i].append(audio)
+                        states[i] = state
+        return [(np.concatenate(audio), state) for audio, state in zip(heard, states, strict=True)]
+
+    def _pieces(self, codes: Ints) -> list[Ints]:
+        """codes [K, n] cut into the longest pieces that there are graphs for; what is left over is a piece of its own."""
+        lengths, pieces = sorted({n_frames for _, n_frames in self._batches}, reverse=True), []
+        while codes.shape[1]:
+            n = next((length for length in lengths if length <= codes.shape[1]), codes.shape[1])
+            pieces.append(codes[:, :n])
+            codes = codes[:, n:]
+        return pieces
 
     def _decode(self, chunks: list[Chunk]) -> list[tuple[Floats, Floats]]:
         shape = 1 << (len(chunks) - 1).bit_length(), chunks[0][0].shape[1]
@@ -73,7 +92,7 @@ class CodecEngine:
         states = torch.from_numpy(np.stack([state for _, state in chunks]))
         if shape in self._batches:
             audio, next_states = self._batches[shape].run(codes, states)
-        else:  # a stream's last chunk, or a whole sentence
+        else:
             with torch.inference_mode():
                 audio, next_states = self._decoder(codes.cuda(), states.cuda())
         return list(zip(audio.cpu().numpy(), next_states.cpu().numpy(), strict=False))[: len(chunks)]
@@ -152,17 +171,15 @@ class Decoder(nn.Module):
 class _Batch:
     """A graph that decodes n_rows chunks of n_frames, and the memory it works on."""
 
-    def __init__(self, decoder: Decoder, n_rows: int, n_frames: int, pool: object):
+    def __init__(self, decoder: Decoder, n_rows: int, n_frames: int):
         layout = decoder.layout
         self.codes = torch.zeros(n_rows, layout.n_codebooks, n_frames, dtype=torch.int32, device="cuda")
         self.states = torch.zeros(n_rows, state_size(layout), device="cuda")
         with torch.inference_mode():
-            with torch.cuda.stream(torch.cuda.Stream()):
-                decoder(self.codes, self.states)  # cuDNN chooses its algorithms outside of the capture
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
-                self.audio, self.next_states = decoder(self.codes, self.states)
+            self.graph = capture(lambda: self._decode(decoder))
+
+    def _decode(self, decoder: Decoder) -> None:
+        self.audio, self.next_states = decoder(self.codes, self.states)
 
     def run(self, codes: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Rows beyond those given decode what lies there from before."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from barkstream.engines import Window
 from barkstream.engines.kernels import build
+from barkstream.engines.kernels.batched import capture
 from barkstream.engines.kernels.weights import read_onnx
 from barkstream.sampling import Ints
 from barkstream.tokens import FineLayout
@@ -66,7 +67,6 @@ class FineEngine:
         module = build("fine.cu", f"sm_{major}{minor}", WIDTH=layout.size.width, BOOK_SIZE=layout.codebook_size)
         self._kernels = {name: module.kernel(name) for name in ("embed", "add_norm", "gelu", "draw")}
         self._batches: dict[tuple[int, int], _Batch] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # the graphs share their memory: one runs at a time
 
     @classmethod
     def load(cls, path: Path, layout: FineLayout, max_batch: int = 8) -> FineEngine:
@@ -122,7 +122,7 @@ class FineEngine:
     def _new_batch(self, n_rows: int, n_frames: int) -> _Batch:
         batch = _Batch(self.layout, n_rows, n_frames)
         if n_rows * n_frames <= GRAPH_FRAMES:
-            batch.capture(lambda: self._passes(batch), self._pool)
+            batch.work = capture(lambda: self._passes(batch)).replay
         else:
             batch.work = lambda: self._passes(batch)
         return batch
@@ -181,17 +181,6 @@ class _Batch:
         is_whole = n_frames == layout.size.block_size
         self.work: Callable[[], None] = lambda: None
         self.mask = None if is_whole else torch.ones(n_rows, 1, 1, n_frames, dtype=torch.bool, device="cuda")
-
-    def capture(self, work: Callable[[], None], pool: object) -> None:
-        """Make `work` a graph; it runs once before, so that libraries initialise outside of it."""
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            work()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            work()
-        self.work = graph.replay
 
     def run(self, windows: Sequence[Window]) -> Ints:
         """Filled codes [B, K, T], padding included."""
