@@ -37,14 +37,14 @@ N_STEPS, N_REPEATS = 60, 7
 class Case:
     n_rows: int
     context: int  # positions attended to, in the middle of the call
-    fused: bool
+    way: str  # fused, wide or batched
 
 
 CASES = {
-    "semantic": [Case(1, 500, True), Case(4, 500, True), Case(8, 500, True), Case(1, 500, False), Case(8, 500, False)]
-    + [Case(n, 500, False) for n in (16, 32, 64)]
-    + [Case(32, 700, False)],
-    "coarse": [Case(1, 900, True), Case(8, 900, True), Case(32, 900, False)],
+    "semantic": [Case(n, 500, "fused") for n in (1, 4, 8)]
+    + [Case(n, 500, "wide") for n in (1, 8, 16, 32)]
+    + [Case(32, 700, "wide"), Case(64, 500, "wide"), Case(8, 500, "batched"), Case(32, 700, "batched")],
+    "coarse": [Case(1, 900, "fused"), Case(8, 900, "fused"), Case(8, 900, "wide"), Case(32, 900, "wide")],
 }
 PREFILLS = {"semantic": [(1, 256), (8, 256)], "coarse": [(1, 886), (8, 886)]}  # rows, tokens
 
@@ -132,18 +132,26 @@ def measure(model: str, stage: str, bandwidth: float) -> list[dict]:
     engine.cache.normal_()
     lines = [dict(what=f"memory {stage}", rows=64, tokens=size.block_size, gb=torch.cuda.memory_allocated() / 1e9)]
     lines += [
-        measure_decode(engine, stage, case, bandwidth) for case in CASES[stage] if engine._fused or not case.fused
+        measure_decode(engine, stage, case, bandwidth)
+        for case in CASES[stage]
+        if engine._fused or case.way == "batched"
     ]
     return lines + [measure_prefill(engine, stage, n_rows, n_tokens) for n_rows, n_tokens in PREFILLS[stage]]
 
 
 def measure_decode(engine: CudaEngine, stage: str, case: Case, bandwidth: float) -> dict:
-    decoder, rows = engine._fused if case.fused else engine._batched, decode_rows(case)
+    decoder = {"fused": engine._fused, "wide": engine._wide, "batched": engine._batched}[case.way]
+    rows = decode_rows(case)
     ms, spread = (t / N_STEPS for t in median_ms(lambda: decoder.decode(rows)))
     floor = step_bytes(engine.size, engine.head, case) / bandwidth / 1e9
-    what = f"decode {stage} {'fused' if case.fused else 'batched'}"
     return dict(
-        what=what, rows=case.n_rows, tokens=case.context, ms=ms, spread_ms=spread, floor_ms=floor, share=floor / ms
+        what=f"decode {stage} {case.way}",
+        rows=case.n_rows,
+        tokens=case.context,
+        ms=ms,
+        spread_ms=spread,
+        floor_ms=floor,
+        share=floor / ms,
     )
 
 
@@ -191,9 +199,9 @@ def summary(model: str, bandwidth: float, lines: list[dict]) -> dict:
         torch=torch.__version__,
         bandwidth_tb_s=bandwidth,
         decode_ms_b1=found("decode semantic fused", 1, 500),
-        decode_ms_b32=found("decode semantic batched", 32, 700),
+        decode_ms_b32=found("decode semantic wide", 32, 700),
         decode_share_of_bandwidth_b1=found("decode semantic fused", 1, 500, "share"),
-        decode_share_of_bandwidth_b32=found("decode semantic batched", 32, 700, "share"),
+        decode_share_of_bandwidth_b32=found("decode semantic wide", 32, 700, "share"),
         prefill_ms_256=found("prefill semantic", 1, 256),
         prefill_ms_886=found("prefill coarse", 1, 886),
         lines=lines,

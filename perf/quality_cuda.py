@@ -1,7 +1,7 @@
 """Does the cuda engine speak as well as the CPU's? Said on the GPU's machine, judged wherever Whisper and DNSMOS are.
 
-    python3 perf/quality_cuda.py say clips.npz       # needs an NVIDIA GPU; nano-bark in float32, exported on the way
-    python3 perf/quality_cuda.py judge clips.npz     # the CPU engine says the same; then as `make quality` judges
+    python3 perf/quality_cuda.py say clips           # needs an NVIDIA GPU; nano-bark in float32, exported on the way
+    python3 perf/quality_cuda.py judge clips         # the CPU engine says the same; then as `make quality` judges
 
 `say` also feeds the engine what was said, token by token (teacher forcing), and counts how often its likeliest token is the
 float32 twin's; and the same for plain PyTorch under bf16 autocast, which is how Suno's own code runs on a GPU. Where they
@@ -59,21 +59,23 @@ def sentences() -> list[str]:
 # --- on the GPU's machine ----------------------------------------------------------------------------------------------
 
 
-def say(repository: Path, path: Path, n_seeds: int) -> int:
+def say(repository: Path, folder: Path, n_seeds: int) -> int:
+    """Writes a file a seed, and agreement.json, into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     pipeline, voices = open_pipeline(repository, engine="cuda")
-    names, clips = sorted(voices), {}
-    for seed in range(n_seeds):
-        for i, text in enumerate(sentences()):
-            for condition, how in CONDITIONS.items():
-                chunks = list(
-                    pipeline.stream(text, SpeechOptions(seed=1000 * seed + i, **how), voices[names[i % len(names)]])
-                )
-                clips[f"{condition}/{seed}/{i}"] = np.concatenate(chunks).astype(np.float16)
-                clips[f"{condition}/{seed}/{i}/boundaries"] = np.cumsum([len(chunk) for chunk in chunks])[:-1]
+    names = sorted(voices)
     calls = said_calls(pipeline, [voices[names[i % len(names)]] for i in range(N_FORCED)])
     agreements = {stage: agreement(pipeline, stage, calls[stage]) for stage in calls}
-    print(json.dumps(agreements))
-    np.savez(path, agreement=json.dumps(agreements), **clips)
+    print(json.dumps(agreements), flush=True)
+    (folder / "agreement.json").write_text(json.dumps(agreements) + "\n")
+    for seed in range(n_seeds):
+        clips = {}
+        for i, text in enumerate(sentences()):
+            for condition, how in CONDITIONS.items():
+                options = SpeechOptions(seed=1000 * seed + i, **how)
+                audio = np.concatenate(list(pipeline.stream(text, options, voices[names[i % len(names)]])))
+                clips[f"{condition}/{i}"] = audio.astype(np.float16)
+        np.savez(folder / f"seed-{seed}.npz", **clips)
     return 0
 
 
@@ -181,14 +183,13 @@ class Twin:
 # --- where the listeners are -------------------------------------------------------------------------------------------
 
 
-def judge(repository: Path, path: Path, results: Path) -> int:
+def judge(repository: Path, folder: Path, results: Path) -> int:
     from listening import Listener
     from machine import machine
     from quality import METRICS, compare, condition_line, group, metric, progress, reseeding_sd
 
-    with np.load(path) as stored:
-        clips = list(clips_of(stored))
-        agreements = json.loads(str(stored["agreement"]))
+    agreements = json.loads((folder / "agreement.json").read_text())
+    clips = [clip for seed, path in enumerate(sorted(folder.glob("seed-*.npz"))) for clip in clips_of(path, seed)]
     pipeline, voices = open_pipeline(repository)
     n_seeds = 1 + max(clip.seed for clip in clips)
     clips += said_on_cpu(pipeline, voices, n_seeds)
@@ -213,14 +214,13 @@ def judge(repository: Path, path: Path, results: Path) -> int:
     return 0 if passed else 1
 
 
-def clips_of(stored: Any) -> Iterator[Any]:
+def clips_of(path: Path, seed: int) -> Iterator[Any]:
     from listening import Clip
 
-    for name in stored.files:
-        if name.count("/") == 2:
-            condition, seed, i = name.split("/")
-            audio, boundaries = stored[name].astype(np.float32), stored[f"{name}/boundaries"].tolist()
-            yield Clip(f"cuda, {condition}", int(seed), int(i), sentences()[int(i)], audio, boundaries)
+    with np.load(path) as stored:
+        for name in stored.files:
+            condition, i = name.split("/")
+            yield Clip(f"cuda, {condition}", seed, int(i), sentences()[int(i)], stored[name].astype(np.float32), [])
 
 
 def said_on_cpu(pipeline: Pipeline, voices: dict[str, Any], n_seeds: int) -> Iterable[Any]:
@@ -238,7 +238,7 @@ def said_on_cpu(pipeline: Pipeline, voices: dict[str, Any], n_seeds: int) -> Ite
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["say", "judge"])
-    parser.add_argument("clips", type=Path)
+    parser.add_argument("clips", type=Path, help="a folder")
     parser.add_argument("--seeds", type=int, default=2, help="say: of each sentence; 2 at least")
     parser.add_argument("--results", type=Path, default=ROOT / "perf" / "results" / "quality-cuda.json")
     return parser.parse_args()

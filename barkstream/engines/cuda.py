@@ -1,8 +1,8 @@
 """The causal GPTs on an NVIDIA GPU: bf16 weights and KV cache, many decode steps without a word from the host.
 
 Prefill fills the cache with all of a prefix but its last position, which the first decode step feeds: so no prefill needs
-logits, and sampling happens in one place. Up to 8 rows decode in one kernel launch (`kernels/decode.cu`), more as
-CUDA graphs around cuBLAS (`kernels/batched.cu`), which is also the way on GPUs that the fused kernel does not fit.
+logits, and sampling happens in one place. Up to 64 rows decode in one kernel launch, few of them by
+`kernels/decode.cu`, more by `kernels/wide.cu`; CUDA graphs around cuBLAS (`kernels/batched.cu`) are for GPUs that those do not fit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from barkstream.engines import Generation, Head, Row
 from barkstream.engines.kernels.batched import BatchedDecoder, Layers, Prefill
-from barkstream.engines.kernels.fused import ROW_COUNTS, FusedDecoder, RowArguments
+from barkstream.engines.kernels.fused import FusedDecoder, RowArguments, pack_units
 from barkstream.engines.kernels.weights import load_weights, read_onnx
+from barkstream.engines.kernels.wide import ROW_COUNTS, WideDecoder
 from barkstream.sampling import Ints, Sampling
 from barkstream.tokens import GPTSize
 
 WARM_UP = Sampling(temperature=0)
+FUSED_ROWS = 4  # up to here `decode.cu` is faster than `wide.cu`
 PREFILL_ROWS = 8  # at once: more are no faster, and their activations take 30 MB a row (large, 886 tokens)
 
 
@@ -58,7 +60,7 @@ class CudaEngine:
     ):
         """weights: by Hugging Face name, see `load_weights`. n_slots: streams whose KV cache is kept; max_batch: rows decoded together.
 
-        GPU memory: 2 copies of the weights in bf16 (one in the fused kernel's order), and
+        GPU memory: 2 copies of the weights in bf16 (one in the fused kernels' order), and
         (max(n_slots, max_batch) + 1) * 4 * layers * width * block bytes of cache (large: 100 MB a slot).
         """
         if size.head_width != 64:
@@ -70,7 +72,11 @@ class CudaEngine:
         self.cache = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
         layers = Layers(on_gpu, size, head, self.cache)
         self._prefill, self._batched = Prefill(layers), BatchedDecoder(layers)
-        self._fused = FusedDecoder(on_gpu, size, head, self.cache) if fused and FusedDecoder.fits(size) else None
+        self._fused = self._wide = None
+        if fused and FusedDecoder.fits(size):
+            units = pack_units(on_gpu, size, head)
+            self._fused = FusedDecoder(on_gpu, units, size, head, self.cache)
+            self._wide = WideDecoder(on_gpu, units, size, head, self.cache)
         self._free = [Slot(i, np.zeros((0, 1), np.int32)) for i in range(n_slots)]
         self._owned: OrderedDict[int, Slot] = OrderedDict()  # by stream, least recently used first
 
@@ -126,8 +132,13 @@ class CudaEngine:
 
     def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Decode steps for rows whose slots are filled, see `FusedDecoder.decode`. Asynchronous."""
-        decoder = self._fused if self._fused is not None and len(rows) <= ROW_COUNTS[-1] else self._batched
-        return decoder.decode(rows, logits)
+        return self._decoder(len(rows)).decode(rows, logits)
+
+    def _decoder(self, n_rows: int) -> FusedDecoder | WideDecoder | BatchedDecoder:
+        """What decodes so many rows fastest on this GPU, see docs/performance.md."""
+        if self._fused is not None and n_rows <= FUSED_ROWS:
+            return self._fused
+        return self._wide if self._wide is not None and n_rows <= ROW_COUNTS[-1] else self._batched
 
     def _generate(self, rows: list[Row]) -> list[Generation]:
         with self._slots_for(rows) as slots:

@@ -24,20 +24,17 @@
 // - x after the MLP: 8 columns a block, to all
 // Layer norm: its weights, and the subtraction of the mean, are folded into the matrices behind it, so products are
 // taken of plain x; 1 / standard deviation is computed beside them and scales the sums.
-#include "sampling.cuh"
+#include "decode.cuh"
 
-constexpr int W = WIDTH, H = N_HEADS, B = N_ROWS, BLOCKS = 8 * H, WARPS = 8, THREADS = WARPS * 32;
-constexpr int SLICES = W / 32, PAIRS = (SLICES + WARPS - 1) / WARPS;  // slices of k, 32 wide, and how many a warp takes
-constexpr int TILE = 32 * W;  // the bytes of 16 rows of W weights: two units of 8 rows
+constexpr int TILE = 2 * UNIT;  // the tensor cores' left operand: two units
 constexpr int STAGES = 3, STAGE_TILES = 2, STAGE_UNITS = 4;
 constexpr int TILE_CHUNKS = 4, CHUNK = TILE / TILE_CHUNKS, STAGE_CHUNKS = STAGE_TILES * TILE_CHUNKS;
 constexpr int IN_FLIGHT = 2;  // chunks of a block that are on their way
 constexpr int HEAD_STAGES = (HEAD_TILES + STAGE_TILES - 1) / STAGE_TILES, HEAD_ROWS = HEAD_TILES * 16;
 constexpr int HEAD_CYCLES = (HEAD_STAGES + STAGES - 1) / STAGES;  // a cycle fills every stage once; a layer is one
-constexpr int ALL_TILES = N_LAYERS * STAGES * STAGE_TILES + N_BOOKS * HEAD_TILES;
 constexpr int SPLIT = WARPS / B;  // warps that share a row's attention
 constexpr int COPIES = 8;
-static_assert(W == 64 * H && B <= 8 && (B & (B - 1)) == 0 && N_LAYERS % 2 == 0);
+static_assert(B <= 8 && N_LAYERS % 2 == 0 && LAYER_UNITS == STAGES * STAGE_UNITS);
 
 // Where the packets of 16 bytes lie.
 constexpr int QKV_AT = 0, PART_AT = QKV_AT + H * B * 48, OUT_AT = PART_AT + BLOCKS * B * 17,
@@ -46,7 +43,7 @@ constexpr int QKV_AT = 0, PART_AT = QKV_AT + H * B * 48, OUT_AT = PART_AT + BLOC
               LOGITS_AT = CANDIDATE_AT + BLOCKS * B * 2;
 
 struct Arguments {
-    const u8* weights;       // [BLOCKS][ALL_TILES][TILE]
+    const u8* weights;       // [BLOCKS][ALL_UNITS][UNIT]
     const u16* embedding;    // [ids][W], bf16
     const float* positions;  // [BLOCK_SIZE][W]
     u16* cache;              // [N_LAYERS][2][slots][H][BLOCK_SIZE][64], bf16
@@ -61,10 +58,6 @@ struct Arguments {
     Row rows[B];
 };
 
-struct RowState {
-    int length, ids[2], n_drawn, running, ended;
-};
-
 struct Shared {
     u64 full[STAGES], empty[STAGES], landed[IN_FLIGHT];
     float2 moments[2][WARPS][B];   // of a warp's slice of x: sum, and sum of squares
@@ -77,19 +70,6 @@ struct Shared {
     volatile int stop;
 };
 
-__device__ __forceinline__ void sync() { sync_threads(1, THREADS); }
-__device__ __forceinline__ int
-thread() {  // volatile: else all that follows from it is kept for the whole loop, in local memory
-    int t;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-    return t;
-}
-__device__ __forceinline__ int warp() { return thread() / 32; }
-__device__ __forceinline__ int lane() {
-    int l;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(l));
-    return l;
-}
 __device__ __forceinline__ u8* at(const Arguments& a, int packet) { return a.packets + packet * 16; }
 
 __device__ __forceinline__ int book_of(const Arguments& a, int row, int step) {
@@ -158,7 +138,7 @@ __device__ void prefetch_cache(const Arguments& a, int layer, int step) {
 }
 
 __device__ void copy_steps(const Arguments& a, Copier& copier) {
-    const u8* mine = a.weights + (size_t)blockIdx.x * ALL_TILES * TILE;
+    const u8* mine = a.weights + (size_t)blockIdx.x * ALL_UNITS * UNIT;
     for (int step = 0; step < a.n_steps; step++) {
         for (int layer = 0; layer < N_LAYERS; layer++) {
             prefetch_cache(a, layer, step);
@@ -205,13 +185,13 @@ __device__ __forceinline__ u8* copy_at(const Arguments& a, int from,
     return at(a, from + blockIdx.x % COPIES * (B * words_per_row / 4));
 }
 
-// This warp's slices of a tile. Its 16 bytes for a lane and 16 of k are the tensor cores' left operand: rows of the
-// first unit, of the second, and both again 2 of k further on.
+// This warp's slices of a tile: 16 bytes, 8 of k, of either unit.
 __device__ __forceinline__ void load_tile(uint4 (&weights)[2 * PAIRS], const Place& place, int tile) {
-    const uint4* from = (const uint4*)(place.stages + tile * TILE) + warp() * 64 + lane();
+    const uint4* from = (const uint4*)(place.stages + tile * TILE) + warp() * 32 + lane();
 #pragma unroll
     for (int i = 0; i < 2 * PAIRS; i++)
-        weights[i] = warp() + i / 2 * WARPS < SLICES ? from[i / 2 * WARPS * 64 + i % 2 * 32] : make_uint4(0, 0, 0, 0);
+        weights[i] = warp() + i / 2 * WARPS < SLICES ? from[i / 2 * WARPS * 32 + i % 2 * (UNIT / 16)]
+                                                     : make_uint4(0, 0, 0, 0);
 }
 
 __device__ __forceinline__ void wait_for_stage(const Place& place, int stage) {
@@ -236,49 +216,9 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint4 (&weights
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         const uint4 &first = weights[2 * i], &second = weights[2 * i + 1];
-        multiply_add(sums, first.x, first.y, first.z, first.w, act[i].x, act[i].y);
-        multiply_add(sums, second.x, second.y, second.z, second.w, act[i].z, act[i].w);
+        multiply_add(sums, first.x, second.x, first.y, second.y, act[i].x, act[i].y);
+        multiply_add(sums, first.z, second.z, first.w, second.w, act[i].z, act[i].w);
     }
-}
-
-__device__ __forceinline__ void store_packet(u8* to, u64 low, u64 high) {
-    asm volatile(
-        "{\n.reg .b128 packet;\nmov.b128 packet, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], packet;\n}" ::"l"(to),
-        "l"(low), "l"(high)
-        : "memory");
-}
-__device__ __forceinline__ void publish_numbered(u8* to, u32 x, u32 y, u32 z, u32 number) {
-    store_packet(to, (u64)y << 32 | x, (u64)number << 32 | z);
-}
-
-// Packets of activations are odd or even, by the lowest bit of their first word.
-__device__ __forceinline__ void publish(u8* to, uint4 v, u32 odd) {
-    store_packet(to, (u64)v.y << 32 | ((v.x & ~1u) | odd), (u64)v.w << 32 | v.z);
-}
-
-__device__ __forceinline__ uint4 peek(const u8* from) {
-    u64 low, high;
-    asm volatile("{\n.reg .b128 packet;\nld.relaxed.gpu.global.b128 packet, [%2];\nmov.b128 {%0, %1}, packet;\n}"
-                 : "=l"(low), "=l"(high)
-                 : "l"(from)
-                 : "memory");
-    return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
-}
-
-// Polls N packets, at address(i), until all of them are wanted. A wait of seconds means that a block died: better an
-// error than a hang.
-template <int N, class Address, class Wanted>
-__device__ __forceinline__ void await(uint4 (&v)[N], Address address, Wanted wanted) {
-    bool ready;
-    u32 patience = 1u << 23;
-    do {
-        ready = true;
-#pragma unroll
-        for (int i = 0; i < N; i++) v[i] = peek(address(i));
-#pragma unroll
-        for (int i = 0; i < N; i++) ready &= wanted(v[i]);
-        if (--patience == 0) __trap();
-    } while (!ready);
 }
 
 // Activations of this warp's slices, N_CHUNKS times W of k: packets of everybody, from `from` on.
@@ -374,39 +314,6 @@ __device__ __forceinline__ void publish_columns(u8* to, int bytes_per_copy, floa
     if (lane() == first) publish(to + lane() / 4 * bytes_per_copy, packet, odd);
 }
 
-__device__ __forceinline__ void unpack(float (&v)[8], const uint4& words) {
-    v[0] = low_bf16(words.x), v[1] = high_bf16(words.x), v[2] = low_bf16(words.y), v[3] = high_bf16(words.y);
-    v[4] = low_bf16(words.z), v[5] = high_bf16(words.z), v[6] = low_bf16(words.w), v[7] = high_bf16(words.w);
-}
-
-__device__ __forceinline__ uint4 pack(const float (&v)[8]) {
-    return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
-}
-
-__device__ __forceinline__ uint4 as_words(float x, float y, float z, float w) {
-    return make_uint4(__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w));
-}
-
-__device__ __forceinline__ float power_of_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Columns column ... + N of x at a row's next position: the embeddings of its ids and of the position.
-template <int N>
-__device__ __forceinline__ void embedding(float (&x)[N], const Arguments& a, const RowState& row, int column) {
-    const u16 *first = a.embedding + (size_t)row.ids[0] * W + column,
-              *second = a.embedding + (size_t)row.ids[1] * W + column;
-    const float* position = a.positions + (size_t)row.length * W + column;
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-        u32 one = *(const u32*)(first + i), other = *(const u32*)(second + i);
-        float2 p = *(const float2*)(position + i);
-        x[i] = low_bf16(one) + low_bf16(other) + p.x, x[i + 1] = high_bf16(one) + high_bf16(other) + p.y;
-    }
-}
-
 // x of this warp's slices, and of the block's own columns.
 __device__ __forceinline__ void embed(uint4 (&act)[PAIRS], const Arguments& a, Shared& shared) {
     int row = lane() / 4 % B;
@@ -414,12 +321,12 @@ __device__ __forceinline__ void embed(uint4 (&act)[PAIRS], const Arguments& a, S
     for (int i = 0; i < PAIRS; i++) {
         float x[8] = {};
         int slice = warp() + i * WARPS;
-        if (slice < SLICES) embedding(x, a, shared.rows[row], slice * 32 + lane() % 4 * 8);
+        if (slice < SLICES) embedding(x, a.embedding, a.positions, shared.rows[row], slice * 32 + lane() % 4 * 8);
         act[i] = pack(x);
     }
     if (warp() < B) {
         float x[2];
-        embedding(x, a, shared.rows[warp()], blockIdx.x * 8 + lane() % 4 * 2);
+        embedding(x, a.embedding, a.positions, shared.rows[warp()], blockIdx.x * 8 + lane() % 4 * 2);
         shared.residual[warp()][lane() % 4] = make_float2(x[0], x[1]);
     }
 }
@@ -444,16 +351,6 @@ __device__ __forceinline__ void receive(float (&v)[8], const Arguments& a, int b
     v[3] = __uint_as_float(packets[0].w);
     v[4] = __uint_as_float(packets[1].x), v[5] = __uint_as_float(packets[1].y), v[6] = __uint_as_float(packets[1].z),
     v[7] = __uint_as_float(packets[1].w);
-}
-
-__device__ __forceinline__ float score_of(const float (&q)[8], const uint4& key) {  // / sqrt(64), to base 2
-    float k[8], score = 0;
-    unpack(k, key);
-#pragma unroll
-    for (int d = 0; d < 8; d++) score = fmaf(q[d], k[d], score);
-#pragma unroll
-    for (int offset = 1; offset < 8; offset *= 2) score += __shfl_xor_sync(~0u, score, offset);
-    return score * (0.125f * 1.44269504f);
 }
 
 // The helping warp's part: the positions being fed, if they are this block's. They go into the cache, too.
@@ -610,8 +507,6 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int l
         combine_attention(a, odd);
     }
 }
-
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
 
 // Row `warp`, columns 2 * (lane % 4), + 1: each group of 4 lanes does the same.
 __device__ __forceinline__ float2 add_to_residual(Shared& shared, float2 v) {

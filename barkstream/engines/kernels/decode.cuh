@@ -54,7 +54,7 @@ __device__ __forceinline__ uint4 peek(const u8* from) {
     return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
 }
 
-constexpr u32 PATIENCE = 1u << 23;  // polls: a wait of seconds means that a block died, and an error is better than a hang
+constexpr u32 PATIENCE = 1u << 23;  // polls: a wait of seconds means that a block died; an error is better than a hang
 
 // Polls N packets, at address(i), until all of them are wanted.
 template <int N, class Address, class Wanted>

@@ -57,12 +57,11 @@ def kernel_constants(size: GPTSize, head: Head) -> dict[str, int]:
 class FusedDecoder:
     """Decodes up to 8 rows on compute capability 9.0 or later, if the GPU can run 8 blocks a head at once."""
 
-    def __init__(self, weights: GPTWeights, size: GPTSize, head: Head, cache: Tensor):
-        """cache: [layers, 2, slots, heads, block, 64] bf16; the last slot is scratch, for the rows that fill a batch up."""
-        self._weights, self._size, self._head, self._cache = weights, size, head, cache
+    def __init__(self, weights: GPTWeights, units: Tensor, size: GPTSize, head: Head, cache: Tensor):
+        """units: the weights as `pack_units` orders them.
+        cache: [layers, 2, slots, heads, block, 64] bf16; the last slot is scratch, for the rows that fill a batch up."""
+        self._weights, self._units, self._size, self._head, self._cache = weights, units, size, head, cache
         self._n_blocks = 8 * size.n_heads
-        self._head_tiles = -(-head.size // (self._n_blocks * 16))
-        self._tiles = pack_tiles(weights, self._n_blocks, self._head_tiles, head)
         self._variants: dict[int, _Variant] = {}
         self._number = 1
 
@@ -115,23 +114,23 @@ class _Variant:
 
     def __init__(self, decoder: FusedDecoder, n_rows: int):
         size, head, width = decoder._size, decoder._head, decoder._size.width
-        head_rows = 16 * decoder._head_tiles
+        head_tiles = n_head_tiles(size, head)
         stages, partials = 12 * 16 * width, N_WARPS * 4 * n_rows * 8 * 4
         self.kernel: Kernel = build(
             "decode.cu",
             "sm_90a",
             N_LAYERS=size.n_layers,
             N_ROWS=n_rows,
-            HEAD_TILES=decoder._head_tiles,
+            HEAD_TILES=head_tiles,
             **kernel_constants(size, head),
         ).kernel("decode", stages + 2 * partials, cooperative=True)
         blocks = decoder._n_blocks
-        packets = n_rows * (size.n_heads * 48 + blocks * 19 + COPIES * width * 7 // 8 + blocks * head_rows // 2)
+        packets = n_rows * (size.n_heads * 48 + blocks * 19 + COPIES * width * 7 // 8 + blocks * head_tiles * 8)
         self.packets = torch.zeros(packets, 2, dtype=torch.int64, device="cuda")
         self.tokens = torch.zeros(n_rows, size.block_size, dtype=torch.int32, device="cuda")
         self.result = torch.zeros(n_rows, 2, dtype=torch.int32, device="cuda")
         self.arguments = _arguments(n_rows)(
-            weights=decoder._tiles.data_ptr(),
+            weights=decoder._units.data_ptr(),
             embedding=decoder._weights.embedding.data_ptr(),
             positions=decoder._weights.positions.data_ptr(),
             cache=decoder._cache.data_ptr(),
@@ -150,25 +149,28 @@ def _arguments(n_rows: int) -> type[ctypes.Structure]:
     return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", RowArguments * n_rows)]})
 
 
-def pack_tiles(weights: GPTWeights, n_blocks: int, head_tiles: int, head: Head) -> Tensor:
-    """Every block's weights in the order in which it uses them: [blocks, tiles, width / 32, 2, 32 lanes, 8] bf16.
+def n_head_tiles(size: GPTSize, head: Head) -> int:
+    """Pairs of units that each of the 8 blocks a head has of a codebook's head."""
+    return -(-head.size // (8 * size.n_heads * 16))
+
+
+def pack_units(weights: GPTWeights, size: GPTSize, head: Head) -> Tensor:
+    """Every block's weights in the order in which it uses them: [blocks, units, width / 32, 32 lanes, 8] bf16.
 
     A unit is 8 rows of `width` weights. Block 8 h + r has rows 8 r .. of head h's queries, keys and values, rows 8 b .. of both
     output projections (the MLP's in 4 pieces of k), rows 32 b .. of the MLP's first matrix, and its share of each codebook's head.
-    A tile is two units as the left operand of the tensor cores' m16n8k16: lane 4 g + j holds row g of both; of each
-    32 of k, j = 0..3 have eight in turn.
+    Two units make the left operand of the tensor cores' m16n8k16: of each 32 of k, lane 4 g + j has eight, 8 j .., of row g.
     """
-    width = weights.embedding.shape[1]
+    width, n_blocks = size.width, 8 * size.n_heads
     parts = []
     for layer in weights.layers:
         parts.append(layer.qkv.view(3, n_blocks, 8, width).transpose(0, 1))
         parts.append(layer.out.view(n_blocks, 1, 8, width))
         parts.append(layer.up.view(n_blocks, 4, 8, width))
         parts.append(layer.down.view(n_blocks, 8, 4, width).transpose(1, 2))
+    n_rows = n_blocks * n_head_tiles(size, head) * 16
     for book in weights.head.split(head.size):
-        padded = torch.nn.functional.pad(book, (0, 0, 0, n_blocks * head_tiles * 16 - head.size))
-        parts.append(padded.view(n_blocks, head_tiles * 2, 8, width))
+        padded = torch.nn.functional.pad(book, (0, 0, 0, n_rows - head.size))
+        parts.append(padded.view(n_blocks, -1, 8, width))
     units = torch.cat(parts, 1)
-    # [blocks, tiles, unit, g, slice, j, half of 8, pair of 2, 2] -> a lane's 8: for each pair, both units
-    split = units.view(n_blocks, -1, 2, 8, width // 32, 4, 2, 2, 2)
-    return split.permute(0, 1, 4, 6, 3, 5, 7, 2, 8).reshape(n_blocks, -1, width // 32, 2, 32, 8).contiguous()
+    return units.view(n_blocks, -1, 8, width // 32, 32).transpose(2, 3).reshape(n_blocks, -1, width // 32, 32, 8)

@@ -56,51 +56,20 @@ __device__ __forceinline__ void copy_to_shared(void* to, const void* from, u32 b
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
+// The same for what nobody will read again soon: it leaves L2 first.
+__device__ __forceinline__ void copy_once_to_shared(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile(
+        "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], policy;\n}" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- a named barrier of some of a block's warps ----
 __device__ __forceinline__ void sync_threads(u32 id, u32 n_threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
-}
-
-// ---- thread block clusters: barrier, and stores into another block's shared memory ----
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-__device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ u32 in_block(const void* p, u32 rank) {
-    u32 address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
-    return address;
-}
-__device__ __forceinline__ void store_remote(u32 address, float x) {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
-}
-__device__ __forceinline__ void store_remote(u32 address, float x, float y) {
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-}
-
-// ---- packets: a value and the number of the exchange it belongs to, in one 8-byte store; the reader polls the value
-// itself ----
-__device__ __forceinline__ void store_packets(void* to, float x, float y, u32 number) {
-    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %2};" ::"l"(to), "r"(__float_as_uint(x)), "r"(number),
-                 "r"(__float_as_uint(y))
-                 : "memory");
-}
-__device__ __forceinline__ float2 wait_packets(const void* from, u32 number) {
-    u32 x, y, first, second;
-    do {
-        asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x), "=r"(first), "=r"(y), "=r"(second)
-                     : "l"(from)
-                     : "memory");
-    } while (first != number || second != number);
-    return make_float2(__uint_as_float(x), __uint_as_float(y));
 }
 
 __device__ __forceinline__ uint4

@@ -4,40 +4,42 @@
 // - All that a step reads from memory, weights as well as keys and values, passes through a ring of stages in shared
 //   memory, in the order of use. One warp copies, as far ahead as the ring goes: while blocks wait for one another the
 //   next matrices, or the next layer's keys, arrive.
-// - Each block owns 8 columns of x, 24 of q | k | v (those of head block / 8), 32 of the MLP's hidden layer, and the attention of an
-//   eighth of the rows for its head. The MLP's second product is split over k besides, because every block reading
-//   all of the hidden layer would take longer than the weights: 4 blocks make 32 columns together, each from a quarter of k,
-//   and exchange sums.
+// - Each block owns 8 columns of x, 24 of q | k | v (those of head block / 8), 32 of the MLP's hidden layer, and the
+//   attention of an eighth of the rows for its head. The MLP's second product is split over k besides, because every
+//   block reading all of the hidden layer would take longer than the weights: 4 blocks make 32 columns together, each
+//   from a quarter of k, and exchange sums.
 // - Activations lie in global memory (so in L2), row after row, and are loaded straight into the tensor cores' right
 //   operand; weights are the left one. Products are split over k by warp.
-// - A block that has done its part of a phase publishes the phase's number; a warp waits for those blocks only whose columns
-//   it multiplies. There are 5 phases in a layer: q | k | v, attention, its projection, the MLP's hidden layer, its output.
-//   No buffer is needed twice: whoever writes it has waited for blocks that waited for all of its readers.
+// - Blocks exchange activations as packets of 16 bytes whose lowest bit says which turn they belong to, an even or an
+//   odd one, and the reader polls the data itself (as in decode.cu). A flag would cost four trips to L2 in place of
+//   two: under load a fence alone took 2,500 cycles. One buffer is enough: whoever writes it again has received what
+//   was made by blocks that had received all that was in it.
+// - What streams through is marked as first to leave L2, or it would drive out what blocks exchange.
 // - Layer norm: as in decode.cu.
 #include "decode.cuh"
 
 constexpr int POSITIONS = UNIT / 256;                    // whose keys and values fill a stage
-constexpr int TOGETHER = B < 32 ? B : 32, N = TOGETHER / 8;  // rows multiplied at once, and the tensor cores' groups of 8
+constexpr int PART = B == 8 ? 8 : B / 2;                 // rows that go through a phase together
 constexpr int SHARE = B / 8;                             // rows whose attention a block computes
-constexpr int STRIDE = B == 8 ? 8 : B + 8;               // of a column of partial sums: no two banks alike
 constexpr int PADDED = BLOCKS * HEAD_UNITS * 8;          // logits of a row
 constexpr int HEAD_GROUP = HEAD_UNITS % 4 == 0 ? 4 : 2;  // units of the head that are multiplied together
-constexpr int COPIES = 4;                                // of the numbers that everybody polls
 
 struct Arguments {
     const u8* weights;       // [BLOCKS][ALL_UNITS][UNIT]
     const u16* embedding;    // [ids][W], bf16
     const float* positions;  // [BLOCK_SIZE][W]
     u16* cache;              // [N_LAYERS][2][slots][H][BLOCK_SIZE][64], bf16
-    u16 *x, *middle;         // [B][W]: the input of attention, and of the MLP
-    u16 *query, *attended;   // [B][W]
-    u16* hidden;             // [B][4 W]
-    float *logits, *noise;   // [B][PADDED]
-    u32* published;          // [COPIES][BLOCKS]: phases; this and the next two are zero at the start
-    u8* exchange;            // [BLOCKS][4 sources][2 halves][B] packets: partial sums of the MLP's output
-    u8* drawn;               // [B] packets: token, whether it ended, -, step + 1
-    int* tokens;             // [B][BLOCK_SIZE]: vocabulary indices within the book
-    int* result;             // [B][2]: how many tokens, and whether speech ended
+    // Packets, and numbers of steps: zero at the start
+    u8 *x, *middle;         // [B][W] bf16: the input of attention, and of the MLP
+    u8* qkv;                // [3][B][W] bf16
+    u8* attended;           // [B][W] bf16
+    u8* hidden;             // [B][4 W] bf16
+    u8* exchange;           // [BLOCKS][4 sources][B][2 halves]: partial sums of the MLP's output
+    u8* drawn;              // [B]: token, whether it ended, -, step + 1
+    u32* logits_ready;      // [BLOCKS]: step + 1
+    float *logits, *noise;  // [B][PADDED]
+    int* tokens;            // [B][BLOCK_SIZE]: vocabulary indices within the book
+    int* result;            // [B][2]: how many tokens, and whether speech ended
     int n_slots, n_steps;
     int one_book;  // all rows stand at the same codebook, so the others need not be computed
     u8 order[B];   // [8 ranks][SHARE]: rows dealt to a head's blocks
@@ -48,7 +50,7 @@ struct Shared {
     u64 full[STAGES], empty[STAGES];
     __align__(16) uint4 newest[SHARE][3][8];  // query, key and value of the positions being fed
     float2 moments[WARPS][B];                 // of a warp's slices of x: sum, and sum of squares
-    float residual[8][B];                     // this block's columns of x, in full precision
+    __align__(16) float4 residual[B][2];      // this block's columns of x, in full precision
     float2 part_scale[SHARE][WARPS];          // attention of a warp's positions: peak and sum
     Candidate candidates[WARPS];
     float scratch[WARPS];
@@ -74,19 +76,19 @@ struct Copier {
     u32 n;  // stages filled so far
 
     __device__ void land(u32 i) { barrier_wait(&shared.full[i % STAGES], i / STAGES & 1); }
-    // The next stage, when it is free. Never more than IN_FLIGHT are on their way: what others poll waits behind them.
-    __device__ u64* next(u32 bytes) {
+    // The next stage, when it is free. Only so many are on their way at once: what others poll waits behind them.
+    __device__ u64* next(u32 bytes, u32 in_flight) {
         barrier_wait(&shared.empty[n % STAGES], (n / STAGES & 1) ^ 1);
-        if (n >= IN_FLIGHT) land(n - IN_FLIGHT);
+        if (n >= in_flight) land(n - in_flight);
         u64* full = &shared.full[n % STAGES];
         barrier_expect(full, bytes);
         return full;
     }
     __device__ void units(int block, int first, int count) {
         for (int i = 0; i < count; i++, n++) {
-            u64* full = next(UNIT);
-            copy_to_shared(stages + n % STAGES * UNIT, a.weights + ((size_t)block * ALL_UNITS + first + i) * UNIT, UNIT,
-                           full);
+            u64* full = next(UNIT, WEIGHTS_IN_FLIGHT);
+            const u8* from = a.weights + ((size_t)block * ALL_UNITS + first + i) * UNIT;
+            copy_once_to_shared(stages + n % STAGES * UNIT, from, UNIT, full);
         }
     }
     __device__ void keys_and_values(int layer) {
@@ -95,10 +97,10 @@ struct Copier {
             const u16* keys = keys_at(a, layer, row);
             for (int first = 0; first < length; first += POSITIONS, n++) {
                 int bytes = min(POSITIONS, length - first) * 128;
-                u64* full = next(2 * bytes);
+                u64* full = next(2 * bytes, KEYS_IN_FLIGHT);
                 u8* stage = stages + n % STAGES * UNIT;
-                copy_to_shared(stage, keys + first * 64, bytes, full);
-                copy_to_shared(stage + UNIT / 2, keys + values_after(a) + first * 64, bytes, full);
+                copy_once_to_shared(stage, keys + first * 64, bytes, full);
+                copy_once_to_shared(stage + UNIT / 2, keys + values_after(a) + first * 64, bytes, full);
             }
         }
     }
@@ -111,7 +113,8 @@ __device__ void copying_warp(const Arguments& a, Shared& shared, u8* stages) {
         for (int layer = 0; layer < N_LAYERS; layer++) {
             int first = layer * LAYER_UNITS;
             if (lane() == 0) copier.units(block, first, OUT_UNIT);
-            if (layer == 0) {  // the rows' new states, and the keys that others wrote in the step before
+            __syncwarp();
+            if (layer == 0) {  // the rows' new states, and the keys that were written in the step before
                 if (step) sync_threads(3, THREADS + 64);
                 if (shared.stop) break;
                 asm volatile("fence.proxy.async;" ::: "memory");
@@ -138,9 +141,9 @@ __device__ void copying_warp(const Arguments& a, Shared& shared, u8* stages) {
 struct Place {
     Shared& shared;
     const u8* stages;
-    float* partial;  // [WARPS][4 units][8 columns][STRIDE]
+    float* partial;  // [WARPS][4 units][B rows][8 columns]
     u32 n_taken;     // stages
-    u32 phase;       // the one that this block has published last
+    u32 turn, x_turn;  // of which the lowest bit marks packets: layers so far, and times that x was written
 };
 
 // Stages are taken in the order in which they were filled; i: how many after the next one.
@@ -158,114 +161,130 @@ __device__ __forceinline__ void release_stages(Place& place, int n) {
     place.n_taken += n;
 }
 
-// This block has written all that belongs to a phase.
-__device__ __forceinline__ void publish_phase(const Arguments& a, Place& place) {
-    place.phase++;
-    sync();
-    if (warp() == 0) {
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        if (lane() < COPIES)
-            asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(a.published + lane() * BLOCKS + blockIdx.x),
-                         "r"(place.phase)
-                         : "memory");
-    }
+// 8 columns of a row, of which this lane has 4 and its neighbour the others, as a packet. The first one is rounded to
+// the nearest number whose lowest bit is the turn's.
+__device__ __forceinline__ void publish_halves(u8* to, const float4& v, u32 turn) {
+    u32 odd = (turn & 1) << 16, first = ((__float_as_uint(v.x) - odd + 0x10000u) & ~0x1ffffu) + odd;
+    u32 low = lane() % 2 ? pack_bf16(v.x, v.y) : first >> 16 | pack_bf16(0, v.y), high = pack_bf16(v.z, v.w);
+    u32 next_low = __shfl_down_sync(~0u, low, 1), next_high = __shfl_down_sync(~0u, high, 1);
+    if (lane() % 2 == 0) store_packet(to, (u64)high << 32 | low, (u64)next_high << 32 | next_low);
 }
 
-// Each lane of a warp waits until a block has published the phase that this one has published last; block < 0: for none.
-__device__ __forceinline__ void await_blocks(const Arguments& a, const Place& place, int block) {
-    const u32* published = a.published + blockIdx.x % COPIES * BLOCKS + max(block, 0);
-    u32 seen, patience = PATIENCE;
-    do {
-        asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(published) : "memory");
-        if (--patience == 0) __trap();
-    } while (block >= 0 && seen < place.phase);
-    __syncwarp();
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-}
+__device__ __forceinline__ bool is_of(const uint4& packet, u32 turn) { return ((packet.x ^ turn) & 1) == 0; }
 
-// The block that made columns of this warp's i-th slice, the j-th of PER_SLICE such blocks, for the lane that waits for it: -1
-// for the other lanes. In attention 8 blocks make a head's 2 slices, so `SLICES_EACH` is 2.
-template <int PER_SLICE, int SLICES_EACH = 1>
-__device__ __forceinline__ int maker_of_slice() {
-    int slice = warp() + lane() / PER_SLICE * WARPS;
-    return slice < SLICES ? slice / SLICES_EACH * PER_SLICE + lane() % PER_SLICE : -1;
-}
+// Does this warp have an i-th slice of k?
+__device__ __forceinline__ bool has_slice(int i) { return SLICES % WARPS == 0 || warp() + i * WARPS < SLICES; }
 
-// sums of N_UNITS units over this warp's slices of k, for all rows, into `partial`; the moments of x beside them.
-// x: [B][stride], of which W columns are multiplied. act: what is loaded of x; `loaded`: as the last call left it.
-template <int N_UNITS, bool MOMENTS>
-__device__ __forceinline__ void multiply(Place& place, uint4 (&act)[N][PAIRS], const u16* x, int stride, bool loaded) {
-    constexpr int TILES = (N_UNITS + 1) / 2;
-    constexpr u32 ONES = 0x3f803f80u;
-#pragma unroll 1
-    for (int first = 0; first < B; first += TOGETHER) {
-        if (!loaded || B > TOGETHER) {
-            const u16* mine = x + (size_t)(first + lane() / 4) * stride + warp() * 32 + lane() % 4 * 8;
+// Loads activations of this warp's slices for 8 N rows, from row `first` on: packets of everybody, ready or not.
+// x: [B][n_columns]
+template <int N>
+__device__ __forceinline__ void load_rows(uint4 (&act)[N][PAIRS], const u8* x, int n_columns, int first) {
+    const u8* mine = x + ((size_t)(first + lane() / 4) * n_columns + warp() * 32 + lane() % 4 * 8) * 2;
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++)
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    act[n][i] = make_uint4(0, 0, 0, 0);
-                    if (SLICES % WARPS == 0 || warp() + i * WARPS < SLICES)
-                        act[n][i] = load_cached_l2(mine + n * 8 * stride + i * WARPS * 32);
-                }
-        }
-        if (first == 0)
-#pragma unroll
-            for (int i = 0; i < N_UNITS; i++) wait_for_stage(place, i);
-        float sums[TILES][N][4] = {}, moments[N][4] = {};
+    for (int n = 0; n < N; n++)
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
-            if (SLICES % WARPS && warp() + i * WARPS >= SLICES) break;
-            int at = ((warp() + i * WARPS) * 32 + lane()) * 16;
-#pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                uint4 upper = *(const uint4*)(stage_at(place, 2 * t) + at), lower = make_uint4(0, 0, 0, 0);
-                if (2 * t + 1 < N_UNITS) lower = *(const uint4*)(stage_at(place, 2 * t + 1) + at);
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    multiply_add(sums[t][n], upper.x, lower.x, upper.y, lower.y, act[n][i].x, act[n][i].y);
-                    multiply_add(sums[t][n], upper.z, lower.z, upper.w, lower.w, act[n][i].z, act[n][i].w);
-                }
-            }
-            if (MOMENTS)  // x times x above, of which the diagonal counts, and ones times x below
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    multiply_add(moments[n], act[n][i].x, ONES, act[n][i].y, ONES, act[n][i].x, act[n][i].y);
-                    multiply_add(moments[n], act[n][i].z, ONES, act[n][i].w, ONES, act[n][i].z, act[n][i].w);
-                }
+            act[n][i] = make_uint4(0, 0, 0, 0);
+            if (has_slice(i)) act[n][i] = peek(mine + (n * 8 * n_columns + i * WARPS * 32) * 2);
         }
-        if (first + TOGETHER == B) release_stages(place, N_UNITS);
-        int column = lane() / 4, row = first + lane() % 4 * 2;
+}
+
+// Loads them again until they are of the turn.
+template <int N>
+__device__ __forceinline__ void await_rows(uint4 (&act)[N][PAIRS], const u8* x, int n_columns, int first, u32 turn) {
+    u32 patience = PATIENCE;
+    while (true) {
+        bool ready = true;
 #pragma unroll
-        for (int u = 0; u < N_UNITS; u++)
+        for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int n = 0; n < N; n++)
-                *(float2*)(place.partial + ((warp() * 4 + u) * 8 + column) * STRIDE + row + n * 8) =
-                    make_float2(sums[u / 2][n][u % 2 * 2], sums[u / 2][n][u % 2 * 2 + 1]);
-        if (MOMENTS)
+            for (int i = 0; i < PAIRS; i++) ready &= !has_slice(i) || is_of(act[n][i], turn);
+        if (__all_sync(~0u, ready)) return;
+        if (--patience == 0) __trap();
+        load_rows(act, x, n_columns, first);
+    }
+}
+
+// Polls a few packets of what will be loaded, 8 lanes for each of this warp's slices: everybody polling everything
+// would keep L2 busy. part, row: which of the slice's 4 packets, of which row.
+__device__ __forceinline__ void probe_rows(const u8* x, int n_columns, int row, int part, u32 turn) {
+    if (lane() / 8 < PAIRS && has_slice(lane() / 8)) {
+        const u8* from = x + ((size_t)row * n_columns + (warp() + lane() / 8 * WARPS) * 32 + part * 8) * 2;
+        uint4 packet[1];
+        await(
+            packet, [&](int) { return from; }, [&](const uint4& packet) { return is_of(packet, turn); });
+    }
+    __syncwarp();
+}
+
+// Where a row's 8 columns of a warp's partial sums lie: rows are shuffled so that no two banks meet.
+__device__ __forceinline__ int sum_at(int w, int unit, int row) {
+    return ((w * 4 + unit) * B + (row ^ (row >> 2 & 1))) * 8;
+}
+
+// sums of N_UNITS units over this warp's slices of k, for 8 N rows of which `act` has the activations, into `partial`;
+// the moments of x beside them. last: the units are not needed again.
+template <int N_UNITS, bool MOMENTS, int N>
+__device__ __forceinline__ void multiply(Place& place, const uint4 (&act)[N][PAIRS], int first, bool last) {
+    constexpr int TILES = (N_UNITS + 1) / 2;
+    constexpr u32 ONES = 0x3f803f80u;
+#pragma unroll
+    for (int i = 0; i < N_UNITS; i++) wait_for_stage(place, i);
+    float sums[TILES][N][4] = {}, moments[N][4] = {};
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        if (SLICES % WARPS && warp() + i * WARPS >= SLICES) break;
+        int at = ((warp() + i * WARPS) * 32 + lane()) * 16;
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            uint4 upper = *(const uint4*)(stage_at(place, 2 * t) + at), lower = make_uint4(0, 0, 0, 0);
+            if (2 * t + 1 < N_UNITS) lower = *(const uint4*)(stage_at(place, 2 * t + 1) + at);
 #pragma unroll
             for (int n = 0; n < N; n++) {
-                float2* to = &place.shared.moments[warp()][first + n * 8];
-                if (lane() % 4 == column / 2) to[column].y = moments[n][column % 2];
-                if (column == 0) to[lane() % 4 * 2].x = moments[n][2], to[lane() % 4 * 2 + 1].x = moments[n][3];
+                multiply_add(sums[t][n], upper.x, lower.x, upper.y, lower.y, act[n][i].x, act[n][i].y);
+                multiply_add(sums[t][n], upper.z, lower.z, upper.w, lower.w, act[n][i].z, act[n][i].w);
+            }
+        }
+        if (MOMENTS)  // x times x above, of which the diagonal counts, and ones times x below
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                multiply_add(moments[n], act[n][i].x, ONES, act[n][i].y, ONES, act[n][i].x, act[n][i].y);
+                multiply_add(moments[n], act[n][i].z, ONES, act[n][i].w, ONES, act[n][i].z, act[n][i].w);
             }
     }
+    if (last) release_stages(place, N_UNITS);
+    if (first == 0) sync();  // the sums before have been read
+    int column = lane() / 4, row = first + lane() % 4 * 2;
+#pragma unroll
+    for (int u = 0; u < N_UNITS; u++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                place.partial[sum_at(warp(), u, row + n * 8 + j) + column] = sums[u / 2][n][u % 2 * 2 + j];
+    if (MOMENTS)
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2* to = &place.shared.moments[warp()][first + n * 8];
+            if (lane() % 4 == column / 2) to[column].y = column % 2 ? moments[n][1] : moments[n][0];
+            if (column == 0) to[lane() % 4 * 2].x = moments[n][2], to[lane() % 4 * 2 + 1].x = moments[n][3];
+        }
     sync();
 }
 
-// 4 columns of a unit for a row, summed over warps.
-__device__ __forceinline__ float4 total_of(const Place& place, int unit, int half, int row) {
-    float v[4] = {};
+// 4 columns (a half) of a unit for a row, summed over warps.
+__device__ __forceinline__ float4 total_of(const Place& place, int unit, int row, int half) {
+    float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (int w = 0; w < WARPS; w++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) v[c] += place.partial[((w * 4 + unit) * 8 + half * 4 + c) * STRIDE + row];
-    return make_float4(v[0], v[1], v[2], v[3]);
+    for (int w = 0; w < WARPS; w++) {
+        float4 v = *(const float4*)(place.partial + sum_at(w, unit, row) + half * 4);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    return sum;
 }
 
 // The same, scaled by 1 / standard deviation of the row of x.
-__device__ __forceinline__ float4 normed_total_of(const Place& place, int unit, int half, int row) {
+__device__ __forceinline__ float4 normed_total_of(const Place& place, int unit, int row, int half) {
     float sum = 0, squares = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
@@ -273,43 +292,63 @@ __device__ __forceinline__ float4 normed_total_of(const Place& place, int unit, 
         sum += m.x, squares += m.y;
     }
     float mean = sum / W, scale = rsqrtf(fmaxf(squares / W - mean * mean, 0) + 1e-5f);
-    float4 v = total_of(place, unit, half, row);
+    float4 v = total_of(place, unit, row, half);
     return make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
 }
 
-// Each thread in turn takes 4 columns (a half) of a unit, for one row.
-template <int N_UNITS, class Work>
-__device__ __forceinline__ void for_each_half(Work work) {
+// Neighbouring lanes take the halves of a unit for a row, of rows first ... + ROWS. Whole warps: lanes that have
+// nothing left repeat what others do.
+template <int N_UNITS, int ROWS, class Work>
+__device__ __forceinline__ void for_each_half(int first, Work work) {
 #pragma unroll 1
-    for (int i = thread(); i < N_UNITS * 2 * B; i += THREADS) work(i / (2 * B), i / B % 2, i % B);
+    for (int i = thread(); i - lane() < N_UNITS * 2 * ROWS; i += THREADS)
+        work(i / (2 * ROWS) % N_UNITS, first + i / 2 % ROWS, i % 2);
 }
 
-__device__ __forceinline__ void store_bf16(u16* to, const float4& v) {
-    *(uint2*)to = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+// One phase: N_UNITS units times x [B][n_columns], packets of a turn; then `work` for each half of a unit and row. Rows
+// go through in parts: while one part is worked on, what others make of the part before arrives.
+template <int N_UNITS, bool MOMENTS, class Work>
+__device__ __forceinline__ void phase(Place& place, const u8* x, int n_columns, u32 turn, int probed_row,
+                                      int probed_part, Work work) {
+    uint4 act[PART / 8][PAIRS];
+    probe_rows(x, n_columns, probed_row, probed_part, turn);
+    load_rows(act, x, n_columns, 0);
+#pragma unroll 1
+    for (int first = 0; first < B; first += PART) {
+        await_rows(act, x, n_columns, first, turn);
+        multiply<N_UNITS, MOMENTS>(place, act, first, first + PART == B);
+        if (first + PART < B) load_rows(act, x, n_columns, first + PART);
+        for_each_half<N_UNITS, PART>(first, work);
+    }
 }
 
-// Adds to this block's columns of x, and hands them to all.
-__device__ __forceinline__ void add_to_residual(Place& place, u16* x, const float4& v, int half, int row) {
-    float* mine = &place.shared.residual[half * 4][row];
-    float4 sum = make_float4(mine[0] + v.x, mine[B] + v.y, mine[2 * B] + v.z, mine[3 * B] + v.w);
-    mine[0] = sum.x, mine[B] = sum.y, mine[2 * B] = sum.z, mine[3 * B] = sum.w;
-    store_bf16(x + (size_t)row * W + blockIdx.x * 8 + half * 4, sum);
+// Adds to this block's columns of x (or sets them), and hands them to all.
+__device__ __forceinline__ void add_to_residual(Place& place, u8* x, const float4& v, int row, int half, u32 turn,
+                                                bool set = false) {
+    float4* mine = &place.shared.residual[row][half];
+    float4 sum = *mine;
+    if (set) sum = make_float4(0, 0, 0, 0);
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+    __syncwarp();
+    *mine = sum;
+    publish_halves(x + ((size_t)row * W + blockIdx.x * 8) * 2, sum, turn);
 }
 
 // ---- attention ----
 
-// Queries, new keys and new values of this block's rows into shared memory.
+// Queries, new keys and new values of this block's rows into shared memory, and those of rows that run into the cache.
 __device__ __forceinline__ void fetch_newest(const Arguments& a, Place& place, int layer) {
     static_assert(SHARE * 24 <= THREADS);
     int i = thread() / 24, which = thread() / 8 % 3, part = thread() % 8;
-    if (warp() * 32 < SHARE * 24) await_blocks(a, place, lane() < 8 ? blockIdx.x / 8 * 8 + lane() : -1);
     if (i < SHARE) {
         int row = row_of(a, i);
-        const u16* new_key = keys_at(a, layer, row) + place.shared.rows[row].length * 64;
-        const u16* from = which == 0   ? a.query + (size_t)row * W + blockIdx.x / 8 * 64
-                          : which == 1 ? new_key
-                                       : new_key + values_after(a);
-        place.shared.newest[i][which][part] = load_cached_l2(from + part * 8);
+        uint4 packet[1];
+        const u8* from = a.qkv + ((size_t)(which * B + row) * W + blockIdx.x / 8 * 64 + part * 8) * 2;
+        await(
+            packet, [&](int) { return from; }, [&](const uint4& packet) { return is_of(packet, place.turn); });
+        place.shared.newest[i][which][part] = packet[0];
+        u16* to = keys_at(a, layer, row) + (which == 2 ? values_after(a) : 0) + place.shared.rows[row].length * 64;
+        if (which && place.shared.rows[row].running) *(uint4*)(to + part * 8) = packet[0];
     }
     sync();
 }
@@ -321,7 +360,7 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length) {
     int sub = lane() / 8, part = lane() % 8;
     float q[8], out[8] = {}, peak = -1e30f, sum = 0;
     unpack(q, newest[0][part]);
-    if (warp() == i) {  // the newest position is one warp's; its first 8 lanes take it
+    if (warp() == WARPS - 1) {  // the newest position is one warp's, always the same; its first 8 lanes take it
         float score = score_of(q, newest[1][part]);
         if (sub == 0) peak = score, sum = 1, unpack(out, newest[2][part]);
     }
@@ -377,8 +416,8 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length) {
     }
 }
 
-// A row's output, of all warps' parts: 2 dimensions a lane.
-__device__ __forceinline__ void combine_row(const Arguments& a, const Place& place, int i) {
+// A row's output, of all warps' parts: 2 dimensions a lane, then 8 a packet.
+__device__ __forceinline__ void combine_row(const Arguments& a, const Place& place, int i, bool running) {
     const float2(&scale)[WARPS] = place.shared.part_scale[i];
     float top = -1e30f, total = 0, x = 0, y = 0;
 #pragma unroll
@@ -389,8 +428,14 @@ __device__ __forceinline__ void combine_row(const Arguments& a, const Place& pla
         float2 v = *(const float2*)(place.partial + (i * WARPS + w) * 64 + lane() * 2);
         total = fmaf(weight, scale[w].y, total), x = fmaf(weight, v.x, x), y = fmaf(weight, v.y, y);
     }
-    u16* to = a.attended + (size_t)row_of(a, i) * W + blockIdx.x / 8 * 64 + lane() * 2;
-    *(u32*)to = pack_bf16(x / total, y / total);
+    float share = running ? 1 / total : 0;
+    x = running ? x * share : 0, y = running ? y * share : 0;
+    float4 v = make_float4(x, y, __shfl_down_sync(~0u, x, 1), __shfl_down_sync(~0u, y, 1));
+    int source = lane() * 2 % 32;  // lane l < 16 gets 4 dimensions, 4 l ...
+    v = make_float4(__shfl_sync(~0u, v.x, source), __shfl_sync(~0u, v.y, source), __shfl_sync(~0u, v.z, source),
+                    __shfl_sync(~0u, v.w, source));
+    int column = blockIdx.x / 8 * 64 + lane() / 2 % 8 * 8;
+    publish_halves(a.attended + ((size_t)row_of(a, i) * W + column) * 2, v, place.turn);
 }
 
 __device__ __forceinline__ void attend(const Arguments& a, Place& place, int layer) {
@@ -401,111 +446,81 @@ __device__ __forceinline__ void attend(const Arguments& a, Place& place, int lay
         if (row.running) attend_row(place, i, row.length);
     }
     sync();
-    if (warp() < SHARE && place.shared.rows[row_of(a, warp())].running) combine_row(a, place, warp());
+    if (warp() < SHARE) combine_row(a, place, warp(), place.shared.rows[row_of(a, warp())].running);
 }
 
 // ---- a step ----
 
 __device__ __forceinline__ void embed(const Arguments& a, Place& place) {
-    for_each_half<1>([&](int, int half, int row) {
+    place.x_turn++;
+    for_each_half<1, B>(0, [&](int, int row, int half) {
         float x[4];
-        int column = blockIdx.x * 8 + half * 4;
-        embedding(x, a.embedding, a.positions, place.shared.rows[row], column);
-        for (int c = 0; c < 4; c++) place.shared.residual[half * 4 + c][row] = x[c];
-        store_bf16(a.x + (size_t)row * W + column, make_float4(x[0], x[1], x[2], x[3]));
+        embedding(x, a.embedding, a.positions, place.shared.rows[row], blockIdx.x * 8 + half * 4);
+        add_to_residual(place, a.x, make_float4(x[0], x[1], x[2], x[3]), row, half, place.x_turn, true);
     });
 }
 
-// The 4 blocks that make 32 columns of the MLP's output: block % 4 = s has the sums of piece s of k, and adds up unit s.
-__device__ __forceinline__ void exchange_sums(const Arguments& a, Place& place, u32 odd) {
-    constexpr int PIECE = 2 * B * 16;  // bytes
-    int mine = blockIdx.x % 4, first = blockIdx.x - mine;
-    for_each_half<4>([&](int unit, int half, int row) {
-        if (unit == mine) return;
-        float4 v = total_of(place, unit, half, row);
-        publish(a.exchange + ((size_t)(first + unit) * 4 + mine) * PIECE + (half * B + row) * 16,
-                as_words(v.x, v.y, v.z, v.w), odd);
-    });
-    for_each_half<1>([&](int, int half, int row) {
-        const u8* from = a.exchange + (size_t)blockIdx.x * 4 * PIECE + (half * B + row) * 16;
-        float4 own = total_of(place, mine, half, row), v = make_float4(0, 0, 0, 0);
+// 4 blocks make 32 columns of the MLP's output: block % 4 = s has the sums of piece s of k, and adds up unit s.
+__device__ __forceinline__ u8* sums_at(const Arguments& a, int block, int source, int row, int half) {
+    return a.exchange + (((size_t)block * 4 + source) * 2 * B + row * 2 + half) * 16;
+}
+
+__device__ __forceinline__ void collect_sums(const Arguments& a, Place& place) {
+    for_each_half<1, B>(0, [&](int, int row, int half) {
+        int mine = blockIdx.x % 4;
+        float4 v = total_of(place, mine, row, half);
         uint4 packets[3];
         await(
-            packets, [&](int i) { return from + (i + (i >= mine)) * PIECE; },
-            [&](const uint4& packet) { return (packet.x & 1) == odd; });
+            packets, [&](int i) { return sums_at(a, blockIdx.x, i + (i >= mine), row, half); },
+            [&](const uint4& packet) { return is_of(packet, place.turn); });
+        __syncwarp();
 #pragma unroll
-        for (int s = 0; s < 4; s++) {  // in one order for all
-            uint4 p = s == mine ? as_words(own.x, own.y, own.z, own.w)
-                                : packets[0];
-            if (s != mine && s > 0) p = s - (s > mine) == 1 ? packets[1] : s - (s > mine) == 2 ? packets[2] : packets[0];
-            v.x += __uint_as_float(p.x), v.y += __uint_as_float(p.y), v.z += __uint_as_float(p.z),
-                v.w += __uint_as_float(p.w);
-        }
-        add_to_residual(place, a.x, v, half, row);
+        for (int i = 0; i < 3; i++)
+            v.x += __uint_as_float(packets[i].x), v.y += __uint_as_float(packets[i].y),
+                v.z += __uint_as_float(packets[i].z), v.w += __uint_as_float(packets[i].w);
+        add_to_residual(place, a.x, v, row, half, place.x_turn);
     });
 }
 
-__device__ __forceinline__ void layer_step(const Arguments& a, Place& place, int layer, u32 odd) {
-    uint4 act[N][PAIRS];
-    await_blocks(a, place, maker_of_slice<4>());
-    multiply<3, true>(place, act, a.x, W, false);
-    for_each_half<3>([&](int unit, int half, int row) {
-        float4 v = normed_total_of(place, unit, half, row);
-        int column = blockIdx.x % 8 * 8 + half * 4;
-        const RowState& state = place.shared.rows[row];
-        if (unit == 0) return store_bf16(a.query + (size_t)row * W + blockIdx.x / 8 * 64 + column, v);
-        if (!state.running) return;
-        store_bf16(keys_at(a, layer, row) + (unit - 1) * values_after(a) + state.length * 64 + column, v);
-        asm volatile("fence.proxy.async;" ::: "memory");  // later steps read it by bulk copies
+__device__ __forceinline__ void layer_step(const Arguments& a, Place& place, int layer) {
+    int probed = lane() / 4 % 2 * (PART - 1), part = lane() % 4;  // what to probe: the first part's first and last row
+    int piece = blockIdx.x % 4;
+    place.turn++;
+    phase<3, true>(place, a.x, W, place.x_turn, probed, part, [&](int which, int row, int half) {
+        publish_halves(a.qkv + ((size_t)(which * B + row) * W + blockIdx.x * 8) * 2,
+                       normed_total_of(place, which, row, half), place.turn);
     });
-    publish_phase(a, place);
-
     attend(a, place, layer);
-    publish_phase(a, place);
-
-    await_blocks(a, place, maker_of_slice<8, 2>());
-    multiply<1, false>(place, act, a.attended, W, false);
-    for_each_half<1>([&](int, int half, int row) {
-        add_to_residual(place, a.middle, total_of(place, 0, half, row), half, row);
+    int of_rank = a.order[lane() % 8 * SHARE + SHARE - 1];  // the row that each of a head's blocks attends to last
+    phase<1, false>(place, a.attended, W, place.turn, of_rank, 0, [&](int, int row, int half) {
+        add_to_residual(place, a.middle, total_of(place, 0, row, half), row, half, place.turn);
     });
-    publish_phase(a, place);
-
-    await_blocks(a, place, maker_of_slice<4>());
-    multiply<4, true>(place, act, a.middle, W, false);
-    for_each_half<4>([&](int unit, int half, int row) {
-        float4 v = normed_total_of(place, unit, half, row);
-        store_bf16(a.hidden + (size_t)row * (4 * W) + blockIdx.x * 32 + unit * 8 + half * 4,
-                   make_float4(gelu(v.x), gelu(v.y), gelu(v.z), gelu(v.w)));
+    phase<4, true>(place, a.middle, W, place.turn, probed, part, [&](int unit, int row, int half) {
+        float4 v = normed_total_of(place, unit, row, half);
+        publish_halves(a.hidden + ((size_t)row * (4 * W) + blockIdx.x * 32 + unit * 8) * 2,
+                       make_float4(gelu(v.x), gelu(v.y), gelu(v.z), gelu(v.w)), place.turn);
     });
-    publish_phase(a, place);
-
-    int piece = blockIdx.x % 4, maker = maker_of_slice<1>();
-    await_blocks(a, place, lane() < PAIRS && maker >= 0 ? piece * SLICES + maker : -1);
-    multiply<4, false>(place, act, a.hidden + piece * W, 4 * W, false);
-    exchange_sums(a, place, odd);
-    publish_phase(a, place);
+    phase<4, false>(place, a.hidden + piece * W * 2, 4 * W, place.turn, probed, part, [&](int unit, int row, int half) {
+        if (unit == piece) return;
+        float4 v = total_of(place, unit, row, half);
+        publish(sums_at(a, blockIdx.x - piece + unit, piece, row, half), as_words(v.x, v.y, v.z, v.w), place.turn & 1);
+    });
+    place.x_turn++;
+    collect_sums(a, place);
 }
 
 // This block's share of each row's logits, of the codebook at which the row stands.
 __device__ __forceinline__ void head_step(const Arguments& a, Place& place, int step) {
-    uint4 act[N][PAIRS];
-    await_blocks(a, place, maker_of_slice<4>());
-    bool loaded = false;
 #pragma unroll 1
     for (int book = 0; book < N_BOOKS; book++) {
         if (a.one_book && book != book_of(a, 0, step)) continue;
 #pragma unroll 1
-        for (int first = 0; first < HEAD_UNITS; first += HEAD_GROUP) {
-            multiply<HEAD_GROUP, true>(place, act, a.x, W, loaded);
-            loaded = true;
-            for_each_half<HEAD_GROUP>([&](int unit, int half, int row) {
-                float4 v = normed_total_of(place, unit, half, row);
-                if (book == book_of(a, row, step))
-                    *(float4*)(a.logits + (size_t)row * PADDED + (blockIdx.x * HEAD_UNITS + first + unit) * 8 +
-                               half * 4) = v;
+        for (int unit = 0; unit < HEAD_UNITS; unit += HEAD_GROUP)
+            phase<HEAD_GROUP, true>(place, a.x, W, place.x_turn, 0, lane() % 4, [&](int i, int row, int half) {
+                float4 v = normed_total_of(place, i, row, half);
+                int column = (blockIdx.x * HEAD_UNITS + unit + i) * 8 + half * 4;
+                if (book == book_of(a, row, step)) *(float4*)(a.logits + (size_t)row * PADDED + column) = v;
             });
-            sync();
-        }
     }
 }
 
@@ -514,7 +529,10 @@ __device__ __noinline__ u32 least_kept(const float* logits, const Row& row, floa
     constexpr int EACH = (BOOK_SIZE + THREADS - 1) / THREADS;
     float x[EACH];
 #pragma unroll
-    for (int i = 0; i < EACH; i++) x[i] = thread() + i * THREADS < BOOK_SIZE ? __ldcg(logits + thread() + i * THREADS) : NEVER;
+    for (int i = 0; i < EACH; i++) {
+        int index = thread() + i * THREADS;
+        x[i] = index < BOOK_SIZE ? __ldcg(logits + index) : NEVER;
+    }
     return smallest_kept<WARPS>(x, row, scratch, 1);
 }
 
@@ -537,17 +555,27 @@ __device__ void draw(const Arguments& a, Shared& shared, int b, int step) {
         best = combine_warp(lane() < WARPS ? shared.candidates[lane()] : nothing());
         bool ended = ends(best, END, row);
         if (lane() == 0) {
-            if (!ended) a.tokens[b * BLOCK_SIZE + state.n_drawn] = best.index;
-            publish_numbered(a.drawn + b * 16, best.index, ended, 0, step + 1);
+            int token = min(best.index, BOOK_SIZE - 1);  // if no logit is a number, a token all the same
+            if (!ended) a.tokens[b * BLOCK_SIZE + state.n_drawn] = token;
+            publish_numbered(a.drawn + b * 16, token, ended, 0, step + 1);
         }
     }
     sync();
 }
 
 // All rows' tokens: each of the first blocks draws a row's, and every block hears of all.
-__device__ __forceinline__ void draw_step(const Arguments& a, Shared& shared, const Place& place, int step) {
+__device__ __forceinline__ void draw_step(const Arguments& a, Shared& shared, int step) {
     if (blockIdx.x < B) {
-        if (warp() * 32 < BLOCKS) await_blocks(a, place, thread() < BLOCKS ? thread() : -1);
+        u32 seen, patience = PATIENCE;
+        do {
+            seen = step + 1;
+            if (thread() < BLOCKS)
+                asm volatile("ld.acquire.gpu.global.b32 %0, [%1];"
+                             : "=r"(seen)
+                             : "l"(a.logits_ready + thread())
+                             : "memory");
+            if (--patience == 0) __trap();
+        } while (seen != step + 1);
         sync();
 #pragma unroll 1
         for (int b = blockIdx.x; b < B; b += BLOCKS)
@@ -604,16 +632,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
     __syncthreads();
     if (warp() == WARPS) return copying_warp(a, shared, memory);
     if (warp() == WARPS + 1) return helping_warp(a, shared);
-    Place place = {shared, memory, (float*)(memory + STAGES * UNIT), 0, 0};
+    Place place = {shared, memory, (float*)(memory + STAGES * UNIT), 0, 0, 0};
     for (int step = 0; step < a.n_steps; step++) {
         embed(a, place);
-        publish_phase(a, place);
 #pragma unroll 1
-        for (int layer = 0; layer < N_LAYERS; layer++) layer_step(a, place, layer, (step * N_LAYERS + layer + 1) & 1);
+        for (int layer = 0; layer < N_LAYERS; layer++) layer_step(a, place, layer);
         head_step(a, place, step);
         sync_threads(2, THREADS + 32);  // the noise is ready
-        publish_phase(a, place);
-        draw_step(a, shared, place, step);
+        sync();
+        if (thread() == 0)
+            asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.b32 [%0], %1;" ::"l"(a.logits_ready + blockIdx.x),
+                         "r"(step + 1)
+                         : "memory");
+        draw_step(a, shared, step);
         bool running = false;
         for (int b = 0; b < B; b++) running |= shared.rows[b].running != 0;
         if (!running && thread() == 0) shared.stop = 1;

@@ -1,0 +1,119 @@
+"""Decode steps of 8 to 64 rows as one kernel launch: `wide.cu` and its arguments."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int, c_ubyte, c_void_p
+
+import torch
+from torch import Tensor
+
+from barkstream.engines import Head
+from barkstream.engines.kernels import Kernel, build
+from barkstream.engines.kernels.fused import RowArguments, kernel_constants, n_head_tiles
+from barkstream.engines.kernels.weights import GPTWeights
+from barkstream.tokens import GPTSize
+
+ROW_COUNTS = (8, 16, 32, 64)
+N_WARPS = 8
+MAX_SHARED_BYTES = 227 << 10  # of a block, compute capability 9.0
+WEIGHTS_IN_FLIGHT, KEYS_IN_FLIGHT = 16 << 10, 48 << 10  # bytes of a block's stream that are on their way at once
+MAX_STAGES = 24
+
+
+class WideDecoder:
+    """Decodes up to 64 rows on the GPUs that `FusedDecoder` fits, from the same weights."""
+
+    def __init__(self, weights: GPTWeights, units: Tensor, size: GPTSize, head: Head, cache: Tensor):
+        """As FusedDecoder."""
+        self._weights, self._units, self._size, self._head, self._cache = weights, units, size, head, cache
+        self._variants: dict[int, _Variant] = {}
+
+    def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As FusedDecoder.decode."""
+        n_rows = next(n for n in ROW_COUNTS if n >= len(rows))
+        if n_rows not in self._variants:
+            self._variants[n_rows] = _Variant(self, n_rows)
+        variant = self._variants[n_rows]
+        idle = RowArguments(slot=self._cache.shape[2] - 1, position=rows[0].position, temperature=0, top_p=1)
+        variant.launch([*rows, *[idle] * (n_rows - len(rows))])
+        if logits is not None:
+            logits.copy_(variant.logits[: len(rows), : self._head.size])
+        return variant.tokens, variant.result
+
+
+class _Variant:
+    """The kernel for one number of rows, with the memory that it works on."""
+
+    def __init__(self, decoder: WideDecoder, n_rows: int):
+        size, head = decoder._size, decoder._head
+        self._n_rows, self._n_codebooks, self._n_blocks = n_rows, head.n_codebooks, 8 * size.n_heads
+        tiles = n_head_tiles(size, head)
+        unit_bytes, sums_bytes = 16 * size.width, N_WARPS * 4 * 8 * n_rows * 4
+        static_bytes = 1024 + 180 * n_rows  # `Shared` of wide.cu is no larger
+        n_stages = min((MAX_SHARED_BYTES - static_bytes - sums_bytes) // unit_bytes, MAX_STAGES)
+        self._kernel: Kernel = build(
+            "wide.cu",
+            "sm_90a",
+            N_LAYERS=size.n_layers,
+            N_ROWS=n_rows,
+            HEAD_TILES=tiles,
+            STAGES=n_stages,
+            WEIGHTS_IN_FLIGHT=min(max(WEIGHTS_IN_FLIGHT // unit_bytes, 1), n_stages - 1),
+            KEYS_IN_FLIGHT=min(max(KEYS_IN_FLIGHT // unit_bytes, 1), n_stages - 1),
+            **kernel_constants(size, head),
+        ).kernel("decode", n_stages * unit_bytes + sums_bytes, cooperative=True)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device="cuda")
+
+        width, n_logits = size.width, self._n_blocks * tiles * 16
+        self.logits, self.noise = (zeros(n_rows, n_logits, dtype=torch.float32) for _ in range(2))
+        self.tokens = zeros(n_rows, size.block_size, dtype=torch.int32)
+        self.result = zeros(n_rows, 2, dtype=torch.int32)
+        # What blocks tell one another, in bytes; zero at the start of every call
+        row_bytes = 2 * width * n_rows
+        sizes = dict(x=1, middle=1, qkv=3, attended=1, hidden=4)
+        sizes = {name: n * row_bytes for name, n in sizes.items()}
+        sizes |= dict(exchange=self._n_blocks * 4 * 2 * n_rows * 16, drawn=n_rows * 16, logits_ready=self._n_blocks * 4)
+        self._news = zeros(sum(sizes.values()), dtype=torch.uint8)
+        self._buffers = dict(
+            weights=decoder._units,
+            embedding=decoder._weights.embedding,
+            positions=decoder._weights.positions,
+            cache=decoder._cache,
+            **dict(zip(sizes, self._news.split(list(sizes.values())), strict=True)),
+            logits=self.logits,
+            noise=self.noise,
+            tokens=self.tokens,
+            result=self.result,
+        )
+        fields: list[tuple[str, type]] = [(name, c_void_p) for name in self._buffers]
+        fields += [("n_slots", c_int), ("n_steps", c_int), ("one_book", c_int), ("order", c_ubyte * n_rows)]
+        layout = type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", RowArguments * n_rows)]})
+        pointers = {name: buffer.data_ptr() for name, buffer in self._buffers.items()}
+        self._arguments = layout(**pointers, n_slots=decoder._cache.shape[2])
+
+    def launch(self, rows: Sequence[RowArguments]) -> None:
+        """As many steps as the longest row wants. Asynchronous."""
+        arguments = self._arguments
+        arguments.n_steps = max(row.n_tokens for row in rows)
+        arguments.one_book = len({row.position % self._n_codebooks for row in rows}) == 1
+        arguments.order[:] = deal_rows([row.length if row.n_tokens else 0 for row in rows])
+        arguments.rows[:] = rows
+        self._news.zero_()
+        stream = torch.cuda.current_stream().cuda_stream
+        self._kernel.launch((self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], stream)
+
+
+def deal_rows(lengths: Sequence[int]) -> list[int]:
+    """Rows dealt to 8 blocks, equally many to each, the longest first to the one with the least to do: [8 * rows per block]."""
+    hands: list[list[int]] = [[] for _ in range(8)]
+    loads = [0] * 8
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        open_hands = [i for i in range(8) if len(hands[i]) < len(lengths) // 8]
+        i = min(open_hands, key=lambda i: loads[i])
+        hands[i].append(row)
+        loads[i] += lengths[row]
+    return [row for hand in hands for row in hand]
