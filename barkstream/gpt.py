@@ -31,7 +31,11 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for part in self.att_proj(x).chunk(3, dim=2))
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2]) if causal else None
+        mask = (
+            torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+            if causal
+            else None
+        )
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2)), (k, v)
 

