@@ -27,7 +27,7 @@ from barkstream.sampling import Floats, Ints, Sampling
 from barkstream.semantic import token_ids
 from barkstream.text import TextTokenizer
 from barkstream.tokens import Checkpoint
-from barkstream.voices import load_voices
+from barkstream.voices import choose_speakers, load_voices
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
@@ -248,13 +248,16 @@ class Speaker:
         given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         text, voice_name = _string("text", given.pop("text")), given.pop("voice", None)
         prompts = {name: given.pop(name) for name in PROMPTS if name in given}
-        options = SpeechOptions.parse({name: _single(name, array) for name, array in given.items()})
+        turns = given.pop("speakers", np.empty(0, object))
+        speakers = choose_speakers([_string("speakers", turn) for turn in turns.reshape(-1, 1)], self._voices)
+        language = {"language": _string("language", given.pop("language"))} if "language" in given else {}
+        options = SpeechOptions.parse({name: _single(name, array) for name, array in given.items()} | language)
         name = None if voice_name is None else _string("voice", voice_name)
         voice = choose_voice(name, prompts, self._voices, self._checkpoint)
         stages = TritonStages(self._checkpoint, sender.is_cancelled)
         pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule)
-        speech = Speech()
-        for chunk in pipeline.stream(text, options, voice, next(self._stream_keys), speech):
+        speech = Speech() if options.return_prompt else None
+        for chunk in pipeline.stream(text, options, voice, next(self._stream_keys), speech, speakers):
             if sender.is_cancelled():
                 raise Cancelled
             self._metrics.audio_s.increment(len(chunk) / self._checkpoint.codec.sample_rate)

@@ -11,6 +11,7 @@ from barkstream.ahead import Workers, ahead
 from barkstream.coarse import generate_coarse
 from barkstream.codec import decode_audio
 from barkstream.fine import fill_offline, generate_fine
+from barkstream.languages import choose_language
 from barkstream.options import BadRequest, Schedule, SpeechOptions
 from barkstream.sampling import Floats, Ints, sentence_seed
 from barkstream.semantic import SemanticTokens, semantic_prompt
@@ -70,15 +71,18 @@ class Pipeline:
         voice: HistoryPrompt | None = None,
         stream: int = 0,
         speech: Speech | None = None,
+        speakers: Mapping[str, HistoryPrompt | None] | None = None,
     ) -> Iterator[Floats]:
         """Chunks of samples [n] of a text, sentence after sentence, with a short pause between two.
 
         Every sentence has `voice` as its history; without one, the first sentence's own speech becomes the voice of the
-        rest. stream: key of the KV caches (0 for none), freed at the end whatever happens. speech, if given, collects what
-        was generated. Raises BadRequest for a blank text, NothingSaid if no sentence gave any audio.
+        rest. speakers: the same for each speaker whose turns the text marks. stream: key of the KV caches (0 for none),
+        freed at the end whatever happens. speech, if given, collects what was generated, 3 kB a second; without it, memory
+        does not grow with the text. Raises BadRequest for a blank text, NothingSaid if no sentence gave any audio.
         """
-        sentences = self.tokenizer.split(check_text(text))
-        speech = Speech() if speech is None else speech
+        voices = {"": voice, **(speakers or {})}
+        language = choose_language(options.language, voice.language if voice else None, text)
+        sentences = self.tokenizer.split(check_text(text), language, options.normalize, tuple(speakers or ()))
         n_samples, pause = 0, NO_SAMPLES
         try:
             for index, sentence in enumerate(sentences):
@@ -86,14 +90,16 @@ class Pipeline:
                 if n_samples and seconds_left * self.checkpoint.semantic.rate_hz < 1:
                     break
                 said = Speech()
-                for chunk in self._say(sentence, index, voice, options, seconds_left, stream, said):
+                seed, voice = sentence_seed(options.seed, index), voices[sentence.speaker]
+                for chunk in self._say(sentence.text, seed, voice, options, seconds_left, stream, said):
                     yield np.concatenate([pause, chunk])
                     n_samples += len(pause) + len(chunk)
                     pause = NO_SAMPLES
                 if said.fine:
-                    pause = self._pause()
-                    voice = voice or said.history_prompt()
-                    speech.extend(said)
+                    pause = self._pause(sentence.pause)
+                    voices[sentence.speaker] = voice or said.history_prompt()
+                    if speech is not None:
+                        speech.extend(said)
             if not n_samples:
                 raise NothingSaid("the model ended before it said anything; try another seed, voice or text")
         finally:
@@ -106,7 +112,7 @@ class Pipeline:
     def _say(
         self,
         sentence: str,
-        index: int,
+        seed: int,
         voice: HistoryPrompt | None,
         options: SpeechOptions,
         max_seconds: float,
@@ -114,7 +120,7 @@ class Pipeline:
         said: Speech,
     ) -> Iterator[Floats]:
         """Chunks of samples of one sentence; `said` collects its tokens and codes."""
-        layouts, stages, seed = self.checkpoint, self.stages, sentence_seed(options.seed, index)
+        layouts, stages = self.checkpoint, self.stages
         sampling = options.sampling(seed)
         prompt = semantic_prompt(self.tokenizer.encode(sentence), voice, layouts.semantic)
         with Workers() as workers:
@@ -143,8 +149,9 @@ class Pipeline:
                 np.concatenate(pieces, axis=1), voice, self.checkpoint.fine, seed, temperature, self.stages
             )
 
-    def _pause(self) -> Floats:
-        return np.zeros(round(self.schedule.sentence_pause_s * self.checkpoint.codec.sample_rate), np.float32)
+    def _pause(self, length: float) -> Floats:
+        """Silence. length: a multiple of the schedule's sentence_pause_s."""
+        return np.zeros(round(length * self.schedule.sentence_pause_s * self.checkpoint.codec.sample_rate), np.float32)
 
 
 def choose_voice(

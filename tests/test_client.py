@@ -107,6 +107,14 @@ def test_an_option_that_does_not_exist_is_a_type_error():
         Client().stream("Hello", temprature=1.0)
 
 
+def test_strings_go_one_by_one_and_speakers_with_their_voices():
+    request = build_request("Hello", {"language": "de", "speakers": {"Ann": "heart_0", "B": None}, "normalize": True})
+    assert [(tensor.name, list(tensor.shape)) for tensor in request.inputs] == [
+        ("text", [1]), ("language", [1]), ("speakers", [2]), ("normalize", [1]),
+    ]  # fmt: skip
+    assert request.raw_input_contents[2] == b"\x0b\0\0\0Ann=heart_0\x02\0\0\0B="
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -409,6 +417,20 @@ def test_leaving_the_loop_cancels(server, client, voice, leave):
     with one_cancelled(server):
         leave(stream)
     assert stream.seed is None or stream.seed >= 0
+
+
+@pytest.mark.server
+def test_turns_language_and_numbers_are_the_servers_to_read(client, voice):
+    play = "A: It is 5 o'clock.\nB: No."
+    heard = client.speak(play, speakers={"A": voice.upper(), "B": None}, language="en", normalize=True, seed=1)
+    assert heard.size > client.sample_rate
+    for wrong, said in [
+        ({"speakers": {"A": "nobody"}}, "no voice 'nobody'"),
+        ({"language": "xx"}, "must be one of de"),
+    ]:
+        with pytest.raises(BarkstreamError, match=said) as refused:
+            client.speak(play, **wrong)
+        assert refused.value.status == "INVALID_ARGUMENT"
 
 
 async def async_by_break(stream):

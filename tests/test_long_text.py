@@ -1,0 +1,115 @@
+"""Books: read as they are said, in one voice, with flat memory. Over stages that cost nothing."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from barkstream.options import SpeechOptions
+from barkstream.voices import choose_speakers
+
+PARAGRAPH = (
+    "The rain had been falling since the morning, and nobody went out. They sat by the fire and told stories.\n\n"
+)
+TEN_MINUTES = PARAGRAPH * 86  # 9,000 characters
+N_TOKENS = 100  # semantic tokens of every sentence: 2 s
+
+
+class FakeStages:
+    """Every sentence is 2 s of one tone; remembers the prompts it was asked with."""
+
+    def __init__(self, checkpoint):
+        self._layouts = checkpoint
+        self.prompts = []
+        self.released = []
+
+    def semantic(self, prefix, n_tokens, position, sampling, stream):
+        if position == 0:
+            self.prompts.append(prefix.copy())
+        n = min(n_tokens, N_TOKENS - position)
+        return np.full(n, len(self.prompts) % 500, np.int32), position + n >= N_TOKENS
+
+    def coarse(self, prefix, n_tokens, position, sampling, stream):
+        layout = self._layouts.coarse
+        return (layout.first_id + layout.codebook_size * (np.arange(n_tokens) % 2)).astype(np.int32)
+
+    def fine(self, codes, fill_from, uniforms, temperature):
+        return codes % self._layouts.fine.codebook_size
+
+    def codec(self, codes, state):
+        return np.full(320 * codes.shape[1], 0.1, np.float32), state
+
+    def codec_state(self):
+        return np.zeros(1, np.float32)
+
+    def release(self, stream):
+        self.released.append(stream)
+
+    def histories(self):
+        """Which history each sentence was given, as bytes."""
+        n = self._layouts.semantic.n_text
+        return [prompt[n : 2 * n].tobytes() for prompt in self.prompts]
+
+
+@pytest.fixture
+def fake(pipeline):
+    stages = FakeStages(pipeline.checkpoint)
+    return replace(pipeline, stages=stages), stages
+
+
+def test_the_first_chunk_of_a_book_costs_one_sentence(fake, voices):
+    pipeline, stages = fake
+    chunks = pipeline.stream(PARAGRAPH * 8_000, SpeechOptions(), voices["heart_0"])
+    assert next(chunks).size
+    assert len(stages.prompts) == 1
+    chunks.close()
+    assert stages.released == [0]
+
+
+def test_ten_minutes_are_said_with_flat_memory_and_one_voice(fake):
+    pipeline, stages = fake
+    held = []
+    tracemalloc.start()
+    for i, _ in enumerate(pipeline.stream(TEN_MINUTES, SpeechOptions())):
+        if i % 100 == 0:
+            stages.prompts[2:-1] = []  # the test's own memory
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert len(held) >= 5
+    assert max(held[1:]) - held[1] < 100_000  # bytes; the audio is 58 MB
+    assert len(set(stages.histories()[1:])) == 1
+
+
+def test_every_sentence_is_said_once_and_pauses_are_as_documented(fake, voices):
+    pipeline, stages = fake
+    audio = pipeline.speak(PARAGRAPH * 3, SpeechOptions(), voices["heart_0"])
+    assert len(stages.prompts) == 6
+    silence = (audio == 0).sum() / pipeline.checkpoint.codec.sample_rate
+    assert silence == pytest.approx(3 * 0.25 + 2 * 0.6)
+
+
+def test_each_speaker_keeps_a_voice(fake, voices):
+    pipeline, stages = fake
+    text = "\n".join(["A: This is what I have to say.", "B: And that is what I think.", "C: I have no voice yet."] * 2)
+    speakers = choose_speakers(["A=heart_0", "B=deep_0", "C"], voices)
+    pipeline_chunks = pipeline.stream(text, SpeechOptions(), speakers=speakers)
+    assert sum(1 for _ in pipeline_chunks) > 6
+    a, b, c, *again = stages.histories()
+    assert again[:2] == [a, b]
+    assert a != b != c
+    assert again[2] not in (a, b, c)  # the third speaker goes on in the voice of their own first sentence
+
+
+def test_numbers_reach_the_model_as_words_only_where_asked(fake, voices):
+    pipeline, stages = fake
+    for options in (SpeechOptions(), SpeechOptions(normalize=True)):
+        pipeline.speak("It was 1999.", options, voices["heart_0"])
+    n = pipeline.checkpoint.semantic.n_text
+    plain, spelled = (prompt[:n] for prompt in stages.prompts)
+    np.testing.assert_array_equal(plain, pipeline.tokenizer.encode("It was 1999."))
+    np.testing.assert_array_equal(spelled, pipeline.tokenizer.encode("It was nineteen ninety-nine."))
