@@ -21,6 +21,7 @@ import triton_python_backend_utils as pb_utils
 from barkstream.engines import Generation, Head, Row
 from barkstream.engines.onnxruntime import CausalEngine
 from barkstream.export.codec_state import state_size
+from barkstream.guard import ACTIONS, FAULTS
 from barkstream.options import BadRequest, Schedule, SpeechOptions
 from barkstream.pipeline import NothingSaid, Pipeline, Speech, choose_voice
 from barkstream.sampling import Floats, Ints, Sampling
@@ -255,7 +256,7 @@ class Speaker:
         name = None if voice_name is None else _string("voice", voice_name)
         voice = choose_voice(name, prompts, self._voices, self._checkpoint)
         stages = TritonStages(self._checkpoint, sender.is_cancelled)
-        pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule)
+        pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule, self._metrics.count_guard)
         speech = Speech() if options.return_prompt else None
         for chunk in pipeline.stream(text, options, voice, next(self._stream_keys), speech, speakers):
             if sender.is_cancelled():
@@ -289,10 +290,23 @@ class _SpeakerMetrics:
         self.cancelled = self._metric("barkstream_cancelled_total", "Requests whose listener left", kinds.COUNTER)
         self.failed = self._metric("barkstream_failed_total", "Requests answered with an error", kinds.COUNTER)
 
-    def _metric(self, name: str, description: str, kind: Any) -> Any:
+        guard = self._family("barkstream_guard_total", "Sentences that went wrong, by fault and action", kinds.COUNTER)
+        self._guard = {
+            (action, fault): _Metric(guard.Metric(labels={"action": action, "fault": fault}), self._lock)
+            for action in ACTIONS
+            for fault in FAULTS
+        }
+
+    def count_guard(self, action: str, fault: str) -> None:
+        self._guard[action, fault].increment(1)
+
+    def _metric(self, name: str, description: str, kind: Any) -> _Metric:
+        return _Metric(self._family(name, description, kind).Metric(labels={}), self._lock)
+
+    def _family(self, name: str, description: str, kind: Any) -> Any:
         family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
         self._families.append(family)  # a metric lives as long as its family
-        return _Metric(family.Metric(labels={}), self._lock)
+        return family
 
 
 def _speech_response(seed: int, chunk: Floats, speech: Speech | None = None) -> Any:

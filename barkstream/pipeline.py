@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from barkstream.ahead import Workers, ahead
 from barkstream.coarse import generate_coarse
 from barkstream.codec import decode_audio
 from barkstream.fine import fill_offline, generate_fine
+from barkstream.guard import CUT, N_TRIES, RETRIED, RUNAWAY, Guard
 from barkstream.languages import choose_language
 from barkstream.options import BadRequest, Schedule, SpeechOptions
 from barkstream.sampling import Floats, Ints, sentence_seed
@@ -48,6 +50,19 @@ class Speech:
 
 
 @dataclass(frozen=True)
+class Utterance:
+    """One sentence to say."""
+
+    text: str
+    seed: int
+    voice: HistoryPrompt | None
+    options: SpeechOptions
+    max_seconds: float
+    stream: int  # key of the KV caches
+    is_first: bool  # somebody waits for the first audio
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """The four stages of a checkpoint, wired."""
 
@@ -55,6 +70,7 @@ class Pipeline:
     tokenizer: TextTokenizer
     stages: Stages
     schedule: Schedule
+    on_guard: Callable[[str, str], None] = lambda action, fault: None  # told of what a guard did, and why
 
     def __post_init__(self) -> None:
         if self.schedule.chunk(0) < self.checkpoint.codec.min_first_chunk:
@@ -89,9 +105,10 @@ class Pipeline:
                 seconds_left = options.max_seconds - (n_samples + len(pause)) / self.checkpoint.codec.sample_rate
                 if n_samples and seconds_left * self.checkpoint.semantic.rate_hz < 1:
                     break
-                said = Speech()
                 seed, voice = sentence_seed(options.seed, index), voices[sentence.speaker]
-                for chunk in self._say(sentence.text, seed, voice, options, seconds_left, stream, said):
+                asked = Utterance(sentence.text, seed, voice, options, seconds_left, stream, is_first=not n_samples)
+                said = Speech()
+                for chunk in (self._say_guarded if options.guard else self._say)(asked, said):
                     yield np.concatenate([pause, chunk])
                     n_samples += len(pause) + len(chunk)
                     pause = NO_SAMPLES
@@ -109,34 +126,55 @@ class Pipeline:
         """All samples [n] of a text at once: the stream's chunks, joined."""
         return np.concatenate(list(self.stream(text, options, voice)))
 
-    def _say(
-        self,
-        sentence: str,
-        seed: int,
-        voice: HistoryPrompt | None,
-        options: SpeechOptions,
-        max_seconds: float,
-        stream: int,
-        said: Speech,
-    ) -> Iterator[Floats]:
-        """Chunks of samples of one sentence; `said` collects its tokens and codes."""
-        layouts, stages = self.checkpoint, self.stages
-        sampling = options.sampling(seed)
-        prompt = semantic_prompt(self.tokenizer.encode(sentence), voice, layouts.semantic)
+    def _say_guarded(self, asked: Utterance, said: Speech) -> Iterator[Floats]:
+        """`_say` with another try, or a cut, where it goes wrong; `said` collects it unless it was cut for how it sounds."""
+        for n_before in range(N_TRIES):
+            guard = Guard(asked.text, self.checkpoint, is_last_try=n_before == N_TRIES - 1)
+            seed = sentence_seed(asked.seed, n_before) if n_before else asked.seed
+            tried = Speech()
+            with closing(self._say(replace(asked, seed=seed), tried, guard)) as chunks:
+                yield from guard.listen(chunks)
+            if not guard.is_hopeless:
+                break
+            self.on_guard(RETRIED, str(guard.fault))
+        if guard.fault:
+            self.on_guard(CUT, guard.fault)
+        if guard.fault in (None, RUNAWAY):
+            said.extend(tried)
+
+    def _say(self, asked: Utterance, said: Speech, guard: Guard | None = None) -> Generator[Floats, None, None]:
+        """Chunks of samples of one sentence; `said` collects its tokens and codes. guard: may end it early."""
+        layouts, stages, options, voice = self.checkpoint, self.stages, asked.options, asked.voice
+        sampling = options.sampling(asked.seed)
+        prompt = semantic_prompt(self.tokenizer.encode(asked.text), voice, layouts.semantic)
+        max_seconds = min(asked.max_seconds, guard.max_seconds) if guard else asked.max_seconds
+        watch = guard.watch if guard else None
         with Workers() as workers:
             semantic = SemanticTokens(
-                prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, stream, workers.semantic
+                prompt,
+                layouts.semantic,
+                sampling,
+                max_seconds,
+                self.schedule,
+                stages,
+                asked.stream,
+                workers.semantic,
+                watch,
             )
+            if guard and not (asked.is_first and options.streaming):
+                semantic.ensure(layouts.semantic.max_new_tokens)  # nobody waits: look at all of it before any is said
+                if guard.is_hopeless:
+                    return
             coarse = generate_coarse(
-                semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, stream
+                semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, asked.stream
             )
             coarse = _collect(ahead(coarse, workers.coarse, self.schedule.coarse_ahead), said.coarse)
             if options.streaming:
                 codes = generate_fine(
-                    coarse, voice, layouts.fine, seed, options.fine_temperature, self.schedule, stages
+                    coarse, voice, layouts.fine, asked.seed, options.fine_temperature, self.schedule, stages
                 )
             else:
-                codes = self._offline(coarse, voice, seed, options.fine_temperature)
+                codes = self._offline(coarse, voice, asked.seed, options.fine_temperature)
             yield from decode_audio(_collect(codes, said.fine), stages)
         said.semantic.append(semantic.tokens)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -431,6 +432,15 @@ def test_turns_language_and_numbers_are_the_servers_to_read(client, voice):
         with pytest.raises(BarkstreamError, match=said) as refused:
             client.speak(play, **wrong)
         assert refused.value.status == "INVALID_ARGUMENT"
+
+
+@pytest.mark.server
+def test_a_guard_counts_what_it_does(server, client, voice):
+    assert client.speak(TEXT, voice=voice, seed=5, guard=True).size > client.sample_rate
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
+        text = page.read().decode()
+    for fault in ("runaway", "loop", "silence", "noise"):
+        assert re.search(rf'barkstream_guard_total{{[^}}]*fault="{fault}"', text)
 
 
 async def async_by_break(stream):

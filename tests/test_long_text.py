@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_stages import FakeStages
 
 from barkstream.options import SpeechOptions
 from barkstream.voices import choose_speakers
@@ -16,43 +17,6 @@ PARAGRAPH = (
     "The rain had been falling since the morning, and nobody went out. They sat by the fire and told stories.\n\n"
 )
 TEN_MINUTES = PARAGRAPH * 86  # 9,000 characters
-N_TOKENS = 100  # semantic tokens of every sentence: 2 s
-
-
-class FakeStages:
-    """Every sentence is 2 s of one tone; remembers the prompts it was asked with."""
-
-    def __init__(self, checkpoint):
-        self._layouts = checkpoint
-        self.prompts = []
-        self.released = []
-
-    def semantic(self, prefix, n_tokens, position, sampling, stream):
-        if position == 0:
-            self.prompts.append(prefix.copy())
-        n = min(n_tokens, N_TOKENS - position)
-        return np.full(n, len(self.prompts) % 500, np.int32), position + n >= N_TOKENS
-
-    def coarse(self, prefix, n_tokens, position, sampling, stream):
-        layout = self._layouts.coarse
-        return (layout.first_id + layout.codebook_size * (np.arange(n_tokens) % 2)).astype(np.int32)
-
-    def fine(self, codes, fill_from, uniforms, temperature):
-        return codes % self._layouts.fine.codebook_size
-
-    def codec(self, codes, state):
-        return np.full(320 * codes.shape[1], 0.1, np.float32), state
-
-    def codec_state(self):
-        return np.zeros(1, np.float32)
-
-    def release(self, stream):
-        self.released.append(stream)
-
-    def histories(self):
-        """Which history each sentence was given, as bytes."""
-        n = self._layouts.semantic.n_text
-        return [prompt[n : 2 * n].tobytes() for prompt in self.prompts]
 
 
 @pytest.fixture
