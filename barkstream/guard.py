@@ -28,9 +28,9 @@ LOOP_S, MAX_PERIOD_S, LOOP_EQUAL = (
     2.0,
     0.9,
 )  # 90% of the last 2 s are what was said a period before; nano-bark: 76%
-SILENT_RMS = 10 ** (-45 / 20)  # -45 dBFS
+SILENT_RMS = 10 ** (-50 / 20)  # -50 dBFS, what the clients call inaudible
 LONGEST_SILENCE_S = 2.0  # inside a sentence; nano-bark: .6 s
-KEPT_SILENCE_S = 0.1  # before and after the speech
+KEPT_SILENCE_S = 0.25  # before and after the speech
 NOISE_S, NOISE_BLOCK_S, NOISE_DB = (
     1.6,
     0.05,
