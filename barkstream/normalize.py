@@ -25,6 +25,7 @@ class Words:
     percent: str
     span: str  # from {} to {}
     ampersand: str
+    minus: str
     clock: str = "{} {}"  # hours and minutes
     group: str = r"\."  # between thousands, in digits
     decimal: str = ","
@@ -32,37 +33,37 @@ class Words:
 
 
 WORDS = {
-    "de": Words("Komma", "{} Prozent", "{} bis {}", "und", "{} Uhr {}", abbreviations={
+    "de": Words("Komma", "{} Prozent", "{} bis {}", "und", "minus", "{} Uhr {}", abbreviations={
         "z. B.": "zum Beispiel", "z.B.": "zum Beispiel", "d. h.": "das heißt", "d.h.": "das heißt", "usw.": "und so weiter",
         "bzw.": "beziehungsweise", "ca.": "circa", "Nr.": "Nummer", "Dr.": "Doktor", "Prof.": "Professor", "Str.": "Straße",
     }),
-    "en": Words("point", "{} percent", "{} to {}", "and", group=",", decimal=r"\.", abbreviations={
+    "en": Words("point", "{} percent", "{} to {}", "and", "minus", group=",", decimal=r"\.", abbreviations={
         "Mr.": "Mister", "Mrs.": "Missus", "Ms.": "Miz", "Dr.": "Doctor", "Prof.": "Professor", "Jr.": "Junior",
         "Sr.": "Senior", "No.": "Number", "vs.": "versus", "e.g.": "for example", "i.e.": "that is", "approx.": "about",
     }),
-    "es": Words("coma", "{} por ciento", "{} a {}", "y", abbreviations={
+    "es": Words("coma", "{} por ciento", "{} a {}", "y", "menos", abbreviations={
         "Sr.": "Señor", "Sra.": "Señora", "Dr.": "Doctor", "Dra.": "Doctora", "Ud.": "usted", "Uds.": "ustedes",
     }),
-    "fr": Words("virgule", "{} pour cent", "{} à {}", "et", "{} heures {}", group=" ", abbreviations={
+    "fr": Words("virgule", "{} pour cent", "{} à {}", "et", "moins", "{} heures {}", group=" ", abbreviations={
         "M.": "Monsieur", "Mme": "Madame", "Mlle": "Mademoiselle", "Dr": "Docteur", "p. ex.": "par exemple",
     }),
-    "hi": Words("दशमलव", "{} प्रतिशत", "{} से {}", "और", group=",", decimal=r"\."),
-    "it": Words("virgola", "{} per cento", "da {} a {}", "e", abbreviations={
+    "hi": Words("दशमलव", "{} प्रतिशत", "{} से {}", "और", "ऋण", group=",", decimal=r"\."),
+    "it": Words("virgola", "{} per cento", "da {} a {}", "e", "meno", abbreviations={
         "Sig.": "Signor", "sig.": "signor", "Dott.": "Dottor", "dott.": "dottor", "ecc.": "eccetera",
     }),
-    "ja": Words("点", "{}パーセント", "{}から{}", "と", "{}時{}分", group=",", decimal=r"\."),
-    "ko": Words("점", "{} 퍼센트", "{}에서 {}", "그리고", "{}시 {}분", group=",", decimal=r"\."),
-    "pl": Words("przecinek", "{} procent", "{} do {}", "i", group=" ", abbreviations={
+    "ja": Words("点", "{}パーセント", "{}から{}", "と", "マイナス", "{}時{}分", group=",", decimal=r"\."),
+    "ko": Words("점", "{} 퍼센트", "{}에서 {}", "그리고", "마이너스", "{}시 {}분", group=",", decimal=r"\."),
+    "pl": Words("przecinek", "{} procent", "{} do {}", "i", "minus", group=" ", abbreviations={
         "np.": "na przykład", "itd.": "i tak dalej", "dr": "doktor", "prof.": "profesor", "ul.": "ulica",
     }),
-    "pt": Words("vírgula", "{} por cento", "{} a {}", "e", abbreviations={
+    "pt": Words("vírgula", "{} por cento", "{} a {}", "e", "menos", abbreviations={
         "Sr.": "Senhor", "Sra.": "Senhora", "Dr.": "Doutor", "Dra.": "Doutora", "etc.": "et cetera",
     }),
-    "ru": Words("запятая", "{} процентов", "{} до {}", "и", group=" ", abbreviations={
+    "ru": Words("запятая", "{} процентов", "{} до {}", "и", "минус", group=" ", abbreviations={
         "т. д.": "так далее", "т. е.": "то есть", "т.д.": "так далее", "т.е.": "то есть", "др.": "другие",
     }),
-    "tr": Words("virgül", "yüzde {}", "{} ila {}", "ve", abbreviations={"Dr.": "Doktor", "Prof.": "Profesör", "vb.": "ve benzeri"}),
-    "zh": Words("点", "百分之{}", "{}到{}", "和", "{}点{}分", group=",", decimal=r"\."),
+    "tr": Words("virgül", "yüzde {}", "{} ila {}", "ve", "eksi", abbreviations={"Dr.": "Doktor", "Prof.": "Profesör", "vb.": "ve benzeri"}),
+    "zh": Words("点", "百分之{}", "{}到{}", "和", "负", "{}点{}分", group=",", decimal=r"\."),
 }  # fmt: skip
 
 CURRENCIES = {
@@ -121,7 +122,7 @@ class Reader:
             (re.compile(r"(\d{4})(?=年)"), lambda m: self._digits(m[1]) if language == "zh" else self._number(m[1])),
             (re.compile(r"(?<![\w-])(\d{1,4})[-–](\d{1,4})(?![\w-])"), self._span),
             *self._ordinal_rules(),
-            (re.compile(rf"(?<![\w-])[-−]{free}"), lambda m: f"{self._spell(-1).split()[0]} {self._number(m[1])}"),
+            (re.compile(rf"(?<![\w-])[-−]{free}"), lambda m: self._gap.join([words.minus, self._number(m[1])])),
             (re.compile(free), lambda m: self._number(m[1])),
         ]  # fmt: skip
 

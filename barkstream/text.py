@@ -73,13 +73,15 @@ def split_sentences(
     """A text as pieces that Bark says well, each made when it is asked for.
 
     Sentences; clauses, then words, of an over-long one; short ones joined with the next of the same speaker. normalized:
-    numbers, dates and the like become words. speakers: names whose turns `A:` or `[A]` mark.
+    numbers, dates and the like become words. speakers: names whose turns `A:` or `[A]` mark. Raises BadRequest if there is
+    nothing but such marks.
     """
-    return _join_short(
-        piece
-        for speaker, turn in split_turns(text, speakers)
-        for piece in _with_last_pause(_split_turn(turn, language, normalized, speaker), TURN_PAUSE)
-    )
+    n_pieces = 0
+    for piece in _join_short(_split_turns(text, language, normalized, speakers)):
+        n_pieces += 1
+        yield piece
+    if not n_pieces:
+        raise BadRequest("text holds no words to say")
 
 
 def split_turns(text: str, speakers: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -132,6 +134,11 @@ class TextTokenizer:
             yield from _parts(pieces, sentence.pause, sentence.speaker)
 
 
+def _split_turns(text: str, language: str, normalized: bool, speakers: Sequence[str]) -> Iterator[Sentence]:
+    for speaker, turn in split_turns(text, speakers):
+        yield from _with_last_pause(_split_turn(turn, language, normalized, speaker), TURN_PAUSE)
+
+
 def _split_turn(turn: str, language: str, normalized: bool, speaker: str) -> Iterator[Sentence]:
     for paragraph in _paragraphs(turn):
         yield from _with_last_pause(_split_paragraph(paragraph, language, normalized, speaker), PARAGRAPH_PAUSE)
@@ -146,11 +153,21 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _split_paragraph(paragraph: str, language: str, normalized: bool, speaker: str) -> Iterator[Sentence]:
-    found = (_one_line(sentence) for sentence in sentencex.segment(language, paragraph))
+    found = (_one_line(sentence) for sentence in _segment(language, paragraph))
     for sentence in _rejoin_abbreviations(sentence for sentence in found if sentence):
         said = normalize(sentence, language) if normalized else sentence
         pause = ELLIPSIS_PAUSE if said.rstrip(CLOSERS).endswith(("...", "…")) else SENTENCE_PAUSE
         yield from _parts(_shorten(said, MAX_SENTENCE_S), pause, speaker)
+
+
+def _segment(language: str, paragraph: str) -> list[str]:
+    plain = "\n".join(_one_line(line) for line in paragraph.splitlines())  # sentencex panics on some separators
+    try:
+        return sentencex.segment(language, plain)
+    except BaseException as panic:  # Rust's panics are no Exceptions; one sentence, which clauses will part, is no harm
+        if type(panic).__name__ != "PanicException":
+            raise
+        return [plain]
 
 
 def _rejoin_abbreviations(sentences: Iterable[str]) -> Iterator[str]:

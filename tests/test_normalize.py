@@ -60,6 +60,11 @@ def test_what_is_no_number_stays_as_it_is(text):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
+def test_a_negative_number_says_so(language):
+    assert normalize("-5", language) != normalize("5", language)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_no_digit_is_left_of_a_plain_number(language):
     for number in ("0", "7", "21", "100", "2000", "1999", "123456", "999999999999", "1" * 30):
         assert not any(mark.isascii() and mark.isdigit() for mark in normalize(number, language))

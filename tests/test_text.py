@@ -107,8 +107,28 @@ def test_without_speakers_a_mark_is_text():
     assert texts("A: this is only a text.") == ["A: this is only a text."]
 
 
+def test_a_text_of_nothing_but_marks_is_refused():
+    with pytest.raises(BadRequest, match="no words"):
+        texts("A:\n[B]", speakers=["A", "B"])
+
+
 def test_a_short_turn_is_not_joined_with_another_speakers():
     assert texts("A: No.\nB: Yes.\nA: No!", speakers=["A", "B"]) == ["No.", "Yes.", "No!"]
+
+
+def test_odd_separators_are_white_space():
+    assert texts("It is late\u2028. And now\x85 we\u2029go home.") == ["It is late . And now we go home."]
+
+
+def test_a_splitter_that_panics_costs_no_text(monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3 raises it: no Exception."""
+
+    def panic(language, paragraph):
+        raise PanicException
+
+    monkeypatch.setattr(text_module.sentencex, "segment", panic)
+    assert " ".join(texts(LONG)) == LONG
 
 
 def test_a_book_is_split_as_it_is_read():
