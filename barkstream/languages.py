@@ -29,6 +29,7 @@ SCRIPTS = {  # kana before Han: Japanese has both
     "ru": re.compile(r"[\u0400-\u04ff]"),
 }
 N_LOOKED_AT = 1000  # characters of a text
+LEAST_SHARE = 0.2  # of its letters: a foreign word does not make a text foreign
 
 
 def language_of_voice(name: str) -> str | None:
@@ -40,7 +41,8 @@ def language_of_voice(name: str) -> str | None:
 def language_of_script(text: str) -> str | None:
     """The language that a text's letters tell, or None: Latin ones may be any of the others."""
     beginning = text[:N_LOOKED_AT]
-    return next((language for language, letters in SCRIPTS.items() if letters.search(beginning)), None)
+    n_least = LEAST_SHARE * sum(map(str.isalpha, beginning))
+    return next((language for language, script in SCRIPTS.items() if len(script.findall(beginning)) > n_least), None)
 
 
 def choose_language(asked: str | None, voice: str | None, text: str) -> str:
