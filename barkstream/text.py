@@ -92,13 +92,13 @@ def split_turns(text: str, speakers: Sequence[str]) -> Iterator[tuple[str, str]]
     if not speakers:
         yield "", text
         return
-    names = "|".join(map(re.escape, speakers))
-    by_folded = {name.casefold(): name for name in speakers}
-    mark = re.compile(rf"^[ \t]*({names})[ \t]*[:：]|\[({names})\][:：]?", re.IGNORECASE | re.MULTILINE)
+    names = "|".join(f"({re.escape(name)})" for name in speakers)
+    mark = re.compile(rf"^[ \t]*(?:{names})[ \t]*[:：]|\[(?:{names})\][:：]?", re.IGNORECASE | re.MULTILINE)
     speaker, begin = "", 0
     for match in mark.finditer(text):
         yield speaker, text[begin : match.start()]
-        speaker, begin = by_folded[(match[1] or match[2]).casefold()], match.end()
+        group = match.lastindex or 1  # each name is two groups of its own
+        speaker, begin = speakers[(group - 1) % len(speakers)], match.end()
     yield speaker, text[begin:]
 
 
