@@ -81,6 +81,7 @@ DATES = (
     re.compile(r"\b(?P<d>\d\d?)\.(?P<m>\d\d?)\.(?P<y>\d{4})\b"),
 )
 CLOCK = re.compile(r"(?<![\d:])([01]?\d|2[0-3]):([0-5]\d)(?![\d:])(?: Uhr\b)?")
+BEFORE_NUMBER = {"No.": r"(?= ?\d)"}  # elsewhere it is a word
 AMPERSAND = re.compile(r"(?<=\s)&(?=\s)")
 N_MOST_DIGITS = 15  # a longer number is read digit by digit, and so is one that begins with 0
 YEARS = range(1100, 2100)
@@ -198,7 +199,7 @@ def _reader(language: str) -> Reader:
 
 
 def _abbreviation(short: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(short)}(?!\w)")
+    return re.compile(rf"(?<!\w){re.escape(short)}{BEFORE_NUMBER.get(short, '')}(?!\w)")
 
 
 def _constant(text: str) -> Callable[[re.Match[str]], str]:

@@ -21,6 +21,7 @@ from barkstream.normalize import WORDS, normalize
         ("$3.50", "three dollars fifty"),
         ("$1", "one dollar"),
         ("£2.5 million", "two point five million pounds"),
+        ("No. It is No. 5.", "No. It is Number five."),
         ("Dr. Who vs. Mr. X", "Doctor Who versus Mister X"),
     ],
 )
