@@ -345,7 +345,7 @@ class Speaker:
                     raise Cancelled
                 sender.send(_speech_response(options.seed, chunk))
                 self._count_chunk(player, len(chunk))
-                if index == 0:
+                if index == 0 and options.streaming:
                     self._metrics.first_chunk_s.observe(time.monotonic() - admitted_at)
         if options.return_prompt:
             sender.send(_speech_response(options.seed, np.zeros(0, np.float32), speech))

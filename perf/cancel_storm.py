@@ -105,25 +105,26 @@ def storm(client: Client, metrics: Metrics, arguments: argparse.Namespace) -> di
     """All waves, and what became of the server."""
     voice = None if arguments.voice == NO_VOICE else arguments.voice
     speak(client, voice)  # the first request pays for what is made at first use
+    before = metrics.read()
     generator, freed_s = random.Random(0), list[float]()
     while (n := min(arguments.at_once, arguments.streams - len(freed_s))) > 0:
         freed = wave(client, metrics, voice, n, generator.uniform(0, arguments.listen))
         freed_s += freed
         if len(freed) < n:
             break
-    gauges = metrics.read()
     return {
         "streams": len(freed_s),
         "at_once": arguments.at_once,
         **percentiles("freed_ms", [1000 * s for s in freed_s]),
         "freed_ms_max": round(1000 * max(freed_s, default=0.0), 2),
-        "left_behind": int(gauges[LIVE] + sum(gauges[name] for name in SLOTS)),
+        "left_behind": n_held(metrics.read(), before),
         "answered_after": speak(client, voice),
     }
 
 
 def wave(client: Client, metrics: Metrics, voice: str | None, n: int, listen_s: float) -> list[float]:
     """n streams begin, and leave at once; the seconds after which each was free, fewer if the server keeps some."""
+    before = metrics.read()
     streams = [client.stream(TEXT, voice=voice) for _ in range(n)]
     listeners = [threading.Thread(target=listen, args=[stream]) for stream in streams]
     for listener in listeners:
@@ -134,22 +135,26 @@ def wave(client: Client, metrics: Metrics, voice: str | None, n: int, listen_s: 
     left_at = time.perf_counter()
     for stream in streams:
         stream.close()
-    freed_s = watch(metrics, n, left_at)
+    freed_s = watch(metrics, n, before, left_at)
     for listener in listeners:
         listener.join()
     return freed_s
 
 
-def watch(metrics: Metrics, n: int, left_at: float) -> list[float]:
+def watch(metrics: Metrics, n: int, before: dict[str, float], left_at: float) -> list[float]:
     """When each of n live streams was live no more, in seconds since left_at."""
     freed_s: list[float] = []
     since_s = 0.0
     while len(freed_s) < n and since_s < TIMEOUT_S:
         gauges = metrics.read()
         since_s = time.perf_counter() - left_at
-        n_held = int(max(gauges[LIVE], *(gauges[name] for name in SLOTS)))
-        freed_s += [since_s] * (n - n_held - len(freed_s))
+        freed_s += [since_s] * (n - n_held(gauges, before) - len(freed_s))
     return freed_s
+
+
+def n_held(gauges: dict[str, float], before: dict[str, float]) -> int:
+    """Streams that are live or hold a slot, beyond those who did before (a caller of a stage may keep a slot of its own)."""
+    return int(max(gauges[name] - before[name] for name in (LIVE, *SLOTS)))
 
 
 def listen(stream: Stream) -> None:

