@@ -32,7 +32,7 @@ from barkstream.sampling import Floats, Ints, Sampling
 from barkstream.semantic import token_ids
 from barkstream.text import TextTokenizer
 from barkstream.tokens import Checkpoint
-from barkstream.voices import load_voices
+from barkstream.voices import choose_speakers, load_voices
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
@@ -329,14 +329,18 @@ class Speaker:
         given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         text, voice_name = _string("text", given.pop("text")), given.pop("voice", None)
         prompts = {name: given.pop(name) for name in PROMPTS if name in given}
-        options = SpeechOptions.parse({name: _single(name, array) for name, array in given.items()})
+        turns = given.pop("speakers", np.empty(0, object))
+        speakers = choose_speakers([_string("speakers", turn) for turn in turns.reshape(-1, 1)], self._voices)
+        language = {"language": _string("language", given.pop("language"))} if "language" in given else {}
+        options = SpeechOptions.parse({name: _single(name, array) for name, array in given.items()} | language)
         name = None if voice_name is None else _string("voice", voice_name)
         voice = choose_voice(name, prompts, self._voices, self._checkpoint)
-        speech = Speech()
+        speech = Speech() if options.return_prompt else None
         with self._pacer.player() if options.streaming else nullcontext() as player:  # offline, nobody listens yet
             stages = TritonStages(self._checkpoint, partial(self._wait_turn, player, sender.is_cancelled))
-            pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule)
-            for index, chunk in enumerate(pipeline.stream(text, options, voice, next(self._stream_keys), speech)):
+            pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule, self._metrics.count_guard)
+            chunks = pipeline.stream(text, options, voice, next(self._stream_keys), speech, speakers)
+            for index, chunk in enumerate(chunks):
                 if sender.is_cancelled():
                     raise Cancelled
                 sender.send(_speech_response(options.seed, chunk))

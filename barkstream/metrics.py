@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
+
+from barkstream.guard import ACTIONS, FAULTS
 
 FIRST_CHUNK_BUCKETS_S = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1, 2, 5, 10)
 STAGES = ("bark_semantic", "bark_coarse", "bark_fine", "bark_codec")
@@ -79,6 +82,15 @@ class SpeakerMetrics(Metrics):
         self.failed = self.counters(
             "failed_total", "Requests answered with an error, by whose it was", "stage", (REQUEST, *STAGES, SPEAKER)
         )
+        guard = self._new("guard_total", "Sentences that went wrong, by fault and what was done", family.COUNTER)
+        self._guard = {
+            (action, fault): Metric(guard.Metric(labels={"action": action, "fault": fault}))
+            for action, fault in product(ACTIONS, FAULTS)
+        }
+
+    def count_guard(self, action: str, fault: str) -> None:
+        """A guard has acted."""
+        self._guard[action, fault].increment()
 
 
 class StageMetrics(Metrics):

@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from barkstream.languages import LANGUAGES
 from barkstream.sampling import Sampling
 
 MAX_TEMPERATURE = 5.0
@@ -31,6 +32,9 @@ class SpeechOptions:
     lookahead: int | None = None  # semantic tokens a coarse window waits for; None: exactly what the reference reads
     streaming: bool = True
     return_prompt: bool = False
+    language: str | None = None  # of the text; None: its script's, else its voice's, else English
+    normalize: bool = False  # numbers, dates and abbreviations become words; off: Bark hears the text as it is
+    guard: bool = False  # a sentence that goes wrong is said again or cut (barkstream.guard)
 
     @classmethod
     def parse(cls, given: dict[str, Any]) -> SpeechOptions:
@@ -74,6 +78,12 @@ def _integer(low: int, high: int, hint: str = "") -> Any:
     return check
 
 
+def _language(name: str, value: Any) -> str:
+    if value not in LANGUAGES:
+        raise BadRequest(f"{name} must be one of {', '.join(LANGUAGES)}, got {value!r}")
+    return str(value)
+
+
 def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise BadRequest(f"{name} must be true or false, got {value!r}")
@@ -91,6 +101,9 @@ _CHECKS = dict(
     lookahead=_integer(0, 2**31 - 1),
     streaming=_boolean,
     return_prompt=_boolean,
+    language=_language,
+    normalize=_boolean,
+    guard=_boolean,
 )
 
 
@@ -106,7 +119,7 @@ class Schedule:
     semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
     coarse_ahead: int = 4  # coarse calls made before they are needed, while the fine stage works; 0: none
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
-    sentence_pause_s: float = 0.25
+    sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
 
     def __post_init__(self) -> None:
         counts = (*self.chunk_frames, self.coarse_call, self.semantic_call, self.semantic_least)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from barkstream.ahead import Workers, ahead
 from barkstream.coarse import generate_coarse
 from barkstream.codec import decode_audio
 from barkstream.fine import fill_offline, generate_fine
+from barkstream.guard import CUT, N_TRIES, RETRIED, RUNAWAY, Guard
+from barkstream.languages import choose_language
 from barkstream.options import BadRequest, Schedule, SpeechOptions
 from barkstream.sampling import Floats, Ints, sentence_seed
 from barkstream.semantic import SemanticTokens, semantic_prompt
@@ -47,6 +50,19 @@ class Speech:
 
 
 @dataclass(frozen=True)
+class Utterance:
+    """One sentence to say."""
+
+    text: str
+    seed: int
+    voice: HistoryPrompt | None
+    options: SpeechOptions
+    max_seconds: float
+    stream: int  # key of the KV caches
+    is_first: bool  # somebody waits for the first audio
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """The four stages of a checkpoint, wired."""
 
@@ -54,6 +70,7 @@ class Pipeline:
     tokenizer: TextTokenizer
     stages: Stages
     schedule: Schedule
+    on_guard: Callable[[str, str], None] = lambda action, fault: None  # told of what a guard did, and why
 
     def __post_init__(self) -> None:
         if self.schedule.chunk(0) < self.checkpoint.codec.min_first_chunk:
@@ -70,30 +87,36 @@ class Pipeline:
         voice: HistoryPrompt | None = None,
         stream: int = 0,
         speech: Speech | None = None,
+        speakers: Mapping[str, HistoryPrompt | None] | None = None,
     ) -> Iterator[Floats]:
         """Chunks of samples [n] of a text, sentence after sentence, with a short pause between two.
 
         Every sentence has `voice` as its history; without one, the first sentence's own speech becomes the voice of the
-        rest. stream: key of the KV caches (0 for none), freed at the end whatever happens. speech, if given, collects what
-        was generated. Raises BadRequest for a blank text, NothingSaid if no sentence gave any audio.
+        rest. speakers: the same for each speaker whose turns the text marks. stream: key of the KV caches (0 for none),
+        freed at the end whatever happens. speech, if given, collects what was generated, 3 kB a second; without it, memory
+        does not grow with the text. Raises BadRequest for a blank text, NothingSaid if no sentence gave any audio.
         """
-        sentences = self.tokenizer.split(check_text(text))
-        speech = Speech() if speech is None else speech
+        voices = {"": voice, **(speakers or {})}
+        language = choose_language(options.language, voice.language if voice else None, text)
+        sentences = self.tokenizer.split(check_text(text), language, options.normalize, tuple(speakers or ()))
         n_samples, pause = 0, NO_SAMPLES
         try:
             for index, sentence in enumerate(sentences):
                 seconds_left = options.max_seconds - (n_samples + len(pause)) / self.checkpoint.codec.sample_rate
                 if n_samples and seconds_left * self.checkpoint.semantic.rate_hz < 1:
                     break
+                seed, voice = sentence_seed(options.seed, index), voices[sentence.speaker]
+                asked = Utterance(sentence.text, seed, voice, options, seconds_left, stream, is_first=not n_samples)
                 said = Speech()
-                for chunk in self._say(sentence, index, voice, options, seconds_left, stream, said):
+                for chunk in (self._say_guarded if options.guard else self._say)(asked, said):
                     yield np.concatenate([pause, chunk])
                     n_samples += len(pause) + len(chunk)
                     pause = NO_SAMPLES
                 if said.fine:
-                    pause = self._pause()
-                    voice = voice or said.history_prompt()
-                    speech.extend(said)
+                    pause = self._pause(sentence.pause)
+                    voices[sentence.speaker] = voice or said.history_prompt()
+                    if speech is not None:
+                        speech.extend(said)
             if not n_samples:
                 raise NothingSaid("the model ended before it said anything; try another seed, voice or text")
         finally:
@@ -103,33 +126,48 @@ class Pipeline:
         """All samples [n] of a text at once: the stream's chunks, joined."""
         return np.concatenate(list(self.stream(text, options, voice)))
 
-    def _say(
-        self,
-        sentence: str,
-        index: int,
-        voice: HistoryPrompt | None,
-        options: SpeechOptions,
-        max_seconds: float,
-        stream: int,
-        said: Speech,
-    ) -> Iterator[Floats]:
-        """Chunks of samples of one sentence; `said` collects its tokens and codes."""
-        layouts, stages, seed = self.checkpoint, self.stages, sentence_seed(options.seed, index)
+    def _say_guarded(self, asked: Utterance, said: Speech) -> Iterator[Floats]:
+        """`_say` with another try, or a cut, where it goes wrong; `said` collects it unless it was cut for how it sounds."""
+        for n_before in range(N_TRIES):
+            guard = Guard(asked.text, self.checkpoint, is_last_try=n_before == N_TRIES - 1)
+            seed = sentence_seed(asked.seed, n_before) if n_before else asked.seed
+            tried = Speech()
+            with closing(self._say(replace(asked, seed=seed), tried, guard)) as chunks:
+                yield from guard.listen(chunks)
+            if not guard.is_hopeless:
+                break
+            self.on_guard(RETRIED, str(guard.fault))
+        if guard.fault:
+            self.on_guard(CUT, guard.fault)
+        if guard.fault in (None, RUNAWAY):
+            said.extend(tried)
+
+    def _say(self, asked: Utterance, said: Speech, guard: Guard | None = None) -> Generator[Floats, None, None]:
+        """Chunks of samples of one sentence; `said` collects its tokens and codes. guard: may end it early."""
+        layouts, stages, options, voice = self.checkpoint, self.stages, asked.options, asked.voice
         schedule = self.schedule if options.streaming else self.schedule.offline()
-        sampling = options.sampling(seed)
-        prompt = semantic_prompt(self.tokenizer.encode(sentence), voice, layouts.semantic)
+        sampling = options.sampling(asked.seed)
+        prompt = semantic_prompt(self.tokenizer.encode(asked.text), voice, layouts.semantic)
+        max_seconds = min(asked.max_seconds, guard.max_seconds) if guard else asked.max_seconds
+        watch = guard.watch if guard else None
         with Workers() as workers:
             semantic = SemanticTokens(
-                prompt, layouts.semantic, sampling, max_seconds, schedule, stages, stream, workers.semantic
+                prompt, layouts.semantic, sampling, max_seconds, schedule, stages, asked.stream, workers.semantic, watch
             )
+            if guard and not (asked.is_first and options.streaming):
+                semantic.ensure(layouts.semantic.max_new_tokens)  # nobody waits: look at all of it before any is said
+                if guard.is_hopeless:
+                    return
             coarse = generate_coarse(
-                semantic, voice, layouts.coarse, sampling, options.lookahead, schedule, stages, stream
+                semantic, voice, layouts.coarse, sampling, options.lookahead, schedule, stages, asked.stream
             )
             coarse = _collect(ahead(coarse, workers.coarse, schedule.coarse_ahead), said.coarse)
             if options.streaming:
-                codes = generate_fine(coarse, voice, layouts.fine, seed, options.fine_temperature, schedule, stages)
+                codes = generate_fine(
+                    coarse, voice, layouts.fine, asked.seed, options.fine_temperature, schedule, stages
+                )
             else:
-                codes = self._offline(coarse, voice, seed, options.fine_temperature)
+                codes = self._offline(coarse, voice, asked.seed, options.fine_temperature)
             yield from decode_audio(_collect(codes, said.fine), stages)
         said.semantic.append(semantic.tokens)
 
@@ -142,8 +180,9 @@ class Pipeline:
                 np.concatenate(pieces, axis=1), voice, self.checkpoint.fine, seed, temperature, self.stages
             )
 
-    def _pause(self) -> Floats:
-        return np.zeros(round(self.schedule.sentence_pause_s * self.checkpoint.codec.sample_rate), np.float32)
+    def _pause(self, length: float) -> Floats:
+        """Silence. length: a multiple of the schedule's sentence_pause_s."""
+        return np.zeros(round(length * self.schedule.sentence_pause_s * self.checkpoint.codec.sample_rate), np.float32)
 
 
 def choose_voice(

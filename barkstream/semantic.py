@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
 import numpy as np
@@ -51,12 +52,15 @@ class SemanticTokens:
         stages: Stages,
         stream: int,
         worker: Executor,
+        watch: Callable[[Ints, bool], bool] | None = None,
     ):
+        """watch: asked after each call with all tokens [n] and whether speech ended; true ends it."""
         self.tokens: Ints = np.zeros(0, np.int32)
         self.ended = False
         self._n_most = max(1, int(min(max_seconds * layout.rate_hz, layout.max_new_tokens)))
         self._prompt, self._sampling, self._schedule = prompt, sampling, schedule
         self._stages, self._stream, self._worker = stages, stream, worker
+        self._watch = watch
         self._call: Future[tuple[Ints, bool]] | None = None  # the one under way
 
     def ensure(self, n: int) -> None:
@@ -66,6 +70,8 @@ class SemanticTokens:
             call = self._call or self._start(min(max(n - len(self.tokens), least), self._schedule.semantic_call))
             new, self.ended = call.result()
             self.tokens, self._call = np.concatenate([self.tokens, new]), None
+            if self._watch and self._watch(self.tokens, self.ended):
+                self.ended = True
             self.ended = self.ended or len(self.tokens) >= self._n_most
         if self._schedule.semantic_ahead and not self.ended and self._call is None:
             self._call = self._start(self._schedule.semantic_ahead)

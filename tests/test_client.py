@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -105,6 +106,14 @@ def test_options_that_are_none_are_not_sent():
 def test_an_option_that_does_not_exist_is_a_type_error():
     with pytest.raises(TypeError, match="no option 'temprature'"):
         Client().stream("Hello", temprature=1.0)
+
+
+def test_strings_go_one_by_one_and_speakers_with_their_voices():
+    request = build_request("Hello", {"language": "de", "speakers": {"Ann": "heart_0", "B": None}, "normalize": True})
+    assert [(tensor.name, list(tensor.shape)) for tensor in request.inputs] == [
+        ("text", [1]), ("language", [1]), ("speakers", [2]), ("normalize", [1]),
+    ]  # fmt: skip
+    assert request.raw_input_contents[2] == b"\x0b\0\0\0Ann=heart_0\x02\0\0\0B="
 
 
 @pytest.mark.parametrize(
@@ -409,6 +418,29 @@ def test_leaving_the_loop_cancels(server, client, voice, leave):
     with one_cancelled(server):
         leave(stream)
     assert stream.seed is None or stream.seed >= 0
+
+
+@pytest.mark.server
+def test_turns_language_and_numbers_are_the_servers_to_read(client, voice):
+    play = "A: It is 5 o'clock.\nB: No."
+    heard = client.speak(play, speakers={"A": voice.upper(), "B": None}, language="en", normalize=True, seed=1)
+    assert heard.size > client.sample_rate
+    for wrong, said in [
+        ({"speakers": {"A": "nobody"}}, "no voice 'nobody'"),
+        ({"language": "xx"}, "must be one of de"),
+    ]:
+        with pytest.raises(BarkstreamError, match=said) as refused:
+            client.speak(play, **wrong)
+        assert refused.value.status == "INVALID_ARGUMENT"
+
+
+@pytest.mark.server
+def test_a_guard_counts_what_it_does(server, client, voice):
+    assert client.speak(TEXT, voice=voice, seed=5, guard=True).size > client.sample_rate
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
+        text = page.read().decode()
+    for fault in ("runaway", "loop", "silence", "noise"):
+        assert re.search(rf'barkstream_guard_total{{[^}}]*fault="{fault}"', text)
 
 
 async def async_by_break(stream):

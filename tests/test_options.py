@@ -38,6 +38,8 @@ def test_defaults_are_sunos_and_a_fresh_seed():
         ("seed", True, "whole number"),
         ("streaming", 1, "true or false"),
         ("lookahead", -1, "lookahead"),
+        ("language", "xx", "language must be one of de, en, es"),
+        ("normalize", 1, "true or false"),
         ("tempo", 1.0, "no option 'tempo'; options: seed, temperature"),
     ],
 )

@@ -1,0 +1,80 @@
+"""Books: read as they are said, in one voice, with flat memory. Over stages that cost nothing."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fake_stages import FakeStages
+
+from barkstream.options import SpeechOptions
+from barkstream.voices import choose_speakers
+
+PARAGRAPH = (
+    "The rain had been falling since the morning, and nobody went out. They sat by the fire and told stories.\n\n"
+)
+TEN_MINUTES = PARAGRAPH * 86  # 9,000 characters
+
+
+@pytest.fixture
+def fake(pipeline):
+    stages = FakeStages(pipeline.checkpoint)
+    return replace(pipeline, stages=stages), stages
+
+
+def test_the_first_chunk_of_a_book_costs_one_sentence(fake, voices):
+    pipeline, stages = fake
+    chunks = pipeline.stream(PARAGRAPH * 8_000, SpeechOptions(), voices["heart_0"])
+    assert next(chunks).size
+    assert len(stages.prompts) == 1
+    chunks.close()
+    assert stages.released == [0]
+
+
+def test_ten_minutes_are_said_with_flat_memory_and_one_voice(fake):
+    pipeline, stages = fake
+    held = []
+    tracemalloc.start()
+    whole_sentences = replace(pipeline, schedule=replace(pipeline.schedule, chunk_frames=(150,)))
+    for i, _ in enumerate(whole_sentences.stream(TEN_MINUTES, SpeechOptions())):
+        if i % 20 == 0:
+            stages.prompts[2:-1] = []  # the test's own memory
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert len(held) >= 5
+    assert max(held[1:]) - held[1] < 100_000  # bytes; the audio is 58 MB
+    assert len(set(stages.histories()[1:])) == 1
+
+
+def test_every_sentence_is_said_once_and_pauses_are_as_documented(fake, voices):
+    pipeline, stages = fake
+    audio = pipeline.speak(PARAGRAPH * 3, SpeechOptions(), voices["heart_0"])
+    assert len(stages.prompts) == 6
+    silence = (audio == 0).sum() / pipeline.checkpoint.codec.sample_rate
+    assert silence == pytest.approx(3 * 0.25 + 2 * 0.6)
+
+
+def test_each_speaker_keeps_a_voice(fake, voices):
+    pipeline, stages = fake
+    text = "\n".join(["A: This is what I have to say.", "B: And that is what I think.", "C: I have no voice yet."] * 2)
+    speakers = choose_speakers(["A=heart_0", "B=deep_0", "C"], voices)
+    pipeline_chunks = pipeline.stream(text, SpeechOptions(), speakers=speakers)
+    assert sum(1 for _ in pipeline_chunks) > 6
+    a, b, c, *again = stages.histories()
+    assert again[:2] == [a, b]
+    assert a != b != c
+    assert again[2] not in (a, b, c)  # the third speaker goes on in the voice of their own first sentence
+
+
+def test_numbers_reach_the_model_as_words_only_where_asked(fake, voices):
+    pipeline, stages = fake
+    for options in (SpeechOptions(), SpeechOptions(normalize=True)):
+        pipeline.speak("It was 1999.", options, voices["heart_0"])
+    n = pipeline.checkpoint.semantic.n_text
+    plain, spelled = (prompt[:n] for prompt in stages.prompts)
+    np.testing.assert_array_equal(plain, pipeline.tokenizer.encode("It was 1999."))
+    np.testing.assert_array_equal(spelled, pipeline.tokenizer.encode("It was nineteen ninety-nine."))
