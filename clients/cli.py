@@ -1,4 +1,4 @@
-"""The `barkstream` command: say, serve, export, voices. Exit codes: 0 done, 1 failed (one sentence), 2 wrong usage."""
+"""The `barkstream` command: say, serve, gateway, export, voices. Exit codes: 0 done, 1 failed (one sentence), 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from barkstream import server
 from barkstream.clients.client import Client
+from barkstream.clients.gateway.command import add_arguments as add_gateway
 from barkstream.clients.plot import PlotUnavailable, load_matplotlib, plot_speech
 from barkstream.clients.protocol import BarkstreamError, Options
 from barkstream.clients.report import describe, measure, show_progress
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_say(commands.add_parser("say", help="speak a text into a WAV file"))
     _add_serve(commands.add_parser("serve", help="run the server until Ctrl-C"))
+    add_gateway(commands.add_parser("gateway", help="serve OpenAI's speech API and a web page over HTTP"))
     exporter = commands.add_parser("export", help="write a checkpoint into the model repository", add_help=False)
     exporter.set_defaults(command=export)
     lister = commands.add_parser("voices", help="list the voice presets of the model repository")
