@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +18,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from barkstream.clients.gateway.app import create_app
 from barkstream.clients.gateway.settings import Settings
-from barkstream.server import bound_socket
+from barkstream.server import Server, bound_socket
 
 NOBODY = "127.0.0.1:9"  # the discard port: no server answers there
 RATE = 24_000  # Hz
@@ -75,3 +76,27 @@ def scripted_server(error: str) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         server.stop(None)
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Barkstream's metrics by name."""
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Asks until it holds; the metrics have no way to tell us."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def one_more_cancelled(server: Server) -> Iterator[None]:
+    """The block must make the server cancel one request and end with none under way."""
+    before = metrics(server)["barkstream_cancelled_total"]
+    yield
+    wait_until(lambda: metrics(server)["barkstream_cancelled_total"] == before + 1)
+    wait_until(lambda: metrics(server)["barkstream_live_streams"] == 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import re
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +20,7 @@ import pytest
 
 av = pytest.importorskip("av", reason="the gateway extra is not installed: make .venv/gateway")
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed: make .venv/test")
-from gateways import running_gateway, scripted_server  # noqa: E402
+from gateways import metrics, one_more_cancelled, running_gateway, scripted_server, wait_until  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
@@ -430,29 +428,6 @@ def test_what_the_server_refuses_is_a_bad_request_that_names_the_field(speaker, 
     with pytest.raises(openai.BadRequestError, match=said) as refused:
         speaker.audio.speech.create(model="bark", voice=voice, input=TEXT, extra_body=options)
     assert refused.value.param == param
-
-
-def metrics(server) -> dict[str, float]:
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
-
-
-def wait_until(condition, seconds=20.0):
-    """Asks until it holds; the metrics have no way to tell us."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def one_more_cancelled(server):
-    """The block must make the server cancel one request and end with none under way."""
-    before = metrics(server)["barkstream_cancelled_total"]
-    yield
-    wait_until(lambda: metrics(server)["barkstream_cancelled_total"] == before + 1)
-    wait_until(lambda: metrics(server)["barkstream_live_streams"] == 0)
 
 
 @pytest.mark.parametrize("stream_format", ["audio", "sse"])
