@@ -62,6 +62,7 @@ class ScriptedSpeech(service_pb2_grpc.GRPCInferenceServiceServicer):
             response.infer_response.outputs.add(name=name, datatype=datatype, shape=array.shape)
             response.infer_response.raw_output_contents.append(array.tobytes())
         yield response
+        time.sleep(0.5)  # a listener has it before the end comes
         yield pb.ModelStreamInferResponse(error_message=self._error)
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
 from barkstream.clients import Client  # noqa: E402
+from barkstream.clients.cli import main  # noqa: E402
 from barkstream.clients.gateway.access import RateLimiter  # noqa: E402
 from barkstream.clients.gateway.encoders import FORMATS, open_encoder, wav_header  # noqa: E402
 from barkstream.clients.gateway.errors import ApiError, from_server  # noqa: E402
@@ -219,6 +221,8 @@ def error_of(response: httpx.Response) -> dict:
         ({"seed": True}, "seed", "a whole number"),
         ({"seed": 2**70}, "seed", "seed must be one int64"),
         ({"top_p": "half"}, "top_p", "a number"),
+        ({"top_p": float("nan")}, "top_p", "a number"),
+        ({"temperature": 10**400}, "temperature", "a number"),
         ({"temprature": 1}, "temprature", "no field 'temprature'"),
         ({"input": "\ud800"}, None, "lone surrogate"),
     ],
@@ -575,6 +579,12 @@ def test_a_sentence_that_cannot_be_spoken_ends_the_session_with_the_reason(url):
 # --- the command, and the recipes of docs/gateway.md ----------------------------------------------------------------
 
 
+def test_without_its_extra_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["gateway", "--port", "0"]) == 1
+    assert "needs uvicorn: pip install 'barkstream[gateway]'" in capsys.readouterr().err
+
+
 def test_the_command_starts_server_and_gateway_and_ends_both(repository):
     command = [
         sys.executable,
@@ -597,3 +607,24 @@ def test_the_command_starts_server_and_gateway_and_ends_both(repository):
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, process.stderr.read()
+
+
+RECIPES = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "docs/gateway.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_recipes():
+    assert [language for language, _ in RECIPES] == ["bash", "bash", "python", "python"]
+
+
+@pytest.mark.parametrize(("language", "code"), RECIPES)
+def test_a_recipe_runs_as_it_is_printed(url, tmp_path, language, code):
+    if language == "bash" and not shutil.which("curl"):
+        pytest.skip("no curl")
+    assert "//127.0.0.1:8080/" in code
+    code = code.replace("127.0.0.1:8080", url.removeprefix("http://"))
+    command = {"bash": ["bash", "-ec"], "python": [sys.executable, "-c"]}[language]
+    ran = subprocess.run([*command, code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    (written,) = tmp_path.iterdir()
+    heard, rate = decode(written.read_bytes(), written.suffix[1:])
+    assert len(heard) / rate > 0.5

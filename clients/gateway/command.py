@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="0: any free one (default: %(default)s)")
     parser.add_argument("--url", default=defaults.url, help="host:port of the server's gRPC (default: %(default)s)")
-    parser.add_argument("--serve", action="store_true", help="start the server too, on the port of --url and its neighbours")
+    parser.add_argument(
+        "--serve", action="store_true", help="start the server too, on the port of --url and its neighbours"
+    )
     parser.add_argument("--model-repository", type=Path, default=defaults.repository, metavar="FOLDER",
                         help="where the voices' names are (default: %(default)s)")  # fmt: skip
     parser.add_argument("--model-config-name", metavar="PROFILE", help="with --serve: use configs/PROFILE.pbtxt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ def read_options(given: dict[str, Any], voice_aliases: dict[str, str]) -> Option
     for name, kind in BARK_FIELDS.items():
         value = given.get(name)
         fits = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        if value is not None and not fits:
+        if value is not None and not (fits and abs(value) <= sys.float_info.max):  # False for NaN
             wanted = "a number" if kind is float else "a whole number"
             raise bad_field(name, f"{name} must be {wanted}, got {value!r}")
         options[name] = value

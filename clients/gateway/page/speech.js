@@ -42,7 +42,7 @@ export class Speech {
       this.wasCut = true;
       if (this.abort.signal.aborted) return;
       if (error instanceof SpeechError) throw error;
-      throw new SpeechError(this.nSamples ? "The speech broke off." : "The gateway does not answer.", 0);
+      throw new SpeechError(this.sampleRate ? "The speech broke off." : "The gateway does not answer.", 0);
     }
   }
 
