@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 import threading
 from dataclasses import replace
@@ -14,6 +15,7 @@ from barkstream.clients.gateway.settings import Settings, read_keys
 from barkstream.clients.protocol import BarkstreamError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EXTRA = ("starlette", "uvicorn", "websockets", "av")
 DRAIN_S = 5  # how long speech under way may go on when the gateway is told to stop
 
 
@@ -44,6 +46,7 @@ def gateway(arguments: argparse.Namespace) -> int:
 
     Raises BarkstreamError or ServerError for what cannot work.
     """
+    check_installed()
     settings = settings_of(arguments)
     if arguments.host not in LOOPBACK and not settings.api_keys:
         print(f"anybody who reaches {arguments.host} may speak: see --api-keys", file=sys.stderr)
@@ -54,6 +57,13 @@ def gateway(arguments: argparse.Namespace) -> int:
         speech_server = stack.enter_context(new_server(arguments))
         return run(replace(settings, url=speech_server.grpc_url), arguments.host, arguments.port, speech_server)
     return 0
+
+
+def check_installed() -> None:
+    """BarkstreamError if a package of the extra `gateway` is missing, before anything is started."""
+    if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
+        message = f"the gateway needs {', '.join(missing)}: pip install 'barkstream[gateway]'"
+        raise BarkstreamError(message, "INVALID_ARGUMENT")
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -75,6 +85,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 def new_server(arguments: argparse.Namespace) -> server.Server:
     """A server for --url: gRPC on its port, health on the one below, metrics on the one above; 0: any free ones."""
     host, _, port = arguments.url.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise BarkstreamError(f"--url must be host:port, got {arguments.url!r}", "INVALID_ARGUMENT")
     grpc_port = int(port)
     return server.Server(
         arguments.model_repository, profile=arguments.model_config_name, host=host, log=sys.stderr,
@@ -84,13 +96,10 @@ def new_server(arguments: argparse.Namespace) -> server.Server:
 
 def run(settings: Settings, host: str, port: int, speech_server: server.Server | None = None) -> int:
     """Serve in the foreground. Ends with `speech_server`, if one is given, and returns its status."""
-    try:
-        import uvicorn
+    import uvicorn
 
-        from barkstream.clients.gateway.app import create_app
-    except ModuleNotFoundError as error:
-        message = f"the gateway needs {error.name}: pip install 'barkstream[gateway]'"
-        raise BarkstreamError(message, "INVALID_ARGUMENT") from None
+    from barkstream.clients.gateway.app import create_app
+
     config = uvicorn.Config(
         create_app(settings), log_level="warning", ws_max_size=settings.max_body_bytes, server_header=False,
         timeout_graceful_shutdown=DRAIN_S,
@@ -110,4 +119,6 @@ def run(settings: Settings, host: str, port: int, speech_server: server.Server |
         print(f"ready: http://{name}:{listener.getsockname()[1]}/ (page), /v1/audio/speech (OpenAI's API)")
         print("Ctrl-C stops it", flush=True)
         web.run(sockets=[listener])
+    if status:
+        print(f"the speech server ended with status {status}", file=sys.stderr)
     return status
