@@ -291,4 +291,5 @@ def test_text_and_controls_have_contrast(scheme):
         assert contrast(colour[text], colour["paper"]) >= 4.5
     assert contrast(colour["on-accent"], colour["accent"]) >= 4.5
     assert contrast(colour["edge"], colour["card"]) >= 3
-    assert contrast(colour["accent"], colour["paper"]) >= 3
+    for drawn in ("accent", "ahead"):
+        assert contrast(colour[drawn], colour["paper"]) >= 3
