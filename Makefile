@@ -19,7 +19,7 @@ EXPORTED := model_repository/.exported
 PRECISION  ?= --int8
 CHECKPOINT ?= $(or $(shell cat $(EXPORTED) 2>/dev/null),checkpoints/nano-bark)
 
-.PHONY: setup export verify say serve up test bench quality lint lock clean
+.PHONY: setup export verify say serve up test bench load capacity quality lint lock clean
 
 setup: .venv/setup
 
@@ -29,7 +29,7 @@ setup: .venv/setup
 	@$(PIP) --editable .
 	@touch $@
 
-# An extra (test, plot, quality, lint) is installed into the same environment when a verb first needs it.
+# An extra (test, load, plot, quality, lint) is installed into the same environment when a verb first needs it.
 .venv/%: .venv/setup
 	@echo "installing what '$*' needs into .venv"
 	@$(PIP) --editable '.[$*]'
@@ -60,11 +60,19 @@ up: $(EXPORTED) .venv/gateway
 verify: $(EXPORTED) .venv/test
 	$(BIN)/python -m barkstream.export.verify $(CHECKPOINT)
 
-test: $(EXPORTED) .venv/oracles .venv/gateway
+test: $(EXPORTED) .venv/oracles .venv/load .venv/gateway
 	$(BIN)/python -m pytest -m "not gpu"
 
 bench: $(EXPORTED)
 	$(BIN)/python perf/ttfa.py
+
+# make load LOAD="--rate 1 2 4 --url HOST:PORT --output perf/results/DATE-load.json"; likewise capacity (docs/load.md)
+load: LOAD ?= --clients 1 2 4
+load: $(EXPORTED)
+	$(BIN)/python perf/load_test.py $(LOAD)
+
+capacity: $(EXPORTED)
+	$(BIN)/python perf/capacity.py $(CAPACITY)
 
 quality: $(EXPORTED) .venv/oracles .venv/quality
 	$(BIN)/python perf/quality.py

@@ -13,8 +13,11 @@ Piece = TypeVar("Piece")
 def ahead(pieces: Iterator[Piece], worker: Executor, n_ahead: int) -> Iterator[Piece]:
     """The same pieces; the next n_ahead are made by `worker` while one is in use.
 
-    worker: an executor of one thread, since an iterator cannot be asked by two at once.
+    worker: an executor of one thread, since an iterator cannot be asked by two at once. n_ahead 0: nothing is made early.
     """
+    if n_ahead == 0:
+        yield from pieces
+        return
     coming = deque(worker.submit(next, pieces, None) for _ in range(n_ahead))
     while (piece := coming.popleft().result()) is not None:
         coming.append(worker.submit(next, pieces, None))

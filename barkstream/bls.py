@@ -9,19 +9,24 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
-import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from barkstream.engines import Generation, Head, Row
-from barkstream.engines.onnxruntime import CausalEngine
+from barkstream.admission import Admission
+from barkstream.engines import Chunk, Generation, Row, Window
+from barkstream.engines.open import CausalEngine, CausalStageName, EngineError, open_causal, open_codec, open_fine
 from barkstream.export.codec_state import state_size
+from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
+from barkstream.pacing import Pacer, Player
 from barkstream.pipeline import NothingSaid, Pipeline, Speech, choose_voice
 from barkstream.sampling import Floats, Ints, Sampling
 from barkstream.semantic import token_ids
@@ -35,7 +40,11 @@ N_TRIES = 2  # stage calls are pure, so one that failed may be repeated
 
 
 class StageFailed(RuntimeError):
-    """A stage answered with an error, twice."""
+    """A stage answered with an error, twice. model: its name."""
+
+    def __init__(self, model: str, reason: str):
+        super().__init__(f"{model} failed: {reason}")
+        self.model = model
 
 
 class Cancelled(Exception):
@@ -56,19 +65,21 @@ def infer(model: str, inputs: dict[str, np.ndarray], *outputs: str) -> list[np.n
         response = request.exec()
         if not response.has_error():
             return [pb_utils.get_output_tensor_by_name(response, name).as_numpy()[0] for name in outputs]
-    raise StageFailed(f"{model} failed: {response.error().message()}")
+    raise StageFailed(model, response.error().message())
 
 
 class TritonStages:
-    """The stages as Triton models, for one request; a call after the listener has left raises Cancelled."""
+    """The stages as Triton models, for one request.
 
-    def __init__(self, checkpoint: Checkpoint, is_cancelled: Callable[[], bool]):
+    wait_turn: called before every call; returns when it is this stream's turn, raises Cancelled when its listener has left.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, wait_turn: Callable[[], None]):
         self._state_size = state_size(checkpoint.codec)
-        self._is_cancelled = is_cancelled
+        self._wait_turn = wait_turn
 
     def _infer(self, model: str, inputs: dict[str, np.ndarray], *outputs: str) -> list[np.ndarray]:
-        if self._is_cancelled():
-            raise Cancelled
+        self._wait_turn()
         return infer(model, inputs, *outputs)
 
     def semantic(
@@ -99,12 +110,12 @@ class TritonStages:
         return np.zeros(self._state_size, np.float32)
 
     def release(self, stream: int) -> None:
-        """Free the stream's KV slots, also when it was cancelled."""
-        for model in ("bark_semantic", "bark_coarse"):
-            inputs = _causal_inputs(np.zeros(1, np.int32), 0, 0, Sampling(), stream)
-            if model == "bark_semantic":
-                inputs["min_eos_p"] = np.ones(1, np.float32)
-            infer(model, inputs, "tokens")
+        """Free the stream's KV slots, also when it was cancelled: in both stages at once, for each may be in a batch."""
+        inputs = _causal_inputs(np.zeros(1, np.int32), 0, 0, Sampling(), stream)
+        with ThreadPoolExecutor(1) as other:
+            coarse = other.submit(infer, "bark_coarse", inputs, "tokens")
+            infer("bark_semantic", inputs | dict(min_eos_p=np.ones(1, np.float32)), "tokens")
+            coarse.result()
 
 
 def _causal_inputs(
@@ -125,29 +136,24 @@ def _causal_inputs(
 class CausalStage:
     """`bark_semantic` or `bark_coarse`: a batch of calls in, a response for each out."""
 
-    def __init__(self, stage: str, args: dict[str, str]):
-        """stage: "semantic" or "coarse". args: what Triton passes to `initialize`."""
+    def __init__(self, stage: CausalStageName, args: dict[str, str]):
+        """args: what Triton passes to `initialize`."""
         folder, parameters = _folder(args), _parameters(args)
         checkpoint = _checkpoint(folder)
         self._is_semantic = stage == "semantic"
         self._semantic = checkpoint.semantic
-        size = checkpoint.semantic.size if self._is_semantic else checkpoint.coarse.size
-        head = Head.semantic(checkpoint.semantic) if self._is_semantic else Head.coarse(checkpoint.coarse)
-        self._engine = CausalEngine(
+        self._engine: CausalEngine = _opened(
+            open_causal,
+            parameters["engine"],
+            stage,
             folder / "model.onnx",
-            size,
-            head,
+            checkpoint,
             n_slots=int(parameters["kv_slots"]),
-            max_batch=json.loads(args["model_config"])["max_batch_size"],
+            max_batch=_max_batch(args),
             n_threads=int(parameters.get("n_threads", 0)),
+            device=int(args["model_instance_device_id"]),
         )
-        self._engine.warm_up()
-        slots = pb_utils.MetricFamily(
-            name=f"barkstream_{stage}_kv_slots",
-            description="KV slots held by live streams",
-            kind=pb_utils.MetricFamily.GAUGE,
-        )
-        self._slots_gauge, self._slots_family = slots.Metric(labels={}), slots
+        self._metrics = StageMetrics(pb_utils.MetricFamily, stage)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Calls of several streams, decoded together. A bad call gets its error; the others their tokens."""
@@ -163,9 +169,13 @@ class CausalStage:
                     responses[i] = self._response(Generation(np.zeros(0, np.int32), False))
             except ValueError as error:
                 responses[i] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+        if len(rows) < len(requests):
+            self._metrics.held(self._engine.n_owned_slots)  # what was freed is free now, not after this batch
         for i, generation in zip(rows, self._engine.generate(list(rows.values())), strict=True):
             responses[i] = self._response(generation)
-        self._slots_gauge.set(self._engine.n_owned_slots)
+        if rows:
+            self._metrics.decoded(len(rows))
+            self._metrics.held(self._engine.n_owned_slots)
         return responses
 
     def _row(self, request: Any) -> Row:
@@ -189,6 +199,69 @@ class CausalStage:
         return pb_utils.InferenceResponse(outputs)
 
 
+class FineStage:
+    """`bark_fine` on the cuda engine: windows of several streams, filled together."""
+
+    def __init__(self, args: dict[str, str]):
+        """args: what Triton passes to `initialize`."""
+        self._engine = _gpu_engine(open_fine, args)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        def window(call: dict[str, np.ndarray]) -> Window:
+            fill_from, temperature = call["fill_from"][0].item(), call["temperature"][0].item()
+            return Window(call["codes"], fill_from, call["uniforms"], temperature)
+
+        return _answer(requests, window, self._engine.check, self._engine.fill, lambda codes: {"filled": codes})
+
+
+class CodecStage:
+    """`bark_codec` on the cuda engine: chunks of several streams, decoded together."""
+
+    def __init__(self, args: dict[str, str]):
+        """args: what Triton passes to `initialize`."""
+        self._engine = _gpu_engine(open_codec, args)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        def chunk(call: dict[str, np.ndarray]) -> Chunk:
+            return call["codes"], call["state"]
+
+        def outputs(decoded: tuple[Floats, Floats]) -> dict[str, np.ndarray]:
+            return {"audio": decoded[0], "next_state": decoded[1]}
+
+        return _answer(requests, chunk, self._engine.check, self._engine.decode, outputs)
+
+
+def _gpu_engine(open_engine: Callable[..., Any], args: dict[str, str]) -> Any:
+    """The fine or codec stage as config.pbtxt's parameters ask for it."""
+    folder, device = _folder(args), int(args["model_instance_device_id"])
+    frames = [int(n) for n in _parameters(args)["warm_frames"].split(",")]
+    path, checkpoint = folder / "model.onnx", _checkpoint(folder)
+    return _opened(open_engine, "cuda", path, checkpoint, _max_batch(args), frames, device=device)
+
+
+def _answer(
+    requests: list[Any],
+    parse: Callable[[dict[str, np.ndarray]], Any],
+    check: Callable[[Any], None],
+    run: Callable[[list[Any]], list[Any]],
+    outputs: Callable[[Any], dict[str, np.ndarray]],
+) -> list[Any]:
+    """A response for each request, run together. A bad call gets its error; the others their results."""
+    good: dict[int, Any] = {}
+    responses: list[Any] = [None] * len(requests)
+    for i, request in enumerate(requests):
+        try:
+            call = parse({tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()})
+            check(call)
+            good[i] = call
+        except ValueError as error:
+            responses[i] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+    for i, result in zip(good, run(list(good.values())), strict=True):
+        tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array[None])) for name, array in outputs(result).items()]
+        responses[i] = pb_utils.InferenceResponse(tensors)
+    return responses
+
+
 class Speaker:
     """`bark`: each request is a worker that pulls its chunks through the pipeline and sends them."""
 
@@ -202,94 +275,89 @@ class Speaker:
         self._tokenizer = TextTokenizer(folder / "tokenizer.json", self._checkpoint.semantic)
         self._voices = load_voices(folder / "voices", self._checkpoint)
         self._schedule = Schedule.parse(parameters)
-        self._n_most = int(parameters["max_streams"])
-        self._free = threading.BoundedSemaphore(self._n_most)
-        self._workers = ThreadPoolExecutor(self._n_most, thread_name_prefix="stream")
+        self._admission = Admission(int(parameters["max_streams"]))
+        self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
         self._stream_keys = itertools.count(secrets.randbits(48) << 14 | 1)
-        self._metrics = _SpeakerMetrics()
+        self._pacer = Pacer(float(parameters.get("pace_lead_s", "inf")))
+        self._metrics = SpeakerMetrics(pb_utils.MetricFamily)
 
     def submit(self, request: Any) -> None:
         """Start on a request, or refuse it at once when max_streams are under way."""
         sender = request.get_response_sender()
-        if not self._free.acquire(blocking=False):
-            message = f"all {self._n_most} streams of this server are busy; try again in a few seconds"
-            return sender.send(_stream_error("UNAVAILABLE", message), flags=FINAL)
-        self._workers.submit(self._work, request, sender)
+        if not self._admission.enter():
+            self._metrics.refused.increment()
+            return sender.send(_stream_error("UNAVAILABLE", self._admission.refusal()), flags=FINAL)
+        self._workers.submit(self._work, request, sender, time.monotonic())
         return None
 
     def close(self) -> None:
         self._workers.shutdown(wait=True)
 
-    def _work(self, request: Any, sender: Any) -> None:
+    def _work(self, request: Any, sender: Any, admitted_at: float) -> None:
         """One request from first to last; sends FINAL exactly once, whatever happens."""
-        self._metrics.live.increment(1)
-        error = None
+        self._metrics.live.increment()
+        failure = None
         try:
-            self._speak(request, sender)
+            self._speak(request, sender, admitted_at)
         except Cancelled:
-            self._metrics.cancelled.increment(1)
-        except BadRequest as bad:
-            error = _stream_error("INVALID_ARGUMENT", str(bad))
-        except (StageFailed, NothingSaid) as failure:
-            error = _stream_error("INTERNAL", str(failure))
-        except Exception as bug:  # whatever it is, the client must hear of it and not wait for ever
-            pb_utils.Logger.log_error(f"bark: {bug!r}")
-            error = _stream_error("INTERNAL", f"{bug!r}")
+            self._metrics.cancelled.increment()
+        except Exception as error:
+            failure = error
         finally:
             self._metrics.live.increment(-1)
-            self._free.release()
-            if error is None:
+            self._admission.leave(time.monotonic() - admitted_at)
+            if failure is None:
                 sender.send(flags=FINAL)
-            else:  # with the error in one call: FINAL in a second one crashes Triton 2.51 when the client asked for gRPC errors
-                self._metrics.failed.increment(1)
-                sender.send(error, flags=FINAL)
+            else:
+                self._fail(sender, failure)
 
-    def _speak(self, request: Any, sender: Any) -> None:
+    def _fail(self, sender: Any, failure: Exception) -> None:
+        """Tell the client, whatever it was: it must hear of it and not wait for ever."""
+        status, whose, message = "INTERNAL", SPEAKER, str(failure)
+        if isinstance(failure, BadRequest):
+            status, whose = "INVALID_ARGUMENT", REQUEST
+        elif isinstance(failure, StageFailed):
+            whose = failure.model
+        elif not isinstance(failure, NothingSaid):
+            pb_utils.Logger.log_error(f"bark: {failure!r}")
+            message = repr(failure)
+        # In one call: FINAL in a second one crashes Triton 2.51 when the client asked for gRPC errors.
+        sender.send(_stream_error(status, message), flags=FINAL)
+        self._metrics.failed[whose].increment()
+
+    def _speak(self, request: Any, sender: Any, admitted_at: float) -> None:
         given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         text, voice_name = _string("text", given.pop("text")), given.pop("voice", None)
         prompts = {name: given.pop(name) for name in PROMPTS if name in given}
         options = SpeechOptions.parse({name: _single(name, array) for name, array in given.items()})
         name = None if voice_name is None else _string("voice", voice_name)
         voice = choose_voice(name, prompts, self._voices, self._checkpoint)
-        stages = TritonStages(self._checkpoint, sender.is_cancelled)
-        pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule)
         speech = Speech()
-        for chunk in pipeline.stream(text, options, voice, next(self._stream_keys), speech):
-            if sender.is_cancelled():
-                raise Cancelled
-            self._metrics.audio_s.increment(len(chunk) / self._checkpoint.codec.sample_rate)
-            sender.send(_speech_response(options.seed, chunk))
+        with self._pacer.player() if options.streaming else nullcontext() as player:  # offline, nobody listens yet
+            stages = TritonStages(self._checkpoint, partial(self._wait_turn, player, sender.is_cancelled))
+            pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule)
+            for index, chunk in enumerate(pipeline.stream(text, options, voice, next(self._stream_keys), speech)):
+                if sender.is_cancelled():
+                    raise Cancelled
+                sender.send(_speech_response(options.seed, chunk))
+                self._count_chunk(player, len(chunk))
+                if index == 0:
+                    self._metrics.first_chunk_s.observe(time.monotonic() - admitted_at)
         if options.return_prompt:
             sender.send(_speech_response(options.seed, np.zeros(0, np.float32), speech))
 
+    def _wait_turn(self, player: Player | None, is_cancelled: Callable[[], bool]) -> None:
+        """Before a stage call."""
+        if player and (waited_s := self._pacer.wait(player, is_cancelled)):
+            self._metrics.paced_s.increment(waited_s)
+        if is_cancelled():
+            raise Cancelled
 
-class _Metric:
-    """A metric that threads may share: two updates at once crash the Python backend of Triton 2.51."""
-
-    def __init__(self, metric: Any, lock: threading.Lock):
-        self._metric, self._lock = metric, lock
-
-    def increment(self, by: float) -> None:
-        with self._lock:
-            self._metric.increment(by)
-
-
-class _SpeakerMetrics:
-    """Prometheus metrics of `bark`, on Triton's metrics endpoint."""
-
-    def __init__(self) -> None:
-        kinds = pb_utils.MetricFamily
-        self._families: list[Any] = []
-        self._lock = threading.Lock()
-        self.live = self._metric("barkstream_live_streams", "Requests being spoken now", kinds.GAUGE)
-        self.audio_s = self._metric("barkstream_audio_seconds_total", "Seconds of audio sent", kinds.COUNTER)
-        self.cancelled = self._metric("barkstream_cancelled_total", "Requests whose listener left", kinds.COUNTER)
-        self.failed = self._metric("barkstream_failed_total", "Requests answered with an error", kinds.COUNTER)
-
-    def _metric(self, name: str, description: str, kind: Any) -> Any:
-        family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
-        self._families.append(family)  # a metric lives as long as its family
-        return _Metric(family.Metric(labels={}), self._lock)
+    def _count_chunk(self, player: Player | None, n_samples: int) -> None:
+        audio_s = n_samples / self._checkpoint.codec.sample_rate
+        self._metrics.audio_s.increment(audio_s)
+        if player and self._pacer.take(player, audio_s):
+            self._metrics.underruns.increment()
 
 
 def _speech_response(seed: int, chunk: Floats, speech: Speech | None = None) -> Any:
@@ -333,6 +401,18 @@ def _folder(args: dict[str, str]) -> Path:
 
 def _parameters(args: dict[str, str]) -> dict[str, str]:
     return {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
+
+
+def _opened(open_engine: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """An engine; one that cannot be opened stops the server with its own sentence."""
+    try:
+        return open_engine(*arguments, **options)
+    except (EngineError, FileNotFoundError, RuntimeError, ValueError) as error:
+        raise pb_utils.TritonModelException(str(error)) from None
+
+
+def _max_batch(args: dict[str, str]) -> int:
+    return int(json.loads(args["model_config"])["max_batch_size"])
 
 
 def _checkpoint(folder: Path) -> Checkpoint:

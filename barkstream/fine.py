@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from barkstream.options import Schedule
-from barkstream.sampling import FINE, Floats, Ints, uniforms
+from barkstream.sampling import FINE, Floats, Ints, uniforms_of_positions
 from barkstream.stages import Stages
 from barkstream.tokens import FineLayout
 from barkstream.voices import HistoryPrompt
@@ -85,6 +85,8 @@ def _draws(seed: int, first_frame: int, n_frames: int, layout: FineLayout) -> Fl
     """Uniforms [6, n_frames]: a frame's draws are its own, whatever window it is filled in."""
     n_drawn = layout.n_codebooks - layout.n_given
     draws = np.full((n_drawn, n_frames), 0.5, np.float32)
-    for t in range(max(0, -first_frame), n_frames):  # frames before the generation's first are known
-        draws[:, t] = uniforms(seed, FINE, first_frame + t, n_drawn)
+    n_known = max(0, -first_frame)  # frames before the generation's first
+    if n_known < n_frames:
+        positions = np.arange(first_frame + n_known, first_frame + n_frames)
+        draws[:, n_known:] = uniforms_of_positions(seed, FINE, positions, n_drawn).T
     return draws

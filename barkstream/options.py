@@ -103,14 +103,20 @@ class Schedule:
     fine_lookahead: int = 6  # coarse frames after the chunk
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
     semantic_call: int = 64  # semantic tokens asked for in one call, at most
-    coarse_ahead: int = 4  # coarse calls made before they are needed, while the fine stage works
+    semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
+    coarse_ahead: int = 4  # coarse calls made before they are needed, while the fine stage works; 0: none
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     sentence_pause_s: float = 0.25
 
     def __post_init__(self) -> None:
-        counts = (*self.chunk_frames, self.coarse_call, self.coarse_ahead, self.semantic_call)
-        if not self.chunk_frames or min(counts) < 1 or min(self.fine_context, self.fine_lookahead) < 0:
-            raise ValueError(f"chunks and calls must be at least 1, context and look-ahead at least 0: {self}")
+        counts = (*self.chunk_frames, self.coarse_call, self.semantic_call, self.semantic_least)
+        extents = (self.fine_context, self.fine_lookahead, self.coarse_ahead, self.semantic_ahead)
+        if not self.chunk_frames or min(counts) < 1 or min(extents) < 0:
+            raise ValueError(f"chunks and calls must be at least 1, context and what is ahead at least 0: {self}")
+
+    def offline(self) -> Schedule:
+        """For speech that is wanted whole: nobody waits for a first chunk, so the semantic stage goes on meanwhile."""
+        return replace(self, semantic_ahead=self.semantic_call)
 
     def chunk(self, index: int) -> int:
         """Frames of a sentence's chunk number `index`."""

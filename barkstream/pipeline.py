@@ -115,20 +115,19 @@ class Pipeline:
     ) -> Iterator[Floats]:
         """Chunks of samples of one sentence; `said` collects its tokens and codes."""
         layouts, stages, seed = self.checkpoint, self.stages, sentence_seed(options.seed, index)
+        schedule = self.schedule if options.streaming else self.schedule.offline()
         sampling = options.sampling(seed)
         prompt = semantic_prompt(self.tokenizer.encode(sentence), voice, layouts.semantic)
         with Workers() as workers:
             semantic = SemanticTokens(
-                prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, stream, workers.semantic
+                prompt, layouts.semantic, sampling, max_seconds, schedule, stages, stream, workers.semantic
             )
             coarse = generate_coarse(
-                semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, stream
+                semantic, voice, layouts.coarse, sampling, options.lookahead, schedule, stages, stream
             )
-            coarse = _collect(ahead(coarse, workers.coarse, self.schedule.coarse_ahead), said.coarse)
+            coarse = _collect(ahead(coarse, workers.coarse, schedule.coarse_ahead), said.coarse)
             if options.streaming:
-                codes = generate_fine(
-                    coarse, voice, layouts.fine, seed, options.fine_temperature, self.schedule, stages
-                )
+                codes = generate_fine(coarse, voice, layouts.fine, seed, options.fine_temperature, schedule, stages)
             else:
                 codes = self._offline(coarse, voice, seed, options.fine_temperature)
             yield from decode_audio(_collect(codes, said.fine), stages)

@@ -43,6 +43,31 @@ def uniforms(seed: int, stage: int, position: int, n: int) -> Floats:
     return np.minimum(((halves + 0.5) * 2.0**-32).astype(np.float32), LARGEST_UNIFORM)
 
 
+def uniforms_of_positions(seed: int, stage: int, positions: NDArray[np.int64], n: int) -> Floats:
+    """The same numbers for many positions [P] at once: [P, n]. A generator a position would take 20 us each."""
+    n_blocks = -(-n // 8)
+    counter = np.zeros((4, len(positions), n_blocks), np.uint64)
+    counter[0] = 1 + np.arange(n_blocks, dtype=np.uint64)  # NumPy counts up before it draws a block
+    counter[1] = positions.astype(np.uint64)[:, None]
+    words = philox(counter, np.array([seed, stage], np.uint64))
+    in_order = np.ascontiguousarray(np.moveaxis(words, 0, -1), "<u8").reshape(len(positions), -1)
+    halves = in_order.view("<u4")[:, :n]
+    return np.minimum(((halves + 0.5) * 2.0**-32).astype(np.float32), LARGEST_UNIFORM)
+
+
+def philox(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"): counter [4, ...], key [2] -> [4, ...]."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    with np.errstate(over="ignore"):
+        for _ in range(10):
+            high0, low0 = _wide_product(np.uint64(0xD2E7470EE14C6C93), c0)
+            high1, low1 = _wide_product(np.uint64(0xCA5A826395121157), c2)
+            c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+            k0, k1 = k0 + np.uint64(0x9E3779B97F4A7C15), k1 + np.uint64(0xBB67AE8584CAA73B)
+    return np.stack([c0, c1, c2, c3])
+
+
 def gumbel_noise(seed: int, stage: int, position: int, n: int) -> Floats:
     """Standard Gumbel noise [n] for one position's vocabulary."""
     return -np.log(-np.log1p(-uniforms(seed, stage, position, n)))
@@ -81,6 +106,14 @@ def ends(token: int, tempered: Floats, end: int, sampling: Sampling) -> bool:
 def sentence_seed(seed: int, index: int) -> int:
     """A seed of its own for each sentence of a text, so that no two share their noise."""
     return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]) >> 1  # fits INT64
+
+
+def _wide_product(a: np.uint64, b: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """High and low 64 bits of a * b."""
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    a0, a1, b0, b1 = a & low, a >> half, b & low, b >> half
+    middle = a1 * b0 + (a0 * b0 >> half)
+    return a1 * b1 + (middle >> half) + (a0 * b1 + (middle & low) >> half), a * b
 
 
 def _softmax(logits: Floats) -> Floats:

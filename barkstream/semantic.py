@@ -62,7 +62,8 @@ class SemanticTokens:
     def ensure(self, n: int) -> None:
         """Generate until there are n tokens, or speech has ended."""
         while len(self.tokens) < n and not self.ended:
-            call = self._call or self._start(min(n - len(self.tokens), self._schedule.semantic_call))
+            least = self._schedule.semantic_least if len(self.tokens) else 1
+            call = self._call or self._start(min(max(n - len(self.tokens), least), self._schedule.semantic_call))
             new, self.ended = call.result()
             self.tokens, self._call = np.concatenate([self.tokens, new]), None
             self.ended = self.ended or len(self.tokens) >= self._n_most

@@ -137,7 +137,11 @@ def environment(installation: Installation) -> dict[str, str]:
     env = {"ORT_DISABLE_TELEMETRY": "1", **os.environ}  # ONNX Runtime 1.32 reports its use over the network by default
     prepend(env, "PATH", Path(sys.prefix, "bin"))
     if installation.libraries is not None:
-        prepend(env, "LD_LIBRARY_PATH", Path(sysconfig.get_config_var("LIBDIR")))  # libpython, for the stub
+        libpython = Path(sysconfig.get_config_var("LIBDIR"))
+        # Not the system's own folder: the loader looks there anyway, and it must not go before the libraries (cuDNN) that
+        # PyTorch brings.
+        if not libpython.is_relative_to("/usr/lib") and not libpython.is_relative_to("/lib"):
+            prepend(env, "LD_LIBRARY_PATH", libpython)  # for the stub
         prepend(env, "LD_LIBRARY_PATH", installation.libraries)
     return env
 
@@ -278,7 +282,7 @@ class Server:
     def _arguments(self, name: str, backends: Path) -> list[str]:
         grpc_port, http_port, metrics_port = self.ports
         profile = [f"--model-config-name={self.profile}"] if self.profile else []
-        no_gpu = ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]
+        no_gpu = [] if NVIDIA_DRIVER.exists() else ["--allow-gpu-metrics=false"]
         key = f"barkstream-admin={secrets.token_hex()}"
         return [
             f"--model-repository={self.repository}",
@@ -296,7 +300,9 @@ class Server:
             f"--metrics-address={self.host}",
             f"--metrics-port={metrics_port}",
             f"--exit-timeout-secs={self._drain_s}",
-            *([] if NVIDIA_DRIVER.exists() else no_gpu),
+            # Tensors travel through the CPU's memory: for a pinned pool Triton itself would take .6 GB of a GPU.
+            "--pinned-memory-pool-byte-size=0",
+            *no_gpu,
         ]
 
     def _read_log(self, lines: TextIO) -> None:
@@ -354,7 +360,11 @@ def is_notable(line: str) -> bool:
 
 def failure_reasons(log: list[str]) -> str:
     """What Triton's log says about a failure: the models that failed to load and why; failing that, its last lines."""
-    failed = [line for line in log if re.match(r"E\d{4} .*(failed to load |failed to start |Poll failed)|\[libprotobuf ERROR", line)]
+    failed = [
+        line
+        for line in log
+        if re.match(r"E\d{4} .*(failed to load |failed to start |Poll failed)|\[libprotobuf ERROR", line)
+    ]
     if failed:
         return "\n".join(map(readable, failed))
     text = "".join(log)

@@ -53,6 +53,7 @@ _TRITON_TYPES = {np.dtype(t): name for t, name in
                  ((np.int32, "INT32"), (np.int64, "INT64"), (np.float32, "FP32"), (np.bool_, "BOOL"))}  # fmt: skip
 _NUMPY_TYPES = {name: dtype for dtype, name in _TRITON_TYPES.items()}
 _STATUS = re.compile(r"(INVALID_ARGUMENT|UNAVAILABLE|INTERNAL|CANCELLED|NOT_FOUND|DEADLINE_EXCEEDED): *", re.ASCII)
+_RETRY = re.compile(r"retry after (\d+) s", re.ASCII)
 
 HistoryPrompt = Mapping[str, NDArray[Any]]
 
@@ -84,6 +85,12 @@ class BarkstreamError(RuntimeError):
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
         self.status = status
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Of a server that is full: when to try again, by its own guess. None for any other error."""
+        hint = _RETRY.search(str(self))
+        return float(hint[1]) if hint and self.status == "UNAVAILABLE" else None
 
 
 def error_from_server(message: str) -> BarkstreamError:

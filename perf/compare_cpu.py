@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import machine
+from random_checkpoint import config, generation_config
 from transformers import BarkConfig, BarkModel
 from transformers.utils import logging
 
@@ -185,58 +186,13 @@ def random_small() -> Path:
     if (folder / "config.json").exists():
         return folder
     torch.manual_seed(0)
-    size = {"num_layers": 12, "num_heads": 12, "hidden_size": 768, "bias": False}
-    model = BarkModel(
-        BarkConfig(
-            semantic_config=dict(input_vocab_size=129_600, output_vocab_size=10_048, **size),
-            coarse_acoustics_config=dict(input_vocab_size=12_096, output_vocab_size=12_096, **size),
-            fine_acoustics_config=dict(input_vocab_size=1_056, output_vocab_size=1_056, **size),
-            codec_config={"model_type": "encodec"},  # the defaults are EnCodec 24 kHz
-        )
-    )
+    parts = config("small")
+    model = BarkModel(BarkConfig(**{**parts, "codec_config": {"model_type": "encodec"}}))  # EnCodec 24 kHz
     unfinished = folder.with_suffix(".unfinished")
     model.save_pretrained(unfinished)
     shutil.copy(NANO / "tokenizer.json", unfinished)
-    (unfinished / "generation_config.json").write_text(json.dumps(bark_generation_config(), indent=1))
+    (unfinished / "generation_config.json").write_text(json.dumps(generation_config(), indent=1))
     return unfinished.replace(folder)
-
-
-def bark_generation_config() -> dict[str, Any]:
-    """suno/bark-small's generation_config.json."""
-    sampled = {"do_sample": True, "temperature": 0.7, "renormalize_logits": True}
-    semantic = {
-        "eos_token_id": 10_000,
-        "pad_token_id": 10_000,
-        "semantic_pad_token": 10_000,
-        "text_encoding_offset": 10_048,
-        "text_pad_token": 129_595,
-    }
-    semantic |= {
-        "semantic_infer_token": 129_599,
-        "semantic_vocab_size": 10_000,
-        "max_input_semantic_length": 256,
-        "semantic_rate_hz": 49.9,
-    }
-    coarse = {
-        "coarse_semantic_pad_token": 12_048,
-        "coarse_infer_token": 12_050,
-        "coarse_rate_hz": 75,
-        "n_coarse_codebooks": 2,
-    }
-    coarse |= {"max_coarse_input_length": 256, "max_coarse_history": 630, "sliding_window_len": 60}
-    return {
-        "model_type": "bark",
-        "codebook_size": 1024,
-        "sample_rate": 24_000,
-        "semantic_config": dict(max_new_tokens=768, **semantic, **sampled),
-        "coarse_acoustics_config": dict(**coarse, **sampled),
-        "fine_acoustics_config": {
-            "temperature": 0.5,
-            "max_fine_history_length": 512,
-            "max_fine_input_length": 1024,
-            "n_fine_codebooks": 8,
-        },
-    }
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------

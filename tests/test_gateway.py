@@ -184,6 +184,11 @@ def test_what_went_wrong_upstream_has_its_status(status, ready, answer):
     assert from_server(BarkstreamError("it went wrong", status), ready).status == answer
 
 
+def test_a_full_servers_own_guess_is_when_to_come_back():
+    busy = BarkstreamError("all 16 streams of this server are busy; retry after 7 s", "UNAVAILABLE")
+    assert from_server(busy, True).headers["Retry-After"] == "7"
+
+
 # --- a gateway without a speech server ------------------------------------------------------------------------------
 
 

@@ -1,10 +1,13 @@
 """Claims about drawing tokens. That the distribution is the softmax's is tested beside Suno's filters in test_against_suno."""
 
+import secrets
+
 import numpy as np
 import pytest
 
 from barkstream.sampling import (
     COARSE,
+    FINE,
     SEMANTIC,
     Sampling,
     draw,
@@ -13,6 +16,7 @@ from barkstream.sampling import (
     keep_likely,
     sentence_seed,
     uniforms,
+    uniforms_of_positions,
 )
 
 
@@ -72,3 +76,11 @@ def test_sentences_have_seeds_of_their_own():
     seeds = {sentence_seed(seed, index) for seed in range(50) for index in range(50)}
     assert len(seeds) == 2500
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("n", [1, 6, 8, 9, 40])
+def test_numbers_of_many_positions_are_those_of_each(n):
+    seed, positions = secrets.randbits(63), np.array([0, 1, 7, 1_000, 2**40])
+    together = uniforms_of_positions(seed, FINE, positions, n)
+    assert together.dtype == np.float32
+    np.testing.assert_array_equal(together, [uniforms(seed, FINE, int(position), n) for position in positions])

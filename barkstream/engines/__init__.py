@@ -1,4 +1,8 @@
-"""Engines: what runs a causal GPT. One interface: rows in, generations out; rows may differ in length, position and stage."""
+"""Engines: what runs the stages. One interface: a batch in, as many results out.
+
+The causal GPTs take rows (which may differ in length and position) and give generations; the fine GPT takes windows and
+gives codes; the codec takes chunks and gives samples and states.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,23 @@ class Row:
 class Generation:
     tokens: Ints  # [n], n <= n_tokens
     ended: bool  # the end-of-speech rule stopped it
+
+
+@dataclass(frozen=True)
+class Window:
+    """One stream's share of a batch of the fine stage."""
+
+    codes: Ints  # [K, T]
+    fill_from: int  # the first frame to fill
+    uniforms: Floats  # [K - given, T]: decide the draws
+    temperature: float  # 0: argmax
+
+    @property
+    def n_frames(self) -> int:
+        return self.codes.shape[1]
+
+
+Chunk = tuple[Ints, Floats]  # one stream's share of a batch of the codec: codes [K, n], state [N]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from barkstream.engines import Generation, Head, Row
+from barkstream.engines import Chunk, Generation, Head, Row, Window
 from barkstream.sampling import Floats, Ints, Sampling, draw, ends, gumbel_noise
 from barkstream.tokens import GPTSize
 
@@ -270,3 +270,46 @@ class CausalEngine:
         if n_rows not in self._shared_caches:
             self._shared_caches[n_rows] = self._cache(self._shared[:, :n_rows])
         return self._shared_caches[n_rows]
+
+
+class FineEngine:
+    """Fills windows of frames, one after another."""
+
+    def __init__(self, path: Path, n_threads: int):
+        """path: the stage's model.onnx."""
+        self._session = open_session(path, n_threads)
+
+    def fill(self, windows: Sequence[Window]) -> list[Ints]:
+        """Each window's codes [K, T] with the codebooks that were not given drawn anew from frame fill_from on."""
+        return [self._fill(window) for window in windows]
+
+    def _fill(self, window: Window) -> Ints:
+        return _run(
+            self._session,
+            codes=window.codes,
+            fill_from=np.array([window.fill_from], np.int32),
+            uniforms=window.uniforms,
+            temperature=np.array([window.temperature], np.float32),
+        )[0]
+
+
+class CodecEngine:
+    """Decodes chunks of codes, one after another."""
+
+    def __init__(self, path: Path, n_threads: int):
+        """path: the stage's model.onnx."""
+        self._session = open_session(path, n_threads)
+
+    def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
+        """(samples [samples_per_frame n], next state [N]) of each chunk."""
+        return [self._decode(*chunk) for chunk in chunks]
+
+    def _decode(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:
+        audio, next_state = _run(self._session, codes=codes, state=state)
+        return audio, next_state
+
+
+def _run(session: ort.InferenceSession, **inputs: np.ndarray) -> list[np.ndarray]:
+    """One call for one stream: a batch dimension added and taken away again."""
+    outputs = session.run(None, {name: array[None] for name, array in inputs.items()})
+    return [np.asarray(output)[0] for output in outputs]

@@ -60,7 +60,7 @@ def from_server(error: BarkstreamError, server_is_ready: bool) -> ApiError:
     if error.status == "INVALID_ARGUMENT":
         return ApiError(400, str(error), "invalid_value", _field_named_in(str(error)))
     if error.status == "UNAVAILABLE" and server_is_ready:
-        return too_many(str(error))
+        return too_many(str(error), error.retry_after_s or RETRY_AFTER_S)
     if not server_is_ready:
         return not_ready()
     if error.status == "DEADLINE_EXCEEDED":

@@ -10,9 +10,12 @@ import ctypes
 import functools
 import site
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from pathlib import Path
+
+import torch
 
 HERE = Path(__file__).parent
 
@@ -67,6 +70,7 @@ class Kernel:
         stream: int,
     ) -> None:
         """Put the kernel on a stream (torch.cuda.Stream.cuda_stream); asynchronous, and captured if the stream captures."""
+        _use_context()
         config = self._config(grid, block, stream)
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         _check(_cuda().cuLaunchKernelEx(byref(config), self._function, pointers, None))
@@ -146,6 +150,16 @@ def _read(get_size: Callable[..., int], get: Callable[..., int], program: c_void
     content = ctypes.create_string_buffer(size.value)
     _check_nvrtc(get(program, content))
     return content.raw
+
+
+_thread = threading.local()
+
+
+def _use_context() -> None:
+    """The driver launches in the calling thread's context, and a new thread has none until the runtime gives it PyTorch's."""
+    if not getattr(_thread, "has_context", False):
+        torch.cuda.mem_get_info()
+        _thread.has_context = True
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_void_p
 
@@ -172,6 +173,12 @@ def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_pool()):
         work()
     return graph
+
+
+@functools.cache
+def _pool() -> object:
+    """The memory that this process's graphs share: they run one after another."""
+    return torch.cuda.graph_pool_handle()

@@ -45,9 +45,8 @@ def load_weights(named: Mapping[str, np.ndarray | Tensor], size: GPTSize, head: 
         )
 
     def tensor(name: str) -> Tensor:
-        return torch.as_tensor(np.asarray(named[name]) if not isinstance(named[name], Tensor) else named[name]).to(
-            "cuda", torch.float32
-        )
+        weight = named[name]
+        return (weight if isinstance(weight, Tensor) else torch.from_numpy(np.array(weight))).to("cuda", torch.float32)
 
     def matrix(name: str, norm: str | None = None) -> Tensor:
         weight = tensor(f"{name}.weight") if f"{name}.weight" in named else tensor(f"{name}.weight.T").t()

@@ -1,0 +1,219 @@
+"""EnCodec's decoder on an NVIDIA GPU: a chunk at a time with explicit state, the usual sizes of chunks as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from barkstream.engines import Chunk
+from barkstream.engines.kernels.batched import capture
+from barkstream.export.codec_state import state_parts, state_size
+from barkstream.sampling import Floats, Ints
+from barkstream.tokens import CodecLayout
+
+
+class CodecEngine:
+    """Decodes chunks of many streams. One thread at a time may use it.
+
+    The state is that of the exported graph (`export/codec_state.py`): a stream may change engines between two chunks.
+    """
+
+    def __init__(self, weights: Mapping[str, np.ndarray], layout: CodecLayout, max_batch: int = 8):
+        """weights: as `model.onnx` names them."""
+        self.layout, self.max_batch = layout, max_batch
+        self._decoder = Decoder(weights, layout)
+        self._batches: dict[tuple[int, int], _Batch] = {}
+
+    @classmethod
+    def load(cls, path: Path, layout: CodecLayout, max_batch: int = 8) -> CodecEngine:
+        """path: the stage's model.onnx, of which only the weights are read."""
+        return cls(read_initializers(path), layout, max_batch)
+
+    def check(self, chunk: Chunk) -> None:
+        """Raises ValueError for a chunk that does not fit the model."""
+        codes, state = chunk
+        if codes.shape[0] != self.layout.n_codebooks or not codes.shape[1]:
+            raise ValueError(f"codes must be [{self.layout.n_codebooks}, n >= 1], got {list(codes.shape)}")
+        if codes.min() < 0 or codes.max() >= self.layout.codebook_size:
+            raise ValueError(f"codes must be 0 to {self.layout.codebook_size - 1}, got {codes.min()} to {codes.max()}")
+        if state.shape != (state_size(self.layout),):
+            raise ValueError(f"state must be [{state_size(self.layout)}], got {list(state.shape)}")
+
+    def warm_up(self, frames: Sequence[int]) -> None:
+        """Capture the graphs of chunks of these many frames, for every size of batch."""
+        n_rows = 1
+        while n_rows <= self.max_batch:
+            for n_frames in sorted(set(frames)):
+                self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames)
+            n_rows *= 2
+
+    def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
+        """(samples [samples_per_frame n], next state [N]) of each chunk.
+
+        Chunks are decoded in pieces of the lengths that there are graphs for, equal pieces together: the state makes that
+        exact, and a long chunk takes no more memory than a short one.
+        """
+        for chunk in chunks:
+            self.check(chunk)
+        states = [state for _, state in chunks]
+        heard: list[list[Floats]] = [[] for _ in chunks]
+        left = {i: self._pieces(codes) for i, (codes, _) in enumerate(chunks)}
+        while left := {i: pieces for i, pieces in left.items() if pieces}:
+            alike: dict[int, list[int]] = defaultdict(list)
+            for i, pieces in left.items():
+                alike[pieces[0].shape[1]].append(i)
+            for members in alike.values():
+                for start in range(0, len(members), self.max_batch):
+                    batch = members[start : start + self.max_batch]
+                    decoded = self._decode([(left[i].pop(0), states[i]) for i in batch])
+                    for i, (audio, state) in zip(batch, decoded, strict=True):
+                        heard[i].append(audio)
+                        states[i] = state
+        return [(np.concatenate(audio), state) for audio, state in zip(heard, states, strict=True)]
+
+    def _pieces(self, codes: Ints) -> list[Ints]:
+        """codes [K, n] cut into the longest pieces that there are graphs for; what is left over is a piece of its own."""
+        lengths, pieces = sorted({n_frames for _, n_frames in self._batches}, reverse=True), []
+        while codes.shape[1]:
+            n = next((length for length in lengths if length <= codes.shape[1]), codes.shape[1])
+            pieces.append(codes[:, :n])
+            codes = codes[:, n:]
+        return pieces
+
+    def _decode(self, chunks: list[Chunk]) -> list[tuple[Floats, Floats]]:
+        shape = 1 << (len(chunks) - 1).bit_length(), chunks[0][0].shape[1]
+        codes = torch.from_numpy(np.stack([codes for codes, _ in chunks]))
+        states = torch.from_numpy(np.stack([state for _, state in chunks]))
+        if shape in self._batches:
+            audio, next_states = self._batches[shape].run(codes, states)
+        else:
+            with torch.inference_mode():
+                audio, next_states = self._decoder(codes.cuda(), states.cuda())
+        return list(zip(audio.cpu().numpy(), next_states.cpu().numpy(), strict=False))[: len(chunks)]
+
+
+class Decoder(nn.Module):
+    """Twin of `export/codec.py`, which see; float32, [B, C, T]."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray], layout: CodecLayout, device: str = "cuda"):
+        super().__init__()
+        self.layout, self.parts = layout, state_parts(layout)
+        self.shapes = {part.name: part.shape for part in self.parts}
+        self.weights = {
+            name: torch.from_numpy(np.array(x)).to(device)
+            for name, x in weights.items()
+            if name.startswith(("decoder.", "quantizer."))
+        }
+        n_layers, width = self.shapes["layers.1.h"]
+        self.lstm = nn.LSTM(width, width, n_layers).to(device).requires_grad_(False)
+        self.lstm.load_state_dict(_lstm_weights(self.weights, n_layers))
+        self.lstm.flatten_parameters()
+
+    def forward(self, codes: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """codes [B, K, n], state [B, N] -> samples [B, samples_per_frame n], next state [B, N]"""
+        a = self.layout
+        parts = zip(self.parts, state.split([part.size for part in self.parts], 1), strict=True)
+        self.carried = {part.name: piece.reshape(-1, *part.shape) for part, piece in parts}
+        self.started = self.carried["started"].bool()[:, :, None]  # [B, 1, 1]
+        self.next = {"started": torch.ones_like(self.carried["started"])}
+        x = self._lstm(self._conv(self._embed(codes), "layers.0"))
+        layer = 2
+        for ratio in a.upsampling_ratios:
+            x = self._upsample(F.elu(x), f"layers.{layer + 1}", ratio)
+            for j in range(a.n_residual_layers):
+                x = self._residual(x, f"layers.{layer + 2 + j}", a.dilation_growth**j)
+            layer += 2 + a.n_residual_layers
+        x = self._conv(F.elu(x), f"layers.{layer + 1}")
+        return x[:, 0], torch.cat([self.next[part.name].flatten(1) for part in self.parts], 1)
+
+    def _embed(self, codes: Tensor) -> Tensor:
+        tables = [self.weights[f"quantizer.layers.{k}.codebook.embed"] for k in range(self.layout.n_codebooks)]
+        embedded = [F.embedding(codes[:, k], table) for k, table in enumerate(tables)]
+        return torch.stack(embedded).sum(0).transpose(1, 2)
+
+    def _with_context(self, x: Tensor, name: str, start: Tensor | None = None) -> Tensor:
+        """x after the inputs that came before it; `start` stands for them at a stream's beginning (None: zeros)."""
+        context = self.carried[name]
+        if start is not None:
+            context = torch.where(self.started, context, start)
+        joined = torch.cat([context, x], 2)
+        self.next[name] = joined[:, :, -context.shape[2] :]
+        return joined
+
+    def _conv(self, x: Tensor, name: str, dilation: int = 1) -> Tensor:
+        if name in self.shapes:
+            x = self._with_context(x, name, start=_reflected(x, self.shapes[name][1]))
+        weight, bias = (self.weights[f"decoder.{name}.conv.{kind}"] for kind in ("weight", "bias"))
+        return F.conv1d(x, weight, bias, dilation=dilation)
+
+    def _upsample(self, x: Tensor, name: str, ratio: int) -> Tensor:
+        weight, bias = (self.weights[f"decoder.{name}.conv.{kind}"] for kind in ("weight", "bias"))
+        return F.conv_transpose1d(self._with_context(x, name), weight, bias, stride=ratio)[:, :, ratio:-ratio]
+
+    def _residual(self, x: Tensor, name: str, dilation: int) -> Tensor:
+        inner = self._conv(F.elu(x), f"{name}.block.1", dilation)
+        inner = self._conv(F.elu(inner), f"{name}.block.3")
+        return inner + (self._conv(x, f"{name}.shortcut") if self.layout.use_conv_shortcut else x)
+
+    def _lstm(self, x: Tensor) -> Tensor:
+        start = tuple(self.carried[f"layers.1.{s}"].transpose(0, 1).contiguous() for s in "hc")
+        y, (h, c) = self.lstm(x.permute(2, 0, 1).contiguous(), start)
+        self.next["layers.1.h"], self.next["layers.1.c"] = h.transpose(0, 1), c.transpose(0, 1)
+        return y.permute(1, 2, 0) + x
+
+
+class _Batch:
+    """A graph that decodes n_rows chunks of n_frames, and the memory it works on."""
+
+    def __init__(self, decoder: Decoder, n_rows: int, n_frames: int):
+        layout = decoder.layout
+        self.codes = torch.zeros(n_rows, layout.n_codebooks, n_frames, dtype=torch.int32, device="cuda")
+        self.states = torch.zeros(n_rows, state_size(layout), device="cuda")
+        with torch.inference_mode():
+            self.graph = capture(lambda: self._decode(decoder))
+
+    def _decode(self, decoder: Decoder) -> None:
+        self.audio, self.next_states = decoder(self.codes, self.states)
+
+    def run(self, codes: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows beyond those given decode what lies there from before."""
+        self.codes[: len(codes)].copy_(codes)
+        self.states[: len(states)].copy_(states)
+        self.graph.replay()
+        return self.audio, self.next_states
+
+
+def read_initializers(path: Path) -> dict[str, np.ndarray]:
+    """All constants of a model.onnx by name. Raises FileNotFoundError that says what to do."""
+    import onnx_ir
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `make export` (or `barkstream export CHECKPOINT`) first")
+    initializers = onnx_ir.load(path).graph.initializers
+    return {name: value.const_value.numpy() for name, value in initializers.items() if value.const_value is not None}
+
+
+def _reflected(x: Tensor, n: int) -> Tensor:
+    """x[n], ..., x[1]: what reflect padding puts before x. A shorter x counts as followed by zeros."""
+    return F.pad(x[:, :, : n + 1], (0, n))[:, :, 1 : n + 1].flip(2)
+
+
+def _lstm_weights(named: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
+    """PyTorch's names and order of gates (i f g o) from ONNX's (i o f c)."""
+
+    def reordered(x: Tensor) -> Tensor:
+        i, o, f, c = x.chunk(4)
+        return torch.cat([i, f, c, o])
+
+    weights: dict[str, Tensor] = {}
+    for layer in range(n_layers):
+        w, r, b = (named[f"decoder.layers.1.lstm.{kind}{layer}"][0] for kind in "WRB")
+        weights[f"weight_ih_l{layer}"], weights[f"weight_hh_l{layer}"] = reordered(w), reordered(r)
+        weights[f"bias_ih_l{layer}"], weights[f"bias_hh_l{layer}"] = map(reordered, b.chunk(2))
+    return weights

@@ -1,0 +1,253 @@
+"""The fine GPT on an NVIDIA GPU: a window's six passes and the draws between them, as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_int, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from barkstream.engines import Window
+from barkstream.engines.kernels import build
+from barkstream.engines.kernels.batched import capture
+from barkstream.engines.kernels.weights import read_onnx
+from barkstream.sampling import Ints
+from barkstream.tokens import FineLayout
+
+FRAME_STEP = 64  # windows are padded to a multiple of this many frames, so that few graphs serve all lengths
+GRAPH_FRAMES = 4096  # rows times frames: more than this keep the GPU busy without a graph
+THREADS = 256  # of a block in fine.cu
+
+
+@dataclass(frozen=True)
+class Linear:
+    weight: Tensor  # [out, in] bf16, the weight of the layer norm before it folded in
+    bias: Tensor | None  # [out] bf16, the bias of that layer norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def to_float32(self, x: Tensor) -> Tensor:
+        """For the residual, which is kept in float32."""
+        return torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Layer:
+    qkv: Linear
+    out: Linear
+    up: Linear
+    down: Linear
+
+
+class FineEngine:
+    """Fills windows of frames. One thread at a time may use it."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray | Tensor], layout: FineLayout, max_batch: int = 8):
+        """weights: by Hugging Face name, `x.weight` [out, in] or, as `model.onnx` has them, `x.weight.T` [in, out].
+
+        Raises ValueError for what the kernels don't do: biases in linear layers, 8-bit weights.
+        """
+        self.layout, self.max_batch = layout, max_batch
+        named = _Named(weights)
+        self._tables = torch.stack(
+            [named.tensor(f"input_embeds_layers.{k}.weight") for k in range(layout.n_codebooks)]
+        ).to(torch.bfloat16)
+        self._positions = named.tensor("position_embeds_layer.weight").contiguous()
+        self._layers = [named.layer(f"layers.{i}") for i in range(layout.size.n_layers)]
+        heads = [named.head(k, layout) for k in range(layout.n_given, layout.n_codebooks)]
+        self._heads, self._head_biases = [h for h, _ in heads], [b for _, b in heads]
+        major, minor = torch.cuda.get_device_capability()
+        module = build("fine.cu", f"sm_{major}{minor}", WIDTH=layout.size.width, BOOK_SIZE=layout.codebook_size)
+        self._kernels = {name: module.kernel(name) for name in ("embed", "add_norm", "gelu", "draw")}
+        self._batches: dict[tuple[int, int], _Batch] = {}
+
+    @classmethod
+    def load(cls, path: Path, layout: FineLayout, max_batch: int = 8) -> FineEngine:
+        """path: the stage's model.onnx, of which only the weights are read."""
+        return cls(read_onnx(path), layout, max_batch)
+
+    def check(self, window: Window) -> None:
+        """Raises ValueError for a window that does not fit the model."""
+        shape, n_ids = window.codes.shape, self.layout.size.n_input_ids
+        if shape[0] != self.layout.n_codebooks or not 0 < shape[1] <= self.layout.size.block_size:
+            raise ValueError(
+                f"codes must be [{self.layout.n_codebooks}, 1 to {self.layout.size.block_size}], got {list(shape)}"
+            )
+        if window.codes.min() < 0 or window.codes.max() >= n_ids:
+            raise ValueError(f"codes must be 0 to {n_ids - 1}, got {window.codes.min()} to {window.codes.max()}")
+        if window.uniforms.shape != (shape[0] - self.layout.n_given, shape[1]):
+            raise ValueError(
+                f"uniforms must be [{shape[0] - self.layout.n_given}, {shape[1]}], got {list(window.uniforms.shape)}"
+            )
+
+    def warm_up(self, frames: Sequence[int]) -> None:
+        """Capture the graphs of windows of these many frames, for every size of batch."""
+        n_rows = 1
+        while n_rows <= self.max_batch:
+            for n_frames in sorted({_padded(n) for n in frames}):
+                codes = np.zeros((self.layout.n_codebooks, min(n_frames, self.layout.size.block_size)), np.int32)
+                uniforms = np.full((len(codes) - self.layout.n_given, codes.shape[1]), 0.5, np.float32)
+                self.fill([Window(codes, 0, uniforms, 1.0)] * n_rows)
+            n_rows *= 2
+
+    def fill(self, windows: Sequence[Window]) -> list[Ints]:
+        """Each window's codes [K, T] with the codebooks given.. of frames fill_from.. drawn anew, as `FineGPT.fill`."""
+        for window in windows:
+            self.check(window)
+        alike: dict[int, list[int]] = defaultdict(list)
+        for i, window in enumerate(windows):
+            alike[_padded(window.n_frames)].append(i)
+        filled: list[Ints] = [np.zeros(0, np.int32)] * len(windows)
+        for n_frames, members in alike.items():
+            for start in range(0, len(members), self.max_batch):
+                batch = members[start : start + self.max_batch]
+                for i, codes in zip(batch, self._fill([windows[i] for i in batch], n_frames), strict=True):
+                    filled[i] = codes
+        return filled
+
+    def _fill(self, windows: list[Window], n_frames: int) -> list[Ints]:
+        shape = 1 << (len(windows) - 1).bit_length(), min(n_frames, self.layout.size.block_size)
+        if shape not in self._batches:
+            self._batches[shape] = self._new_batch(*shape)
+        codes = self._batches[shape].run(windows)
+        return [row[:, : window.n_frames] for row, window in zip(codes, windows, strict=False)]
+
+    def _new_batch(self, n_rows: int, n_frames: int) -> _Batch:
+        batch = _Batch(self.layout, n_rows, n_frames)
+        if n_rows * n_frames <= GRAPH_FRAMES:
+            batch.work = capture(lambda: self._passes(batch)).replay
+        else:
+            batch.work = lambda: self._passes(batch)
+        return batch
+
+    # --- the network ---------------------------------------------------------------------------------------------------
+
+    def _passes(self, batch: _Batch) -> None:
+        """One pass a codebook, over the summed embeddings of codebooks 0..k."""
+        layout = self.layout
+        for k in range(layout.n_given, layout.n_codebooks):
+            i = k - layout.n_given
+            logits = torch.mm(self._forward(batch, k), self._heads[i].t(), out_dtype=torch.float32)
+            limits = (batch.temperatures, batch.fill_from, batch.n_valid)
+            counts = (layout.n_codebooks, layout.n_given, batch.n_frames, k)
+            self._launch(
+                "draw", batch.n_tokens, logits, self._head_biases[i], batch.uniforms, *limits, *counts, batch.codes
+            )
+
+    def _forward(self, batch: _Batch, k: int) -> Tensor:
+        """Normed activations [B T, width] bf16 behind the last layer."""
+        layout, n = self.layout, batch.n_tokens
+        x = torch.empty(n, layout.size.width, dtype=torch.float32, device="cuda")
+        normed = torch.empty_like(x, dtype=torch.bfloat16)
+        counts = (layout.n_codebooks, layout.size.n_input_ids, batch.n_frames, k)
+        self._launch("embed", n, batch.codes, self._tables, self._positions, *counts, x, normed)
+        for layer in self._layers:
+            self._launch("add_norm", n, x, layer.out.to_float32(self._attend(batch, layer.qkv(normed))), normed)
+            hidden = layer.up(normed)
+            n_pairs = hidden.numel() // 2
+            self._launch("gelu", -(-n_pairs // THREADS), hidden, n_pairs)
+            self._launch("add_norm", n, x, layer.down.to_float32(hidden), normed)
+        return normed
+
+    def _attend(self, batch: _Batch, qkv: Tensor) -> Tensor:
+        size = self.layout.size
+        q, k, v = qkv.view(batch.n_rows, batch.n_frames, 3, size.n_heads, size.head_width).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask)
+        return attended.transpose(1, 2).reshape(batch.n_tokens, size.width)
+
+    def _launch(self, name: str, n_blocks: int, *arguments: Tensor | int) -> None:
+        passed = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int(a) for a in arguments]
+        self._kernels[name].launch((n_blocks, 1, 1), THREADS, passed, torch.cuda.current_stream().cuda_stream)
+
+
+class _Batch:
+    """The memory that windows of one shape are filled in, and how: a graph's replay, or the work itself."""
+
+    def __init__(self, layout: FineLayout, n_rows: int, n_frames: int):
+        self.layout, self.n_rows, self.n_frames, self.n_tokens = layout, n_rows, n_frames, n_rows * n_frames
+        self.codes = torch.zeros(n_rows, layout.n_codebooks, n_frames, dtype=torch.int32, device="cuda")
+        self.uniforms = torch.zeros(n_rows, layout.n_codebooks - layout.n_given, n_frames, device="cuda")
+        self.temperatures = torch.ones(n_rows, device="cuda")
+        self.fill_from = torch.zeros(n_rows, dtype=torch.int32, device="cuda")
+        self.n_valid = torch.full((n_rows,), n_frames, dtype=torch.int32, device="cuda")
+        # A window of the whole block is never padded: attention without a mask is faster.
+        is_whole = n_frames == layout.size.block_size
+        self.work: Callable[[], None] = lambda: None
+        self.mask = None if is_whole else torch.ones(n_rows, 1, 1, n_frames, dtype=torch.bool, device="cuda")
+
+    def run(self, windows: Sequence[Window]) -> Ints:
+        """Filled codes [B, K, T], padding included."""
+        codes = np.full(tuple(self.codes.shape), self.layout.unknown, np.int32)
+        uniforms = np.zeros(tuple(self.uniforms.shape), np.float32)
+        n_valid = np.full(self.n_rows, 1, np.int32)
+        fill_from, temperatures = np.full(self.n_rows, self.n_frames, np.int32), np.ones(self.n_rows, np.float32)
+        for i, window in enumerate(windows):
+            n = n_valid[i] = window.n_frames
+            codes[i, :, :n], uniforms[i, :, :n] = window.codes, window.uniforms
+            fill_from[i], temperatures[i] = window.fill_from, window.temperature
+        for place, array in (
+            (self.codes, codes),
+            (self.uniforms, uniforms),
+            (self.n_valid, n_valid),
+            (self.fill_from, fill_from),
+            (self.temperatures, temperatures),
+        ):
+            place.copy_(torch.from_numpy(array))
+        if self.mask is not None:
+            self.mask.copy_(torch.from_numpy(np.arange(self.n_frames) < n_valid[:, None])[:, None, None])
+        self.work()
+        return self.codes.cpu().numpy()
+
+
+class _Named:
+    """Weights by name, on their way to the GPU."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray | Tensor]):
+        if any(name.endswith((".int8", "_proj.bias")) for name in weights):
+            raise ValueError(
+                "the cuda engine takes checkpoints without biases, exported without int8: use the onnxruntime engine for this one"
+            )
+        self._weights = weights
+
+    def tensor(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        return (weight if isinstance(weight, Tensor) else torch.from_numpy(np.array(weight))).to("cuda", torch.float32)
+
+    def matrix(self, name: str) -> Tensor:
+        """[out, in]"""
+        if f"{name}.weight" in self._weights:
+            return self.tensor(f"{name}.weight")
+        return self.tensor(f"{name}.weight.T").t()
+
+    def linear(self, name: str, norm: str | None = None) -> Linear:
+        weight = self.matrix(name)
+        if norm is None:
+            return Linear(weight.to(torch.bfloat16).contiguous(), None)
+        bias = (weight @ self.tensor(f"{norm}.bias")).to(torch.bfloat16)
+        return Linear((weight * self.tensor(f"{norm}.weight")).to(torch.bfloat16).contiguous(), bias)
+
+    def layer(self, name: str) -> Layer:
+        return Layer(
+            qkv=self.linear(f"{name}.attn.att_proj", f"{name}.layernorm_1"),
+            out=self.linear(f"{name}.attn.out_proj"),
+            up=self.linear(f"{name}.mlp.in_proj", f"{name}.layernorm_2"),
+            down=self.linear(f"{name}.mlp.out_proj"),
+        )
+
+    def head(self, k: int, layout: FineLayout) -> tuple[Tensor, Tensor]:
+        """Codebook k's head [codebook_size, width] bf16 with the final norm folded in, and its bias [codebook_size]."""
+        last = max(int(name.split(".")[1]) for name in self._weights if name.startswith("lm_heads."))
+        weight = self.matrix(f"lm_heads.{last + 1 - layout.n_codebooks + k}")[: layout.codebook_size]
+        bias = weight @ self.tensor("layernorm_final.bias")
+        return (weight * self.tensor("layernorm_final.weight")).to(torch.bfloat16).contiguous(), bias.contiguous()
+
+
+def _padded(n_frames: int) -> int:
+    return -(-n_frames // FRAME_STEP) * FRAME_STEP

@@ -1,0 +1,120 @@
+// What the two persistent kernels share, decode.cu (up to 8 rows) and wide.cu (8 to 64).
+#pragma once
+#include "sampling.cuh"
+
+constexpr int W = WIDTH, H = N_HEADS, B = N_ROWS, BLOCKS = 8 * H, WARPS = 8, THREADS = WARPS * 32;
+constexpr int SLICES = W / 32, PAIRS = (SLICES + WARPS - 1) / WARPS;  // slices of k, 32 wide, and how many a warp takes
+constexpr int UNIT = 16 * W;  // the bytes of 8 rows of W weights
+// The units of a block b = 8 * head + rank, in their order in memory (`pack_units` of fused.py)
+constexpr int OUT_UNIT = 3, UP_UNIT = 4, DOWN_UNIT = 8, LAYER_UNITS = 12, HEAD_UNITS = 2 * HEAD_TILES;
+constexpr int ALL_UNITS = N_LAYERS * LAYER_UNITS + N_BOOKS * HEAD_UNITS;
+static_assert(W == 64 * H && (B & (B - 1)) == 0);
+
+struct RowState {
+    int length, ids[2], n_drawn, running, ended;
+};
+
+__device__ __forceinline__ int
+thread() {  // volatile: else all that follows from it is kept for the whole loop, in local memory
+    int t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return t;
+}
+__device__ __forceinline__ int warp() { return thread() / 32; }
+__device__ __forceinline__ int lane() {
+    int l;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(l));
+    return l;
+}
+__device__ __forceinline__ void sync() { sync_threads(1, THREADS); }
+
+// ---- 16 bytes at once, written and read by different blocks ----
+
+__device__ __forceinline__ void store_packet(u8* to, u64 low, u64 high) {
+    asm volatile(
+        "{\n.reg .b128 packet;\nmov.b128 packet, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], packet;\n}" ::"l"(to),
+        "l"(low), "l"(high)
+        : "memory");
+}
+__device__ __forceinline__ void publish_numbered(u8* to, u32 x, u32 y, u32 z, u32 number) {
+    store_packet(to, (u64)y << 32 | x, (u64)number << 32 | z);
+}
+
+// Packets of activations are odd or even, by the lowest bit of their first word.
+__device__ __forceinline__ void publish(u8* to, uint4 v, u32 odd) {
+    store_packet(to, (u64)v.y << 32 | ((v.x & ~1u) | odd), (u64)v.w << 32 | v.z);
+}
+
+__device__ __forceinline__ uint4 peek(const u8* from) {
+    u64 low, high;
+    asm volatile("{\n.reg .b128 packet;\nld.relaxed.gpu.global.b128 packet, [%2];\nmov.b128 {%0, %1}, packet;\n}"
+                 : "=l"(low), "=l"(high)
+                 : "l"(from)
+                 : "memory");
+    return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
+}
+
+constexpr u32 PATIENCE = 1u << 23;  // polls: a wait of seconds means that a block died, and an error is better than a hang
+
+// Polls N packets, at address(i), until all of them are wanted.
+template <int N, class Address, class Wanted>
+__device__ __forceinline__ void await(uint4 (&v)[N], Address address, Wanted wanted) {
+    bool ready;
+    u32 patience = PATIENCE;
+    do {
+        ready = true;
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = peek(address(i));
+#pragma unroll
+        for (int i = 0; i < N; i++) ready &= wanted(v[i]);
+        if (--patience == 0) __trap();
+    } while (!ready);
+}
+
+// ---- arithmetic ----
+
+__device__ __forceinline__ void unpack(float (&v)[8], const uint4& words) {
+    v[0] = low_bf16(words.x), v[1] = high_bf16(words.x), v[2] = low_bf16(words.y), v[3] = high_bf16(words.y);
+    v[4] = low_bf16(words.z), v[5] = high_bf16(words.z), v[6] = low_bf16(words.w), v[7] = high_bf16(words.w);
+}
+
+__device__ __forceinline__ uint4 pack(const float (&v)[8]) {
+    return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
+
+__device__ __forceinline__ uint4 as_words(float x, float y, float z, float w) {
+    return make_uint4(__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w));
+}
+
+__device__ __forceinline__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
+
+// A position's score / sqrt(64), to base 2: 8 dimensions in each of 8 neighbouring lanes
+__device__ __forceinline__ float score_of(const float (&q)[8], const uint4& key) {
+    float k[8], score = 0;
+    unpack(k, key);
+#pragma unroll
+    for (int d = 0; d < 8; d++) score = fmaf(q[d], k[d], score);
+#pragma unroll
+    for (int offset = 1; offset < 8; offset *= 2) score += __shfl_xor_sync(~0u, score, offset);
+    return score * (0.125f * 1.44269504f);
+}
+
+// Columns column ... + N of x at a row's next position: the embeddings of its ids and of the position.
+template <int N>
+__device__ __forceinline__ void embedding(float (&x)[N], const u16* table, const float* positions, const RowState& row,
+                                          int column) {
+    const u16 *first = table + (size_t)row.ids[0] * W + column, *second = table + (size_t)row.ids[1] * W + column;
+    const float* position = positions + (size_t)row.length * W + column;
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+        u32 one = *(const u32*)(first + i), other = *(const u32*)(second + i);
+        float2 p = *(const float2*)(position + i);
+        x[i] = low_bf16(one) + low_bf16(other) + p.x, x[i + 1] = high_bf16(one) + high_bf16(other) + p.y;
+    }
+}

@@ -1,0 +1,156 @@
+"""Opens a stage on the engine that a deployment names, ready to serve: weights loaded, kernels built, warmed up.
+
+Only the engine that is asked for is imported: a CPU needs no PyTorch, a GPU no ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from barkstream.engines import Chunk, Generation, Head, Row, Window
+from barkstream.sampling import Floats, Ints
+from barkstream.tokens import Checkpoint
+
+CausalStageName = Literal["semantic", "coarse"]
+ENGINES = ("onnxruntime", "cuda")
+
+
+class EngineError(RuntimeError):
+    """The engine cannot run here; the message says why, and what to do."""
+
+
+class CausalEngine(Protocol):
+    """What generates tokens. One thread at a time may use it."""
+
+    @property
+    def n_owned_slots(self) -> int: ...
+
+    def check(self, row: Row) -> None: ...
+
+    def generate(self, rows: list[Row]) -> list[Generation]: ...
+
+    def release(self, stream: int) -> None: ...
+
+
+class FineEngine(Protocol):
+    """What fills windows. One thread at a time may use it."""
+
+    def fill(self, windows: Sequence[Window]) -> list[Ints]: ...
+
+
+class CodecEngine(Protocol):
+    """What decodes chunks. One thread at a time may use it."""
+
+    def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]: ...
+
+
+def open_causal(
+    engine: str,
+    stage: CausalStageName,
+    path: Path,
+    checkpoint: Checkpoint,
+    n_slots: int,
+    max_batch: int,
+    n_threads: int = 0,
+    device: int = 0,
+) -> CausalEngine:
+    """The semantic or coarse stage. path: its model.onnx. n_threads: of the CPU, 0 for all cores. device: which GPU.
+
+    Raises EngineError, FileNotFoundError or ValueError, each with what to do.
+    """
+    layout = checkpoint.semantic if stage == "semantic" else checkpoint.coarse
+    head = Head.semantic(checkpoint.semantic) if stage == "semantic" else Head.coarse(checkpoint.coarse)
+    if is_cpu(engine):
+        from barkstream.engines.onnxruntime import CausalEngine as CpuEngine
+
+        on_cpu = CpuEngine(path, layout.size, head, n_slots, max_batch, n_threads)
+        on_cpu.warm_up()
+        return on_cpu
+    use_gpu(device)
+    from barkstream.engines.cuda import CudaEngine
+
+    on_gpu = CudaEngine.load(path, layout.size, head, n_slots, max_batch)
+    on_gpu.warm_up(prefix_lengths(stage, checkpoint))
+    give_back_memory()
+    return on_gpu
+
+
+def prefix_lengths(stage: CausalStageName, checkpoint: Checkpoint) -> list[int]:
+    """Positions that a stage's usual prefills fill: all of a prefix but its last."""
+    if stage == "semantic":
+        return [checkpoint.semantic.n_prompt_positions - 1]
+    window = checkpoint.coarse.n_semantic_window
+    return [window, window + checkpoint.coarse.max_history]
+
+
+def open_fine(
+    engine: str,
+    path: Path,
+    checkpoint: Checkpoint,
+    max_batch: int,
+    frames: Sequence[int],
+    n_threads: int = 0,
+    device: int = 0,
+) -> FineEngine:
+    """The fine stage. frames: lengths of windows that a GPU prepares for. The rest as for open_causal."""
+    if is_cpu(engine):
+        from barkstream.engines.onnxruntime import FineEngine as CpuEngine
+
+        return CpuEngine(path, n_threads)
+    use_gpu(device)
+    from barkstream.engines.cuda_fine import FineEngine as GpuEngine
+
+    on_gpu = GpuEngine.load(path, checkpoint.fine, max_batch)
+    on_gpu.warm_up(frames)
+    give_back_memory()
+    return on_gpu
+
+
+def open_codec(
+    engine: str,
+    path: Path,
+    checkpoint: Checkpoint,
+    max_batch: int,
+    frames: Sequence[int],
+    n_threads: int = 0,
+    device: int = 0,
+) -> CodecEngine:
+    """The codec's decoder. frames: lengths of chunks that a GPU prepares for. The rest as for open_causal."""
+    if is_cpu(engine):
+        from barkstream.engines.onnxruntime import CodecEngine as CpuEngine
+
+        return CpuEngine(path, n_threads)
+    use_gpu(device)
+    from barkstream.engines.cuda_codec import CodecEngine as GpuEngine
+
+    on_gpu = GpuEngine.load(path, checkpoint.codec, max_batch)
+    on_gpu.warm_up(frames)
+    give_back_memory()
+    return on_gpu
+
+
+def is_cpu(engine: str) -> bool:
+    """Whether the engine runs on the CPU. Raises EngineError for a name that is none."""
+    if engine not in ENGINES:
+        raise EngineError(f"no engine {engine!r}: {' or '.join(ENGINES)}")
+    return engine == "onnxruntime"
+
+
+def use_gpu(device: int) -> None:
+    """This process's GPU from now on. Raises EngineError where there is none."""
+    try:
+        import torch
+    except ImportError:
+        raise EngineError("the cuda engine needs PyTorch: pip install 'barkstream[torch]'") from None
+    if not torch.cuda.is_available():
+        raise EngineError("the cuda engine needs an NVIDIA GPU, and PyTorch finds none: use the default profile")
+    torch.cuda.set_device(device)
+
+
+def give_back_memory() -> None:
+    """What loading took and serving does not need: float32 copies of the weights, and the like."""
+    import torch
+
+    torch.cuda.empty_cache()

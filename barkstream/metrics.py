@@ -1,0 +1,104 @@
+"""What the Python models count, for Prometheus: on Triton's own metrics endpoint, beside Triton's metrics.
+
+Names, types and labels: docs/load.md. `family` is Triton's `pb_utils.MetricFamily`, handed in because only bls.py knows Triton.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+FIRST_CHUNK_BUCKETS_S = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1, 2, 5, 10)
+STAGES = ("bark_semantic", "bark_coarse", "bark_fine", "bark_codec")
+REQUEST, SPEAKER = "request", "bark"  # whose error it was, if no stage's: the caller's, or our own
+
+# Two threads that update metrics at once crash the Python backend of Triton 2.51. One lock a process, because a process is
+# what Triton gives a Python model.
+_LOCK = threading.Lock()
+
+
+class Metric:
+    """One time series, which threads may share."""
+
+    def __init__(self, metric: Any):
+        self._metric = metric
+
+    def increment(self, by: float = 1) -> None:
+        with _LOCK:
+            self._metric.increment(by)
+
+    def observe(self, value: float) -> None:
+        with _LOCK:
+            self._metric.observe(value)
+
+
+class Metrics:
+    """Makes metrics and keeps their families: a metric lives as long as its family."""
+
+    def __init__(self, family: Any):
+        self._family = family
+        self._families: list[Any] = []
+
+    def gauge(self, name: str, description: str) -> Metric:
+        return Metric(self._new(name, description, self._family.GAUGE).Metric(labels={}))
+
+    def counter(self, name: str, description: str) -> Metric:
+        return Metric(self._new(name, description, self._family.COUNTER).Metric(labels={}))
+
+    def counters(self, name: str, description: str, label: str, values: Iterable[str]) -> dict[str, Metric]:
+        """A counter for each value of a label, all of them exposed from the start."""
+        family = self._new(name, description, self._family.COUNTER)
+        return {value: Metric(family.Metric(labels={label: value})) for value in values}
+
+    def histogram(self, name: str, description: str, buckets: Iterable[float]) -> Metric:
+        """buckets: upper bounds, rising; Triton adds +Inf."""
+        family = self._new(name, description, self._family.HISTOGRAM)
+        return Metric(family.Metric(labels={}, buckets=[float(bound) for bound in buckets]))
+
+    def _new(self, name: str, description: str, kind: Any) -> Any:
+        family = self._family(name=f"barkstream_{name}", description=description, kind=kind)
+        self._families.append(family)
+        return family
+
+
+class SpeakerMetrics(Metrics):
+    """Of `bark`: the listeners."""
+
+    def __init__(self, family: Any):
+        super().__init__(family)
+        self.live = self.gauge("live_streams", "Requests being spoken now")
+        self.first_chunk_s = self.histogram(
+            "first_chunk_seconds", "From taking a request in to sending its first chunk", FIRST_CHUNK_BUCKETS_S
+        )
+        self.audio_s = self.counter("audio_seconds_total", "Seconds of audio sent")
+        self.underruns = self.counter("underruns_total", "Chunks sent after their listener's playback had run dry")
+        self.paced_s = self.counter("paced_seconds_total", "Seconds that streams ahead of playback let others go first")
+        self.refused = self.counter("refused_total", "Requests refused because all streams were busy")
+        self.cancelled = self.counter("cancelled_total", "Requests whose listener left")
+        self.failed = self.counters(
+            "failed_total", "Requests answered with an error, by whose it was", "stage", (REQUEST, *STAGES, SPEAKER)
+        )
+
+
+class StageMetrics(Metrics):
+    """Of `bark_semantic` and `bark_coarse`: the batches. Rows over calls is the mean batch size."""
+
+    def __init__(self, family: Any, stage: str):
+        """stage: "semantic" or "coarse"."""
+        super().__init__(family)
+        self._kv_slots = self.gauge(f"{stage}_kv_slots", "KV slots held by live streams")
+        self._calls = self.counter(f"{stage}_calls_total", "Batches decoded")
+        self._rows = self.counter(f"{stage}_rows_total", "Rows of those batches")
+        self._n_held = 0
+
+    def held(self, n_slots: int) -> None:
+        """So many slots are held now. The gauge is shared with the model's other instances, so it is moved, not set."""
+        if n_slots != self._n_held:
+            self._kv_slots.increment(n_slots - self._n_held)
+            self._n_held = n_slots
+
+    def decoded(self, n_rows: int) -> None:
+        """A batch is done."""
+        self._calls.increment()
+        self._rows.increment(n_rows)

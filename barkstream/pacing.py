@@ -1,0 +1,82 @@
+"""Who may call a stage now: streams that are well ahead of their listeners let those go first that are not.
+
+The server knows when it sent each chunk and how long that plays, so it knows every player's time in hand. A stream is
+needy while it has sent no audio, or has less than half of the pacer's lead in hand; one with more than the lead waits while any
+other is needy, at most until it is down to the lead itself. Without needy streams nobody waits: no capacity is left idle.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+CANCEL_CHECK_S = 0.05  # how often one that waits looks for a listener who has left; Triton cannot tell us
+
+
+class Player:
+    """A listener's player, as the server can know it: it starts at the first chunk and never skips."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._dry_at: float | None = None
+
+    @property
+    def lead_s(self) -> float:
+        """Seconds of audio in hand; below 0 it has stood still so long; -inf before the first chunk."""
+        return -math.inf if self._dry_at is None else self._dry_at - self._clock()
+
+    def take(self, audio_s: float) -> bool:
+        """A chunk of audio_s seconds was sent; whether that was too late: playback had run dry."""
+        now = self._clock()
+        late = self._dry_at is not None and now > self._dry_at
+        self._dry_at = (now if self._dry_at is None else max(now, self._dry_at)) + audio_s
+        return late
+
+
+class Pacer:
+    """Orders the stage calls of all streams by their players' leads. Threads share it."""
+
+    def __init__(self, lead_s: float, clock: Callable[[], float] = time.monotonic):
+        """lead_s: seconds in hand beyond which a stream may have to wait; infinity: no pacing."""
+        self._lead_s = lead_s
+        self._clock = clock
+        self._players: set[Player] = set()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def player(self) -> Iterator[Player]:
+        """A new stream's player, known to the others while the block lasts."""
+        player = Player(self._clock)
+        with self._changed:
+            self._players.add(player)
+        try:
+            yield player
+        finally:
+            with self._changed:
+                self._players.discard(player)
+                self._changed.notify_all()
+
+    def take(self, player: Player, audio_s: float) -> bool:
+        """`player` was sent a chunk; whether that was too late. Those who waited for it may go on."""
+        with self._changed:
+            self._changed.notify_all()
+            return player.take(audio_s)
+
+    def wait(self, player: Player, is_cancelled: Callable[[], bool]) -> float:
+        """Return when it is the stream's turn, or its listener has left; the seconds waited, 0 if it was its turn already."""
+        waited_s, start = 0.0, self._clock()
+        with self._changed:
+            while (excess_s := self._excess_s(player)) > 0 and not is_cancelled():
+                self._changed.wait(min(excess_s, CANCEL_CHECK_S))
+                waited_s = self._clock() - start
+        return waited_s
+
+    def _excess_s(self, player: Player) -> float:
+        """Seconds that a stream has to wait if nothing changes; 0: it is its turn."""
+        excess_s = player.lead_s - self._lead_s
+        if excess_s <= 0 or not any(other.lead_s < self._lead_s / 2 for other in self._players - {player}):
+            return 0.0
+        return excess_s

@@ -1,0 +1,203 @@
+"""Fine and codec on the cuda engine against their plain twins, on fresh random weights and inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from barkstream import gpt  # noqa: E402
+from barkstream.engines import Window  # noqa: E402
+from barkstream.engines.cuda_codec import CodecEngine, Decoder  # noqa: E402
+from barkstream.engines.cuda_fine import FineEngine  # noqa: E402
+from barkstream.export.codec_state import state_size  # noqa: E402
+from barkstream.tokens import CodecLayout, FineLayout, GPTSize  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+def fine_layout(n_layers, n_heads, width):
+    size = GPTSize(n_layers, n_heads, width, block_size=1024, n_input_ids=1056, n_output_ids=1056)
+    return FineLayout(size, n_codebooks=8, n_given=2, codebook_size=1024, window=1024, max_history=512, unknown=1024)
+
+
+FINE = {"nano": fine_layout(6, 4, 256), "small": fine_layout(12, 12, 768)}
+CODEC = CodecLayout(
+    sample_rate=24_000,
+    upsampling_ratios=(8, 5, 4, 2),
+    n_codebooks=8,
+    codebook_size=1024,
+    codebook_width=128,
+    n_filters=32,
+    n_lstm_layers=2,
+    n_residual_layers=1,
+    kernel_size=7,
+    last_kernel_size=7,
+    residual_kernel_size=3,
+    dilation_growth=2,
+    compress=2,
+    use_conv_shortcut=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="module", params=list(FINE))
+def fine(request):
+    """The engine and its twin, with the same weights: norms and their biases far from one and zero."""
+    layout = FINE[request.param]
+    twin = gpt.FineGPT(layout, n_heads=7, bias=False).cuda().eval().requires_grad_(False)
+    for name, x in twin.named_parameters():
+        x.data.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3 if "norm" in name else 0.05)
+    return FineEngine(dict(twin.state_dict()), layout, max_batch=4), twin
+
+
+def window(n_frames, fill_from, temperature, n_codebooks=8):
+    codes = np.random.randint(0, 1024, (n_codebooks, n_frames)).astype(np.int32)
+    codes[2:, fill_from:] = 1024
+    uniforms = np.random.uniform(0, 1, (n_codebooks - 2, n_frames)).astype(np.float32)
+    return Window(codes, fill_from, uniforms, temperature)
+
+
+def draws_follow_the_twin(twin, given, filled, temperature, bound):
+    """Each code filled is what the twin, shown the same codes before it, would draw, but for a near-tie."""
+    codes = torch.from_numpy(filled[None]).cuda()
+    misses = []
+    for k in range(2, 8):
+        seen = codes.clone()  # in codebook k itself a pass sees what stood there before
+        seen[:, k] = torch.from_numpy(given.codes[k]).cuda()
+        logits = twin(seen, k)[0, given.fill_from :, :1024].double()
+        token = codes[0, k, given.fill_from :].long()[:, None]
+        if temperature:
+            cdf = (logits / temperature).softmax(-1).cumsum(-1)
+            mark = torch.from_numpy(given.uniforms[k - 2, given.fill_from :]).cuda()[:, None]
+            below = cdf.gather(1, (token - 1).clamp(min=0)) * (token > 0)
+            misses.append(torch.maximum(below - mark, mark - cdf.gather(1, token)).clamp(min=0))
+        else:
+            misses.append((logits.amax(1, keepdim=True) - logits.gather(1, token)) / logits.abs().max())
+    assert torch.cat(misses).max().item() < bound
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize(("n_frames", "fill_from"), [(30, 0), (158, 128), (256, 17), (1024, 512)])
+def test_a_window_is_filled_as_the_twin_fills_it(fine, n_frames, fill_from, temperature):
+    engine, twin = fine
+    given = window(n_frames, fill_from, temperature)
+    filled = engine.fill([given])[0]
+    assert filled.shape == given.codes.shape
+    np.testing.assert_array_equal(filled[:, :fill_from], given.codes[:, :fill_from])
+    np.testing.assert_array_equal(filled[:2], given.codes[:2])
+    draws_follow_the_twin(twin, given, filled, temperature, bound=0.05)
+
+
+def test_windows_of_different_lengths_share_a_batch(fine):
+    engine, twin = fine
+    given = [window(n, n // 2, 0.7) for n in (65, 100, 128, 700, 90, 66, 30)]
+    for one, filled in zip(given, engine.fill(given), strict=True):
+        assert filled.shape == one.codes.shape
+        draws_follow_the_twin(twin, one, filled, 0.7, bound=0.05)
+
+
+def test_the_same_window_gives_the_same_codes_after_others(fine):
+    engine, _ = fine
+    given = window(100, 60, 0.5)
+    first = engine.fill([given])[0]
+    engine.fill([window(128, 0, 1.0)])
+    np.testing.assert_array_equal(engine.fill([given])[0], first)
+
+
+def test_a_window_that_does_not_fit_is_refused(fine):
+    engine, _ = fine
+    with pytest.raises(ValueError, match="codes must be"):
+        engine.fill([window(1025, 0, 0.5)])
+    with pytest.raises(ValueError, match="codes must be 0 to 1055"):
+        engine.fill([Window(np.full((8, 10), 1056, np.int32), 0, np.zeros((6, 10), np.float32), 0.5)])
+
+
+@pytest.fixture(scope="module")
+def codec():
+    """The engine, and the same decoder on the CPU, which the ordinary tests compare with the exported graph."""
+    weights = random_codec_weights()
+    return CodecEngine(weights, CODEC, max_batch=4), Decoder(weights, CODEC, device="cpu")
+
+
+def random_codec_weights():
+    a, random = CODEC, np.random.default_rng()
+    weights = {f"quantizer.layers.{k}.codebook.embed": random.normal(0, 1, (1024, 128)) for k in range(8)}
+    width, layer = a.n_filters * 16, 2
+
+    def conv(name, *shape, n_out):
+        fan_in = np.prod(shape) / n_out
+        weights[f"decoder.{name}.conv.weight"] = random.normal(0, fan_in**-0.5, shape)
+        weights[f"decoder.{name}.conv.bias"] = random.normal(0, 0.1, n_out)
+
+    conv("layers.0", width, 128, 7, n_out=width)
+    for i in range(2):
+        for kind, shape in (("W", (1, 4 * width, width)), ("R", (1, 4 * width, width)), ("B", (1, 8 * width))):
+            weights[f"decoder.layers.1.lstm.{kind}{i}"] = random.normal(0, width**-0.5, shape)
+    for ratio in a.upsampling_ratios:
+        conv(f"layers.{layer + 1}", width, width // 2, 2 * ratio, n_out=width // 2)
+        width //= 2
+        conv(f"layers.{layer + 2}.block.1", width // 2, width, 3, n_out=width // 2)
+        conv(f"layers.{layer + 2}.block.3", width, width // 2, 1, n_out=width)
+        conv(f"layers.{layer + 2}.shortcut", width, width, 1, n_out=width)
+        layer += 3
+    conv(f"layers.{layer + 1}", 1, width, 7, n_out=1)
+    return {name: x.astype(np.float32) for name, x in weights.items()}
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["eager", "graphs"])
+def test_chunks_of_many_streams_equal_the_whole(codec, warm):
+    engine, twin = codec
+    if warm:
+        engine.warm_up([24, 30])
+    streams = [np.random.randint(0, 1024, (8, 84)).astype(np.int32) for _ in range(3)]
+    states = [np.zeros(state_size(CODEC), np.float32) for _ in streams]
+    heard = [[] for _ in streams]
+    for a, b in ((0, 24), (24, 54), (54, 84)):
+        decoded = engine.decode([(codes[:, a:b], state) for codes, state in zip(streams, states, strict=True)])
+        for i, (audio, state) in enumerate(decoded):
+            heard[i].append(audio)
+            states[i] = state
+    with torch.inference_mode():
+        whole, _ = twin(torch.from_numpy(np.stack(streams)), torch.zeros(3, state_size(CODEC)))
+    scale = whole.abs().max().item()
+    for audio, expected in zip(heard, whole.numpy(), strict=True):
+        np.testing.assert_allclose(np.concatenate(audio) / scale, expected / scale, atol=1e-4)
+
+
+def test_a_long_chunk_is_decoded_in_pieces(codec):
+    engine, twin = codec
+    engine.warm_up([8, 24])
+    codes = [np.random.randint(0, 1024, (8, n)).astype(np.int32) for n in (101, 26)]  # 24 x 4, 5; 24, 2
+    state = np.zeros(state_size(CODEC), np.float32)
+    for given, (audio, next_state) in zip(codes, engine.decode([(c, state) for c in codes]), strict=True):
+        with torch.inference_mode():
+            expected, expected_state = twin(torch.from_numpy(given[None]), torch.from_numpy(state[None]))
+        scale = expected.abs().max().item()
+        np.testing.assert_allclose(audio / scale, expected[0].numpy() / scale, atol=1e-4)
+        np.testing.assert_allclose(next_state, expected_state[0].numpy(), atol=1e-3, rtol=1e-3)
+
+
+def test_chunks_of_different_lengths_share_a_call(codec):
+    engine, _ = codec
+    state = np.zeros(state_size(CODEC), np.float32)
+    chunks = [(np.random.randint(0, 1024, (8, n)).astype(np.int32), state) for n in (7, 24, 7, 30, 24, 7, 7, 7)]
+    alone = [engine.decode([chunk])[0] for chunk in chunks]
+    for (audio, next_state), (expected, expected_state) in zip(engine.decode(chunks), alone, strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(audio / scale, expected / scale, atol=1e-4)
+        np.testing.assert_allclose(next_state, expected_state, atol=1e-3, rtol=1e-3)
+
+
+def test_a_chunk_that_does_not_fit_is_refused(codec):
+    engine, _ = codec
+    state = np.zeros(state_size(CODEC), np.float32)
+    with pytest.raises(ValueError, match=r"codes must be \[8"):
+        engine.decode([(np.zeros((7, 10), np.int32), state)])
+    with pytest.raises(ValueError, match="state must be"):
+        engine.decode([(np.zeros((8, 10), np.int32), state[1:])])

@@ -1,0 +1,184 @@
+"""Streams well ahead of playback let those go first that are not; one listener too many is told when to come back."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from barkstream.admission import Admission
+from barkstream.pacing import Pacer, Player
+
+LEAD_S = 4.0
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def test_a_player_starts_at_the_first_chunk_and_never_skips(clock):
+    player = Player(clock)
+    assert player.lead_s == -math.inf
+    assert not player.take(1.0)
+    clock.now_s += 0.4
+    assert player.lead_s == pytest.approx(0.6)
+    assert not player.take(1.0)
+    assert player.lead_s == pytest.approx(1.6)
+
+
+def test_a_chunk_after_playback_ran_dry_is_late_and_plays_from_then_on(clock):
+    player = Player(clock)
+    player.take(1.0)
+    clock.now_s += 1.5
+    assert player.lead_s == pytest.approx(-0.5)
+    assert player.take(1.0)
+    assert player.lead_s == pytest.approx(1.0)
+
+
+def waits(pacer, player):
+    """Whether `player` would have to wait: a listener who has left is let through at once, so it takes no time to ask."""
+    asked = []
+    pacer.wait(player, lambda: not asked.append(True))
+    return bool(asked)
+
+
+def test_a_stream_far_ahead_yields_to_one_without_audio(clock):
+    pacer = Pacer(LEAD_S, clock)
+    with pacer.player() as ahead, pacer.player() as fresh:
+        pacer.take(ahead, LEAD_S + 1)
+        assert waits(pacer, ahead)
+        assert not waits(pacer, fresh)
+
+
+def test_a_stream_far_ahead_yields_to_one_near_an_underrun(clock):
+    pacer = Pacer(LEAD_S, clock)
+    with pacer.player() as ahead, pacer.player() as near:
+        pacer.take(ahead, 2 * LEAD_S)
+        pacer.take(near, 0.6 * LEAD_S)
+        assert not waits(pacer, ahead)
+        clock.now_s += 0.2 * LEAD_S
+        assert waits(pacer, ahead)
+
+
+def test_nobody_waits_when_nobody_is_in_need(clock):
+    pacer = Pacer(LEAD_S, clock)
+    with pacer.player() as one, pacer.player() as other:
+        for player in (one, other):
+            pacer.take(player, 3 * LEAD_S)
+        assert not waits(pacer, one)
+        assert not waits(pacer, other)
+
+
+def test_a_stream_alone_never_waits(clock):
+    pacer = Pacer(LEAD_S, clock)
+    with pacer.player() as player:
+        pacer.take(player, 100.0)
+        assert pacer.wait(player, lambda: False) == 0
+
+
+def test_waiting_ends_before_the_lead_is_used_up(clock):
+    pacer = Pacer(LEAD_S, clock)
+    with pacer.player() as ahead, pacer.player():
+        pacer.take(ahead, LEAD_S + 1)
+        clock.now_s += 1.01
+        assert not waits(pacer, ahead)
+
+
+def test_an_infinite_lead_turns_pacing_off(clock):
+    pacer = Pacer(math.inf, clock)
+    with pacer.player() as ahead, pacer.player():
+        pacer.take(ahead, 1e6)
+        assert not waits(pacer, ahead)
+
+
+@pytest.mark.parametrize("relief", ["a chunk", "the end"])
+def test_who_waits_goes_on_as_soon_as_the_other_has_audio_or_is_gone(relief):
+    pacer = Pacer(LEAD_S)
+    waited_s = []
+    with pacer.player() as ahead:
+        pacer.take(ahead, 60.0)
+        with pacer.player() as fresh:
+            thread = threading.Thread(target=lambda: waited_s.append(pacer.wait(ahead, lambda: False)))
+            thread.start()
+            thread.join(0.2)
+            assert thread.is_alive()
+            if relief == "a chunk":
+                pacer.take(fresh, LEAD_S)
+        thread.join(5)
+    assert 0.1 < waited_s[0] < 5
+
+
+def test_a_listener_who_leaves_does_not_wait():
+    pacer = Pacer(LEAD_S)
+    with pacer.player() as ahead, pacer.player():
+        pacer.take(ahead, 60.0)
+        left = threading.Event()
+        threading.Timer(0.1, left.set).start()
+        start = time.monotonic()
+        pacer.wait(ahead, left.is_set)
+        assert time.monotonic() - start < 2
+
+
+def test_room_is_taken_and_given_back():
+    admission = Admission(2)
+    assert [admission.enter() for _ in range(3)] == [True, True, False]
+    admission.leave(1.0)
+    assert [admission.enter() for _ in range(2)] == [True, False]
+
+
+def test_the_refusal_says_the_limit_and_when_to_come_back():
+    admission = Admission(4)
+    assert admission.refusal() == "all 4 streams of this server are busy; retry after 1 s"
+    for _ in range(100):
+        admission.enter()
+        admission.leave(20.0)
+    assert admission.refusal().endswith("retry after 5 s")
+
+
+CALL_S = 0.01  # one stage call, alone on the machine
+N_AHEAD = 8  # streams that have all the audio they need
+
+
+def seconds_to_first_audio(lead_s: float) -> float:
+    """A newcomer makes 3 calls before its first chunk, on a machine that serves one call at a time in the order of their coming."""
+    pacer, done = Pacer(lead_s), threading.Event()
+
+    def call(player):
+        pacer.wait(player, done.is_set)
+        machine.submit(time.sleep, CALL_S).result()
+
+    def go_on(player):
+        while not done.is_set():
+            call(player)
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as machine, ThreadPoolExecutor(N_AHEAD) as pool:
+        for _ in range(N_AHEAD):
+            player = stack.enter_context(pacer.player())
+            pacer.take(player, 60.0)
+            pool.submit(go_on, player)
+        time.sleep(5 * CALL_S)
+        with pacer.player() as newcomer:
+            start = time.monotonic()
+            for _ in range(3):
+                call(newcomer)
+            pacer.take(newcomer, 1.0)
+            heard_s = time.monotonic() - start
+            done.set()
+    return heard_s
+
+
+def test_a_newcomer_among_streams_far_ahead_is_heard_several_times_sooner():
+    assert seconds_to_first_audio(LEAD_S) < seconds_to_first_audio(math.inf) / 2
