@@ -19,7 +19,7 @@ EXPORTED := model_repository/.exported
 PRECISION  ?= --int8
 CHECKPOINT ?= $(or $(shell cat $(EXPORTED) 2>/dev/null),checkpoints/nano-bark)
 
-.PHONY: setup export verify say serve test bench load capacity quality lint lock clean
+.PHONY: setup export verify say serve up test bench load capacity quality lint lock clean
 
 setup: .venv/setup
 
@@ -53,10 +53,14 @@ say: $(EXPORTED) $(if $(PLOT),.venv/plot)
 serve: $(EXPORTED)
 	@$(BIN)/barkstream serve
 
+# Server and gateway: the web page and OpenAI's API on http://127.0.0.1:8080.
+up: $(EXPORTED) .venv/gateway
+	@$(BIN)/barkstream gateway --serve
+
 verify: $(EXPORTED) .venv/test
 	$(BIN)/python -m barkstream.export.verify $(CHECKPOINT)
 
-test: $(EXPORTED) .venv/oracles .venv/load
+test: $(EXPORTED) .venv/oracles .venv/load .venv/gateway
 	$(BIN)/python -m pytest -m "not gpu"
 
 bench: $(EXPORTED)

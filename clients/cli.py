@@ -1,4 +1,4 @@
-"""The `barkstream` command: say, voices, serve, export, completion.
+"""The `barkstream` command: say, voices, serve, gateway, export, completion.
 
 Exit codes: 0 done, 1 failed (one sentence on standard error), 2 wrong usage, 130 interrupted.
 """
@@ -15,6 +15,7 @@ import shtab
 
 from barkstream import server
 from barkstream.clients.encode import FORMATS, FormatUnavailable
+from barkstream.clients.gateway.command import add_arguments as add_gateway
 from barkstream.clients.play import SoundUnavailable
 from barkstream.clients.plot import PlotUnavailable
 from barkstream.clients.protocol import BarkstreamError
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_voices(commands.add_parser("voices", help="list the voices of the model repository, or add some"))
     _add_serve(commands.add_parser("serve", help="run the server until Ctrl-C"))
+    add_gateway(commands.add_parser("gateway", help="serve OpenAI's speech API and a web page over HTTP"))
     exporter = commands.add_parser("export", help="write a checkpoint into the model repository", add_help=False)
     exporter.set_defaults(command=export)
     completer = commands.add_parser(

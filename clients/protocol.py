@@ -29,7 +29,11 @@ from barkstream.clients.playback import Arrival, time_to_first_audio
 
 MODEL = "bark"
 # Unlimited: gRPC's 4 MiB would be 43 s of audio.
-CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own: 2 minutes, in which a server that is back seems away
+]
 STALL_TIMEOUT_S = 300.0  # an offline request for a large checkpoint on a CPU is silent for minutes
 
 HISTORY = ("semantic_prompt", "coarse_prompt", "fine_prompt")  # [n], [2, t], [8, t]

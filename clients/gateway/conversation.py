@@ -1,0 +1,197 @@
+"""The WebSocket: text comes in piece by piece, from a language model, and speech goes out sentence by sentence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from barkstream.clients.aio import AsyncStream
+from barkstream.clients.gateway.encoders import FORMATS, Encoder, open_encoder
+from barkstream.clients.gateway.errors import ApiError, bad_field
+from barkstream.clients.gateway.sentences import SentenceBuffer
+from barkstream.clients.gateway.speech import audio_message, first_of
+from barkstream.clients.gateway.speech_request import (
+    BARK_FIELDS,
+    FASTEST,
+    SLOWEST,
+    check_names,
+    read_choice,
+    read_number,
+    read_object,
+    read_options,
+)
+from barkstream.clients.gateway.upstream import Upstream
+from barkstream.clients.protocol import BarkstreamError, Options
+
+SENTENCE_PAUSE_S = 0.25  # as inside one text
+SESSION_FIELDS = ("type", "voice", "response_format", "speed", *BARK_FIELDS)
+CLOSE_CODES = {400: 1008, 429: 1013, 503: 1013}  # RFC 6455: refused; try again later
+
+
+@dataclass(frozen=True)
+class Voicing:
+    """How a session speaks: what `session.update` sets."""
+
+    options: Options
+    response_format: str = "pcm"
+    speed: float = 1.0
+
+    @classmethod
+    def parse(cls, given: dict[str, Any], aliases: dict[str, str]) -> Voicing:
+        """Raises ApiError (400) with the field that is wrong."""
+        check_names(given, SESSION_FIELDS)
+        return cls(
+            read_options(given, aliases),
+            read_choice(given, "response_format", FORMATS, "pcm"),
+            read_number(given, "speed", SLOWEST, FASTEST, 1.0),
+        )
+
+
+@dataclass
+class Turn:
+    """The speech of one turn, up to now."""
+
+    encoder: Encoder
+    options: Options  # of the next sentence
+    pause: NDArray[np.float32]  # silence between two sentences
+    n_spoken: int = 0  # sentences
+
+    @classmethod
+    def begin(cls, voicing: Voicing, sample_rate: int) -> Turn:
+        encoder = open_encoder(voicing.response_format, sample_rate, voicing.speed)
+        pause = np.zeros(round(SENTENCE_PAUSE_S * sample_rate), np.float32)
+        options = Options(**voicing.options)
+        options["return_prompt"] = not options.get("voice")  # the first sentence's own voice, for the others
+        return cls(encoder, options, pause)
+
+    def go_on(self, stream: AsyncStream) -> None:
+        """A sentence has been spoken; the next has its voice, and a seed of its own."""
+        self.n_spoken += 1
+        if stream.history_prompt is not None:
+            self.options["history_prompt"], self.options["return_prompt"] = stream.history_prompt, False
+        if (seed := self.options.get("seed")) is not None:
+            self.options["seed"] = seed + 1
+
+
+class Conversation:
+    """One WebSocket, from `session.created` to its end. A turn is the text up to a flush: one voice, one stream of audio.
+
+    Two tasks share it: one listens and queues sentences, the other speaks them.
+    """
+
+    def __init__(self, socket: WebSocket, upstream: Upstream, aliases: dict[str, str], max_characters: int) -> None:
+        self._socket = socket
+        self._client = upstream.client
+        self._upstream = upstream
+        self._aliases = aliases
+        self._max_characters = max_characters
+        self._voicing = Voicing(Options())
+        self._buffer = SentenceBuffer()
+        self._sentences: asyncio.Queue[str | None] = asyncio.Queue()  # None: the turn ends
+        self._n_queued = 0  # characters in it
+        self._stream: AsyncStream | None = None  # the sentence being spoken
+        self._cancelled = False
+
+    async def run(self) -> None:
+        """Serve the session until the caller leaves, or until a sentence cannot be spoken (error, then close)."""
+        try:
+            await self._send("session.created", sample_rate=await self._client.sample_rate())
+            await first_of(self._listen(), self._speak())
+        except WebSocketDisconnect:
+            pass
+        except BarkstreamError as error:
+            refused = await self._upstream.explain(error)
+            await self._send_error(refused)
+            await self._socket.close(CLOSE_CODES.get(refused.status, 1011))
+
+    async def _send(self, kind: str, **fields: Any) -> None:
+        await self._socket.send_json({"type": kind, **fields})
+
+    async def _send_error(self, error: ApiError) -> None:
+        await self._send("error", **error.body)
+
+    # --- listening ------------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        """Take messages until WebSocketDisconnect; one that is wrong is answered and changes nothing."""
+        while True:
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect
+            try:
+                await self._take(read_object(message.get("text") or message.get("bytes") or ""))
+            except ApiError as error:
+                await self._send_error(error)
+
+    async def _take(self, message: dict[str, Any]) -> None:
+        kind = message.get("type")
+        if kind == "session.update":
+            self._voicing = Voicing.parse(message, self._aliases)
+            await self._send("session.updated")
+        elif kind == "input_text.append":
+            self._append(message.get("text"))
+        elif kind == "input_text.flush":
+            self._queue([*self._buffer.flush(), None])
+        elif kind == "input_text.cancel":
+            self._cancel()
+        else:
+            kinds = "session.update, input_text.append, input_text.flush, input_text.cancel"
+            raise bad_field("type", f"type must be one of {kinds}, got {kind!r}")
+
+    def _append(self, text: Any) -> None:
+        if not isinstance(text, str):
+            raise bad_field("text", f"text must be a string, got {text!r}")
+        if len(self._buffer) + self._n_queued + len(text) > self._max_characters:
+            raise bad_field("text", f"at most {self._max_characters:,} characters may wait to be spoken")
+        self._queue(self._buffer.push(text))
+
+    def _queue(self, sentences: Sequence[str | None]) -> None:
+        for sentence in sentences:
+            self._n_queued += len(sentence or "")
+            self._sentences.put_nowait(sentence)
+
+    def _cancel(self) -> None:
+        """Stop speaking and forget what was to be said; the turn ends here."""
+        self._buffer.flush()
+        while not self._sentences.empty():
+            self._sentences.get_nowait()
+        self._n_queued = 0
+        self._cancelled = True
+        if self._stream is not None:
+            self._stream.close()
+        self._queue([None])
+
+    # --- speaking -------------------------------------------------------------------------------------------------
+
+    async def _speak(self) -> None:
+        """Turn after turn. Raises BarkstreamError for a sentence that cannot be spoken."""
+        sample_rate = await self._client.sample_rate()
+        while True:
+            await self._speak_turn(sample_rate)
+            cancelled, self._cancelled = self._cancelled, False
+            await self._send("speech.audio.done", cancelled=cancelled)
+
+    async def _speak_turn(self, sample_rate: int) -> None:
+        turn: Turn | None = None
+        while (sentence := await self._sentences.get()) is not None:
+            self._n_queued -= len(sentence)
+            turn = turn or Turn.begin(self._voicing, sample_rate)  # as the session is set when the turn begins
+            stream = self._stream = self._client.stream(sentence, **turn.options)  # no await before: _cancel closes it
+            await self._send("speech.sentence", text=sentence)
+            if turn.n_spoken:
+                await self._send_audio(turn.encoder.encode(turn.pause))
+            async for chunk in stream:
+                await self._send_audio(turn.encoder.encode(chunk))
+            turn.go_on(stream)
+        if turn:
+            await self._send_audio(turn.encoder.finish())
+
+    async def _send_audio(self, audio: bytes) -> None:
+        if audio:
+            await self._socket.send_json(audio_message(audio))
