@@ -127,10 +127,6 @@ class Schedule:
         if not self.chunk_frames or min(counts) < 1 or min(extents) < 0:
             raise ValueError(f"chunks and calls must be at least 1, context and what is ahead at least 0: {self}")
 
-    def offline(self) -> Schedule:
-        """For speech that is wanted whole: nobody waits for a first chunk, so the semantic stage goes on meanwhile."""
-        return replace(self, semantic_ahead=self.semantic_call)
-
     def chunk(self, index: int) -> int:
         """Frames of a sentence's chunk number `index`."""
         return self.chunk_frames[min(index, len(self.chunk_frames) - 1)]

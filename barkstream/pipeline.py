@@ -145,26 +145,25 @@ class Pipeline:
     def _say(self, asked: Utterance, said: Speech, guard: Guard | None = None) -> Generator[Floats, None, None]:
         """Chunks of samples of one sentence; `said` collects its tokens and codes. guard: may end it early."""
         layouts, stages, options, voice = self.checkpoint, self.stages, asked.options, asked.voice
-        schedule = self.schedule if options.streaming else self.schedule.offline()
         sampling = options.sampling(asked.seed)
         prompt = semantic_prompt(self.tokenizer.encode(asked.text), voice, layouts.semantic)
         max_seconds = min(asked.max_seconds, guard.max_seconds) if guard else asked.max_seconds
         watch = guard.watch if guard else None
         with Workers() as workers:
             semantic = SemanticTokens(
-                prompt, layouts.semantic, sampling, max_seconds, schedule, stages, asked.stream, workers.semantic, watch
+                prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, asked.stream, workers.semantic, watch
             )
             if guard and not (asked.is_first and options.streaming):
                 semantic.ensure(layouts.semantic.max_new_tokens)  # nobody waits: look at all of it before any is said
                 if guard.is_hopeless:
                     return
             coarse = generate_coarse(
-                semantic, voice, layouts.coarse, sampling, options.lookahead, schedule, stages, asked.stream
+                semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, asked.stream
             )
-            coarse = _collect(ahead(coarse, workers.coarse, schedule.coarse_ahead), said.coarse)
+            coarse = _collect(ahead(coarse, workers.coarse, self.schedule.coarse_ahead), said.coarse)
             if options.streaming:
                 codes = generate_fine(
-                    coarse, voice, layouts.fine, asked.seed, options.fine_temperature, schedule, stages
+                    coarse, voice, layouts.fine, asked.seed, options.fine_temperature, self.schedule, stages
                 )
             else:
                 codes = self._offline(coarse, voice, asked.seed, options.fine_temperature)

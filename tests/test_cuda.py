@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from barkstream.engines import Head, Row  # noqa: E402
-from barkstream.engines.cuda import CudaEngine, Slot  # noqa: E402
+from barkstream.engines.cuda import CudaEngine, GpuSlot  # noqa: E402
 from barkstream.sampling import COARSE, SEMANTIC, Sampling, draw, ends, gumbel_noise  # noqa: E402
 from barkstream.tokens import GPTSize  # noqa: E402
 
@@ -67,7 +67,7 @@ class Model:
     def last_logits(self, rows):
         """Logits [rows, V] of the last of equally many steps, beside what generate would return."""
         logits = torch.full((len(rows), self.head.size), float("nan"), device="cuda")
-        with self.engine._slots_for(rows) as slots:
+        with self.engine._slots.lease(rows) as slots:
             self.engine.prefill(
                 [row.ids[:-1] for row in rows if len(row.ids) > 1],
                 [s.index for s, row in zip(slots, rows, strict=True) if len(row.ids) > 1],
@@ -166,7 +166,7 @@ def test_tokens_are_drawn_as_sampling_py_says(model, sampling):
 
 def decode_alone(model, rows, slots):
     """Tokens [rows, n_tokens] and results of decode steps over filled slots, without a prefill."""
-    arguments = [model.engine._arguments(row, Slot(slot, row.ids)) for row, slot in zip(rows, slots, strict=True)]
+    arguments = [model.engine._arguments(row, GpuSlot(row.ids, slot)) for row, slot in zip(rows, slots, strict=True)]
     tokens, result = (values.cpu().numpy()[: len(rows)] for values in model.engine.decode(arguments))
     return [tokens[i, :n] for i, n in enumerate(result[:, 0])]
 

@@ -235,7 +235,7 @@ def test_a_cache_is_never_trusted_for_another_prefix(batched):
 def test_the_unused_tail_of_a_cache_is_never_read(batched):
     engine, rows = batched.coarse_engine, rows_of(batched.checkpoint)[:4]
     clean = [generation.tokens for generation in engine.generate(rows)]
-    for slot in engine._free:
+    for slot in engine._slots._free:
         slot.ids = slot.ids[:0]
         slot.cache.keys_values[:] = 1e4
     engine._shared[:] = 1e4

@@ -7,9 +7,7 @@ logits, and sampling happens in one place. Up to 64 rows decode in one kernel la
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from barkstream.engines.kernels.batched import BatchedDecoder, Layers, Prefill
 from barkstream.engines.kernels.fused import FusedDecoder, RowArguments, pack_units
 from barkstream.engines.kernels.weights import load_weights, read_onnx
 from barkstream.engines.kernels.wide import ROW_COUNTS, WideDecoder
+from barkstream.engines.slots import Slot, Slots
 from barkstream.sampling import Ints, Sampling
 from barkstream.tokens import GPTSize
 
@@ -31,19 +30,10 @@ PREFILL_ROWS = 8  # at once: more are no faster, and their activations take 30 M
 
 
 @dataclass
-class Slot:
-    """A place in the KV cache: what it holds is `ids`, the prefix that its keys and values belong to."""
+class GpuSlot(Slot):
+    """A place in the GPU's cache."""
 
     index: int
-    ids: Ints  # [n, C]
-
-    def n_known(self, ids: Ints) -> int:
-        """Leading positions of a prefix [S, C] that the cache holds."""
-        n = min(len(self.ids), len(ids))
-        if self.ids.shape[1:] != ids.shape[1:]:
-            return 0
-        differs = (self.ids[:n] != ids[:n]).any(axis=1)
-        return int(differs.argmax()) if differs.any() else n
 
 
 class CudaEngine:
@@ -77,8 +67,7 @@ class CudaEngine:
             units = pack_units(on_gpu, size, head)
             self._fused = FusedDecoder(on_gpu, units, size, head, self.cache)
             self._wide = WideDecoder(on_gpu, units, size, head, self.cache)
-        self._free = [Slot(i, np.zeros((0, 1), np.int32)) for i in range(n_slots)]
-        self._owned: OrderedDict[int, Slot] = OrderedDict()  # by stream, least recently used first
+        self._slots = Slots([GpuSlot(np.zeros((0, 1), np.int32), i) for i in range(n_slots)])
 
     @classmethod
     def load(cls, path: Path, size: GPTSize, head: Head, n_slots: int = 32, max_batch: int = 32) -> CudaEngine:
@@ -87,8 +76,8 @@ class CudaEngine:
 
     @property
     def n_owned_slots(self) -> int:
-        """Slots that streams hold now."""
-        return len(self._owned)
+        """Slots that streams hold now, those of a call under way included."""
+        return self._slots.n_owned
 
     def check(self, row: Row) -> None:
         """Raises ValueError for a row that does not fit the model."""
@@ -104,9 +93,7 @@ class CudaEngine:
 
     def release(self, stream: int) -> None:
         """Free a stream's slot; nothing happens if it has none."""
-        slot = self._owned.pop(stream, None)
-        if slot is not None:
-            self._free.append(slot)
+        self._slots.release(stream)
 
     def generate(self, rows: list[Row]) -> list[Generation]:
         """Up to n_tokens new tokens for every row. Raises ValueError for a row that does not fit."""
@@ -141,7 +128,7 @@ class CudaEngine:
         return self._wide if self._wide is not None and n_rows <= ROW_COUNTS[-1] else self._batched
 
     def _generate(self, rows: list[Row]) -> list[Generation]:
-        with self._slots_for(rows) as slots:
+        with self._slots.lease(rows) as slots:
             new = [
                 (row, slot) for row, slot in zip(rows, slots, strict=True) if slot.n_known(row.ids) < len(row.ids) - 1
             ]
@@ -156,7 +143,7 @@ class CudaEngine:
                 slot.ids = _held(row, generation)
         return generations
 
-    def _arguments(self, row: Row, slot: Slot) -> RowArguments:
+    def _arguments(self, row: Row, slot: GpuSlot) -> RowArguments:
         ids = [*row.ids[-1], self.size.n_input_ids][:2]
         return RowArguments(
             seed=row.sampling.seed % (1 << 64),
@@ -175,25 +162,6 @@ class CudaEngine:
         n, ended = int(result[0]), bool(result[1])
         books = (row.position + np.arange(n)) % self.head.n_codebooks
         return Generation((self.head.first_id + books * self.head.size + tokens[:n]).astype(np.int32), ended)
-
-    @contextmanager
-    def _slots_for(self, rows: list[Row]) -> Iterator[list[Slot]]:
-        """A slot for each row: its stream's, or a free one, or that of the stream that was used least recently."""
-        slots: list[tuple[int, Slot]] = []
-        try:
-            for row in rows:
-                stream = 0 if row.stream in [owner for owner, _ in slots] else row.stream
-                slots.append((stream, self._owned.pop(stream) if stream in self._owned else self._free_slot()))
-            yield [slot for _, slot in slots]
-        finally:
-            for stream, slot in slots:
-                if stream:
-                    self._owned[stream] = slot
-                else:
-                    self._free.append(slot)
-
-    def _free_slot(self) -> Slot:
-        return self._free.pop() if self._free else self._owned.popitem(last=False)[1]
 
 
 def _held(row: Row, generation: Generation) -> Ints:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from barkstream.engines import Chunk, Generation, Head, Row, Window
+from barkstream.engines.slots import Slot, Slots
 from barkstream.sampling import Floats, Ints, Sampling, draw, ends, gumbel_noise
 from barkstream.tokens import GPTSize
 
@@ -84,17 +83,10 @@ class Cache:
 
 
 @dataclass
-class Slot:
-    """A KV cache for one stream: what it holds is `ids`, the prefix that its keys and values belong to."""
+class CpuSlot(Slot):
+    """A stream's KV cache."""
 
     cache: Cache
-    ids: Ints  # [n, C]
-
-    def n_known(self, ids: Ints) -> int:
-        """Leading positions of a prefix [S, C] that the cache holds."""
-        n = min(len(self.ids), len(ids))
-        differs = (self.ids[:n] != ids[:n]).any(axis=1)
-        return int(differs.argmax()) if differs.any() else n
 
 
 @dataclass
@@ -102,7 +94,7 @@ class Decoding:
     """A row on its way: its slot, how much of it the cache holds, and what has been drawn."""
 
     row: Row
-    slot: Slot
+    slot: CpuSlot
     n_cached: int  # positions whose keys and values are in the cache
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
@@ -147,16 +139,14 @@ class CausalEngine:
         self.head, self.size, self.max_batch = head, size, max_batch
         self._session = open_session(path, n_threads)
         self._n_ids = next(value.shape[2] for value in self._session.get_inputs() if value.name == "token_ids")
-        self._n_slots = max(n_slots, max_batch)
-        self._free = [self._new_slot() for _ in range(self._n_slots)]
-        self._owned: OrderedDict[int, Slot] = OrderedDict()  # by stream, least recently used first
+        self._slots = Slots([self._new_slot() for _ in range(max(n_slots, max_batch))])
         self._shared = self._memory(max_batch)  # where rows meet that are decoded together
         self._shared_caches: dict[int, Cache] = {}  # by number of rows
 
     @property
     def n_owned_slots(self) -> int:
         """Slots that streams hold now, those of a call under way included."""
-        return self._n_slots - len(self._free)
+        return self._slots.n_owned
 
     def check(self, row: Row) -> None:
         """Raises ValueError for a row that does not fit the model."""
@@ -174,9 +164,7 @@ class CausalEngine:
 
     def release(self, stream: int) -> None:
         """Free a stream's slot; nothing happens if it has none."""
-        slot = self._owned.pop(stream, None)
-        if slot is not None:
-            self._free.append(slot)
+        self._slots.release(stream)
 
     def generate(self, rows: list[Row]) -> list[Generation]:
         """Up to n_tokens new tokens for every row. Raises ValueError for a row that does not fit."""
@@ -193,14 +181,14 @@ class CausalEngine:
         self.generate(rows)
 
     def _generate(self, rows: list[Row]) -> list[Generation]:
-        with self._slots_for(rows) as slots:
+        with self._slots.lease(rows) as slots:
             decodings = [self._start(row, slot) for row, slot in zip(rows, slots, strict=True)]
             self._decode([d for d in decodings if d.unfinished])
             for d in decodings:
                 d.slot.ids = d.ids()[: d.n_cached]
         return [Generation(np.array(d.tokens, np.int32), d.ended) for d in decodings]
 
-    def _start(self, row: Row, slot: Slot) -> Decoding:
+    def _start(self, row: Row, slot: CpuSlot) -> Decoding:
         """A row with its prefix in the cache: all but the last position if the slot knows that much, else all, prefilled."""
         n = len(row.ids)
         if slot.n_known(row.ids) >= n - 1:
@@ -237,27 +225,8 @@ class CausalEngine:
             while running and not running[-1].unfinished:
                 running.pop()
 
-    @contextmanager
-    def _slots_for(self, rows: list[Row]) -> Iterator[list[Slot]]:
-        """A slot for each row: its stream's, or a free one, or that of the stream that was used least recently."""
-        slots: list[tuple[int, Slot]] = []
-        try:
-            for row in rows:
-                stream = 0 if row.stream in [owner for owner, _ in slots] else row.stream
-                slots.append((stream, self._owned.pop(stream) if stream in self._owned else self._free_slot()))
-            yield [slot for _, slot in slots]
-        finally:
-            for stream, slot in slots:
-                if stream:
-                    self._owned[stream] = slot
-                else:
-                    self._free.append(slot)
-
-    def _free_slot(self) -> Slot:
-        return self._free.pop() if self._free else self._owned.popitem(last=False)[1]
-
-    def _new_slot(self) -> Slot:
-        return Slot(self._cache(self._memory(1)), np.zeros((0, self._n_ids), np.int32))
+    def _new_slot(self) -> CpuSlot:
+        return CpuSlot(np.zeros((0, self._n_ids), np.int32), self._cache(self._memory(1)))
 
     def _memory(self, n_rows: int) -> Floats:
         size = self.size

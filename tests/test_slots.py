@@ -1,0 +1,114 @@
+"""KV cache slots, and what the cuda engine asks of its kernels: those are stood in for, so this runs without a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from barkstream.engines import Head, Row
+from barkstream.engines.slots import Slot, Slots
+from barkstream.sampling import COARSE, Sampling
+from barkstream.tokens import GPTSize
+
+torch = pytest.importorskip("torch")
+
+
+def ids(*values):
+    return np.array(values, np.int32)[:, None]
+
+
+def row(stream, prefix=(1, 2, 3), n_tokens=4, position=0):
+    return Row(ids(*prefix), n_tokens, position, Sampling(), stream)
+
+
+def pool(n):
+    return Slots([Slot(ids()) for _ in range(n)])
+
+
+def test_a_stream_keeps_its_slot_until_it_is_released():
+    slots = pool(2)
+    with slots.lease([row(7)]) as (first,):
+        pass
+    with slots.lease([row(8), row(7)]) as leased:
+        assert leased[1] is first
+    assert slots.n_owned == 2
+    slots.release(7)
+    slots.release(7)
+    assert slots.n_owned == 1
+
+
+def test_the_stream_used_least_recently_gives_its_slot_up():
+    slots = pool(2)
+    for stream in (1, 2, 1):
+        with slots.lease([row(stream)]) as (last,):
+            pass
+    with slots.lease([row(3)]) as (taken,):
+        assert taken is not last
+    with slots.lease([row(1)]) as (again,):
+        assert again is last
+
+
+def test_a_row_without_a_stream_and_a_stream_asked_twice_get_slots_that_are_given_back():
+    slots = pool(3)
+    with slots.lease([row(5), row(5), row(0)]) as leased:
+        assert len({id(slot) for slot in leased}) == 3
+        assert slots.n_owned == 3
+    assert slots.n_owned == 1
+
+
+def test_a_failed_call_gives_every_slot_back():
+    slots = pool(2)
+    with pytest.raises(RuntimeError), slots.lease([row(0), row(4)]):
+        raise RuntimeError
+    assert slots.n_owned == 1
+
+
+def test_a_slot_knows_the_prefix_that_it_shares():
+    slot = Slot(ids(1, 2, 3, 4))
+    assert slot.n_known(ids(1, 2, 9, 4)) == 2
+    assert slot.n_known(ids(1, 2)) == 2
+    assert slot.n_known(np.ones((3, 2), np.int32)) == 0
+
+
+@pytest.fixture
+def engine():
+    """A CudaEngine whose decode draws code 0 of each codebook and whose prefills are noted."""
+    from barkstream.engines.cuda import CudaEngine, GpuSlot
+
+    made = object.__new__(CudaEngine)
+    made.size = GPTSize(n_layers=2, n_heads=1, width=64, block_size=64, n_input_ids=5000, n_output_ids=5000)
+    made.head, made.max_batch = Head(COARSE, 1000, 2, 1024, None), 2
+    made._slots = Slots([GpuSlot(ids(), i) for i in range(2)])
+    made.prefilled = []
+
+    def decode(rows):
+        results = torch.tensor([[arguments.n_tokens, 0] for arguments in rows])
+        return torch.zeros(len(rows), 64, dtype=torch.int32), results
+
+    made.prefill = lambda prefixes, slots: made.prefilled.append(([len(prefix) for prefix in prefixes], list(slots)))
+    made.decode = decode
+    return made
+
+
+def test_the_cuda_engine_prefills_only_what_a_slot_does_not_hold(engine):
+    tokens = engine.generate([row(3)])[0].tokens
+    assert tokens.tolist() == [1000, 2024, 1000, 2024]
+    assert engine.prefilled == [([2], [1])]  # all but the last, which the first decode step feeds
+    engine.generate([row(3, prefix=(1, 2, 3, *tokens), position=4)])
+    assert len(engine.prefilled) == 1
+    engine.generate([row(3, prefix=(9, 2, 3))])
+    assert engine.prefilled[1:] == [([2], [1])]
+
+
+def test_the_cuda_engine_decodes_more_rows_than_a_batch_in_several(engine):
+    generations = engine.generate([row(stream) for stream in (1, 2, 0)])
+    assert [len(generation.tokens) for generation in generations] == [4, 4, 4]
+    assert engine.n_owned_slots <= 2
+    engine.release(1)
+    engine.release(2)
+    assert engine.n_owned_slots == 0
+
+
+def test_a_row_that_does_not_fit_is_refused(engine):
+    with pytest.raises(ValueError, match="1 to 64 positions"):
+        engine.generate([row(1, n_tokens=70)])
