@@ -213,7 +213,7 @@ class _Named:
     def __init__(self, weights: Mapping[str, np.ndarray | Tensor]):
         if any(name.endswith((".int8", "_proj.bias")) for name in weights):
             raise ValueError(
-                "the cuda engine takes checkpoints without biases, exported without int8: use the onnxruntime engine for this one"
+                "the cuda engine takes float32 artifacts (`make export PRECISION=`) of checkpoints without biases"
             )
         self._weights = weights
 

@@ -41,7 +41,7 @@ def load_weights(named: Mapping[str, np.ndarray | Tensor], size: GPTSize, head: 
     """
     if any(name.endswith((".bias", ".int8")) for name in named):
         raise ValueError(
-            "the cuda engine takes checkpoints without biases, exported without int8: use the onnxruntime engine for this one"
+            "the cuda engine takes float32 artifacts (`make export PRECISION=`) of checkpoints without biases"
         )
 
     def tensor(name: str) -> Tensor:
