@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,16 +17,17 @@ import httpx
 import numpy as np
 import pytest
 
-av = pytest.importorskip("av", reason="the gateway extra is not installed: make .venv/gateway")
+pytest.importorskip("av", reason="the gateway extra is not installed: make .venv/gateway")
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed: make .venv/test")
+from decode import RATE, decode  # noqa: E402
 from gateways import metrics, one_more_cancelled, running_gateway, scripted_server, wait_until  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
 from barkstream.clients import Client  # noqa: E402
 from barkstream.clients.cli import main  # noqa: E402
+from barkstream.clients.encode import FORMATS  # noqa: E402
 from barkstream.clients.gateway.access import RateLimiter  # noqa: E402
-from barkstream.clients.gateway.encoders import FORMATS, open_encoder, wav_header  # noqa: E402
 from barkstream.clients.gateway.errors import ApiError, from_server  # noqa: E402
 from barkstream.clients.gateway.sentences import SentenceBuffer  # noqa: E402
 from barkstream.clients.gateway.settings import read_keys  # noqa: E402
@@ -38,70 +37,8 @@ from barkstream.clients.protocol import BarkstreamError  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Good morning, how are you today?"
 LONG_TEXT = "And so it went on and on, all through the day and the night. " * 20
-RATE = 24_000  # Hz
-CHUNK = 7680  # samples of a first chunk: .32 s
 SPEECH = "/v1/audio/speech"
 GOOD = {"model": "bark", "input": TEXT, "voice": "heart_0"}
-
-
-# --- formats --------------------------------------------------------------------------------------------------------
-
-
-def tone(seconds: float, hz: float = 440.0) -> np.ndarray:
-    return (0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
-
-
-def encode(samples: np.ndarray, response_format: str, speed: float = 1.0) -> list[bytes]:
-    """A piece for every chunk, then the rest."""
-    encoder = open_encoder(response_format, RATE, speed)
-    pieces = [encoder.encode(samples[i : i + CHUNK]) for i in range(0, len(samples), CHUNK)]
-    return [*pieces, encoder.finish()]
-
-
-def decode(audio: bytes, response_format: str) -> tuple[np.ndarray, int]:
-    """Samples [n], -1..1, and their rate."""
-    if response_format == "pcm":
-        return np.frombuffer(audio, "<i2") / 32768, RATE
-    with av.open(io.BytesIO(audio)) as file:
-        frames = [
-            frame
-            for part in [av.AudioResampler("flt", "mono")]
-            for raw in file.decode(audio=0)
-            for frame in part.resample(raw)
-        ]
-        return np.concatenate([frame.to_ndarray()[0] for frame in frames]), frames[0].sample_rate
-
-
-def loudest_hz(samples: np.ndarray, rate: int) -> float:
-    return float(np.abs(np.fft.rfft(samples)).argmax() * rate / len(samples))
-
-
-@pytest.mark.parametrize("response_format", FORMATS)
-def test_every_format_streams_from_the_first_chunk_and_holds_the_audio(response_format):
-    pieces = encode(tone(2.0), response_format)
-    assert all(pieces[:3])
-    heard, rate = decode(b"".join(pieces), response_format)
-    assert len(heard) / rate == pytest.approx(2.0, abs=0.1)  # encoders pad
-    assert loudest_hz(heard, rate) == pytest.approx(440, abs=2)
-    assert np.abs(heard).max() == pytest.approx(0.5, abs=0.1)
-
-
-@pytest.mark.parametrize("response_format", ["wav", "pcm", "flac"])
-def test_what_is_not_compressed_or_only_packed_is_exact(response_format):
-    heard, _ = decode(b"".join(encode(tone(1.0), response_format)), response_format)
-    np.testing.assert_allclose(heard, tone(1.0), atol=1e-4)
-
-
-@pytest.mark.parametrize("speed", [0.25, 0.7, 2.0, 4.0])
-def test_speed_changes_the_duration_and_not_the_pitch(speed):
-    heard, rate = decode(b"".join(encode(tone(2.0), "pcm", speed)), "pcm")
-    assert len(heard) / rate == pytest.approx(2.0 / speed, rel=0.05)
-    assert loudest_hz(heard, rate) == pytest.approx(440, abs=5)
-
-
-def test_a_wav_of_known_length_is_read_by_the_standard_library():
-    with wave.open(io.BytesIO(wav_header(RATE, 8) + bytes(8))) as file:
-        assert (file.getframerate(), file.getnchannels(), file.getsampwidth(), file.getnframes()) == (RATE, 1, 2, 4)
 
 
 # --- sentences of a text that is still being written ----------------------------------------------------------------

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from barkstream.clients.aio import AsyncStream
-from barkstream.clients.gateway.encoders import FORMATS, Encoder, open_encoder
+from barkstream.clients.encode import FORMATS, Encoder, open_encoder
 from barkstream.clients.gateway.errors import ApiError, bad_field
 from barkstream.clients.gateway.sentences import SentenceBuffer
 from barkstream.clients.gateway.speech import audio_message, first_of

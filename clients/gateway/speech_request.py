@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from barkstream.clients.gateway.encoders import FORMATS
+from barkstream.clients.encode import FORMATS
 from barkstream.clients.gateway.errors import ApiError, bad_field
 from barkstream.clients.protocol import Options
 
@@ -33,7 +34,7 @@ class SpeechRequest:
 
     text: str
     options: Options  # for the speech server
-    response_format: str = "mp3"  # one of encoders.FORMATS
+    response_format: str = "mp3"  # one of FORMATS
     speed: float = 1.0  # of speaking; the pitch stays
     events: bool = False  # server-sent events, not bare audio
 
@@ -94,11 +95,11 @@ def read_options(given: dict[str, Any], voice_aliases: dict[str, str]) -> Option
     return Options(**options)  # type: ignore[typeddict-item]
 
 
-def read_choice(given: dict[str, Any], name: str, choices: tuple[str, ...], default: str) -> str:
+def read_choice(given: dict[str, Any], name: str, choices: Collection[str], default: str) -> str:
     value = given.get(name, default)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise bad_field(name, f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return str(value)
+    return value
 
 
 def read_number(given: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
