@@ -28,11 +28,15 @@ from barkstream.clients import Client  # noqa: E402
 from barkstream.clients.cli import main  # noqa: E402
 from barkstream.clients.encode import FORMATS  # noqa: E402
 from barkstream.clients.gateway.access import RateLimiter  # noqa: E402
+from barkstream.clients.gateway.conversation import Voicing  # noqa: E402
 from barkstream.clients.gateway.errors import ApiError, from_server  # noqa: E402
 from barkstream.clients.gateway.sentences import SentenceBuffer  # noqa: E402
 from barkstream.clients.gateway.settings import read_keys  # noqa: E402
-from barkstream.clients.gateway.voices import OPENAI_VOICES, alias_voices, list_voices  # noqa: E402
+from barkstream.clients.gateway.voices import OPENAI_VOICES, alias_voices  # noqa: E402
 from barkstream.clients.protocol import BarkstreamError  # noqa: E402
+from barkstream.options import Schedule  # noqa: E402
+from barkstream.text import PARAGRAPH_PAUSE, split_sentences  # noqa: E402
+from barkstream.voices import list_voices  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Good morning, how are you today?"
@@ -44,27 +48,46 @@ GOOD = {"model": "bark", "input": TEXT, "voice": "heart_0"}
 # --- sentences of a text that is still being written ----------------------------------------------------------------
 
 
-def test_letter_by_letter_gives_the_sentences_of_the_whole():
-    buffer = SentenceBuffer()
-    text = "It costs 3.14 dollars, e.g. this one. Is that much? I do not think so! And on"
-    pushed = [sentence for letter in text for sentence in buffer.push(letter)]
-    assert pushed == ["It costs 3.14 dollars, e.g. this one.", "Is that much?", "I do not think so!"]
-    assert buffer.flush() == ["And on"]
+def english(text: str) -> str:
+    return "en"
+
+
+@pytest.mark.parametrize("n_letters", [1, 3, 50])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It costs 3.14 dollars, e.g. this one. Is that much? I do not think so! And on",
+        "“Go away, all of you!” she said. “Now!” And then... she left. No. Yes. Well, who knows what comes?",
+        "Chapter 1\n\nIt was a dark and stormy night.\n\n- One\n- Two\n- Three of them\n\nThe end of it all.",
+        "今天天气很好，我们去公园走走。「你明天还会再来这里吗？」",
+        "M. Dupont est arrivé ce matin. « Bonjour ! » dit-il à tout le monde.",
+        "and then there was another thing to say, " * 12,
+    ],
+)
+def test_piece_by_piece_gives_the_sentences_and_pauses_of_the_whole(text, n_letters):
+    buffer = SentenceBuffer(english)
+    pieces = [text[i : i + n_letters] for i in range(0, len(text), n_letters)]
+    given = [sentence for piece in pieces for sentence in buffer.push(piece)]
+    whole = list(split_sentences(text))
+    assert given == whole[:-1]
+    assert buffer.flush() == whole[-1:]
     assert len(buffer) == 0
+    assert buffer.flush() == []
 
 
 def test_a_sentence_is_given_when_the_next_begins():
-    buffer = SentenceBuffer()
-    assert buffer.push("This is the first one. ") == []
-    assert buffer.push("T") == ["This is the first one."]
+    buffer = SentenceBuffer(english)
+    assert buffer.push("This is the very first one. ") == []
+    assert [sentence.text for sentence in buffer.push("T")] == ["This is the very first one."]
 
 
-def test_a_sentence_without_end_is_cut_at_a_clause():
-    buffer = SentenceBuffer()
-    clause = "and then there was another thing to say, "
-    given = [sentence for _ in range(12) for sentence in buffer.push(clause)]
-    assert given
-    assert " ".join([*given, *buffer.flush()]).split() == (clause * 12).split()
+def test_a_text_is_read_in_the_language_of_its_session():
+    german = "Das war am 3. Oktober bei uns. Danach ging er."
+    voicing = Voicing.parse({"voice": "v2/de_speaker_3"}, {})
+    buffer = SentenceBuffer(voicing.language_of)
+    assert [sentence.text for sentence in buffer.push(german)] == ["Das war am 3. Oktober bei uns."]
+    assert Voicing.parse({"voice": "v2/de_speaker_3", "language": "fr"}, {}).language_of(german) == "fr"
+    assert voicing.language_of("今日はとてもいい天気ですね。") == "ja"
 
 
 # --- who may speak, and how often -----------------------------------------------------------------------------------
@@ -100,10 +123,6 @@ def test_openais_voices_stand_for_presets_english_ones_first():
     assert set(alias_voices(["v2/de_speaker_0", "v2/en_speaker_0"]).values()) == {"v2/en_speaker_0"}
     assert alias_voices(["a", "b"])["ash"] == "b"
     assert "alloy" not in alias_voices(["alloy"])
-
-
-def test_a_folder_without_voices_lists_none(tmp_path):
-    assert list_voices(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -165,6 +184,11 @@ def error_of(response: httpx.Response) -> dict:
         ({"top_p": "half"}, "top_p", "a number"),
         ({"top_p": float("nan")}, "top_p", "a number"),
         ({"temperature": 10**400}, "temperature", "a number"),
+        ({"guard": "yes"}, "guard", "true or false"),
+        ({"normalize": 1}, "normalize", "true or false"),
+        ({"language": ["de"]}, "language", "a text"),
+        ({"speakers": ["A"]}, "speakers", "an object"),
+        ({"speakers": {"A": 1}}, "speakers", "a name from /v1/audio/voices"),
         ({"temprature": 1}, "temprature", "no field 'temprature'"),
         ({"input": "\ud800"}, None, "lone surrogate"),
     ],
@@ -354,12 +378,20 @@ def assert_same_speech(first: bytes, second: bytes) -> None:
     assert np.abs(difference).mean() < 33
 
 
-def test_the_gateway_says_what_the_server_says(server, url):
-    heard = httpx.post(
-        url + SPEECH, json={**GOOD, "response_format": "pcm", "seed": 11, "max_seconds": 1}, timeout=60
-    ).content
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"voice": "heart_0", "max_seconds": 1.0},
+        {"voice": "Heart 0", "language": "de", "normalize": True, "guard": True},
+        {"speakers": {"Ann": "heart_0", "Bob": None}},
+    ],
+)
+def test_the_gateway_says_what_the_server_says(server, url, options):
+    text = "ANN: It is 3 o'clock.\nBOB: So it is."
+    wanted = {"model": "bark", "input": text, "response_format": "pcm", "seed": 11, **options}
+    heard = httpx.post(url + SPEECH, json=wanted, timeout=60).content
     with Client(server.grpc_url) as client:
-        spoken = client.speak(TEXT, voice="heart_0", seed=11, max_seconds=1)
+        spoken = client.speak(text, seed=11, **options)
     assert_same_speech(heard, np.rint(np.clip(spoken, -1, 1) * 32767).astype("<i2").tobytes())
 
 
@@ -367,8 +399,9 @@ def test_it_lists_the_models_and_the_voices(speaker, url, repository):
     assert "bark" in [model.id for model in speaker.models.list()]
     assert speaker.models.retrieve("bark").object == "model"
     voices = httpx.get(f"{url}/v1/audio/voices").json()["voices"]
-    assert [voice["id"] for voice in voices if "alias_of" not in voice] == list_voices(repository)
-    assert "heart_0" in list_voices(repository)
+    presets = list(list_voices(repository / "bark/1/voices"))
+    assert [voice["id"] for voice in voices if "alias_of" not in voice] == presets
+    assert "heart_0" in presets
     assert [voice["id"] for voice in voices if "alias_of" in voice] == list(OPENAI_VOICES)
     assert httpx.get(f"{url}/health").json() == {"status": "ready"}
 
@@ -379,6 +412,8 @@ def test_it_lists_the_models_and_the_voices(speaker, url, repository):
         ({"voice": "hart_0"}, "voice", "did you mean 'heart_0'"),
         ({"temperature": -1}, "temperature", "at least 0"),
         ({"top_k": 0}, "top_k", "leave top_k out"),
+        ({"language": "xx"}, "language", "must be one of de, en"),
+        ({"speakers": {"A": "nobody"}}, "voice", "no voice 'nobody'"),
     ],
 )
 def test_what_the_server_refuses_is_a_bad_request_that_names_the_field(speaker, options, param, said):
@@ -465,6 +500,16 @@ def test_a_sentence_is_spoken_while_the_next_is_being_written(session):
     assert [m["text"] for m in messages if m["type"] == "speech.sentence"] == ["It is a fine day."]
     assert messages[-1] == {"type": "speech.audio.done", "cancelled": False}
     assert len(audio_in(messages)) / 2 / RATE > 2
+
+
+def test_a_new_paragraph_is_spoken_after_a_longer_pause(session):
+    session.send("session.update", voice="heart_0", max_seconds=1)
+    session.send("input_text.append", text="Good morning to you all.\n\nIt is a fine day, and so it was yesterday.")
+    session.send("input_text.flush")
+    messages = session.until("speech.audio.done")
+    second = [i for i, message in enumerate(messages) if message["type"] == "speech.sentence"][1]
+    pause = round(PARAGRAPH_PAUSE * Schedule.sentence_pause_s * RATE)
+    assert base64.b64decode(messages[second + 1]["audio"]) == bytes(2 * pause)
 
 
 def test_a_turn_is_one_stream_of_audio_and_turns_follow_one_another(session):
