@@ -382,8 +382,8 @@ def assert_same_speech(first: bytes, second: bytes) -> None:
     "options",
     [
         {"voice": "heart_0", "max_seconds": 1.0},
-        {"voice": "Heart 0", "language": "de", "normalize": True, "guard": True},
-        {"speakers": {"Ann": "heart_0", "Bob": None}},
+        {"voice": "Heart 0", "language": "de", "normalize": True, "guard": True, "max_seconds": 2.0},
+        {"speakers": {"Ann": "heart_0", "Bob": None}, "max_seconds": 3.0},
     ],
 )
 def test_the_gateway_says_what_the_server_says(server, url, options):
