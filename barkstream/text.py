@@ -35,6 +35,7 @@ CLOSERS = "\"'”’»)]」』"
 IDEOGRAPH = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")  # Chinese and Japanese, not Korean
 SHORT_WORD = re.compile(r"(?:^|\s)\w{1,3}\.$")  # an abbreviation, if what follows is no beginning
+OPENER = re.compile(r"\s([“«])$")  # of a quotation whose end the library has not seen, which it takes for a closer
 INITIAL = re.compile(r"(?:^|\s)[^\W\d_]\.$")  # "M. Dupont", "A. S. Puschkin"
 
 
@@ -154,7 +155,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 def _split_paragraph(paragraph: str, language: str, normalized: bool, speaker: str) -> Iterator[Sentence]:
     found = (_one_line(sentence) for sentence in _segment(language, paragraph))
-    for sentence in _rejoin_abbreviations(sentence for sentence in found if sentence):
+    for sentence in _mend(sentence for sentence in found if sentence):
         said = normalize(sentence, language) if normalized else sentence
         pause = ELLIPSIS_PAUSE if said.rstrip(CLOSERS).endswith(("...", "…")) else SENTENCE_PAUSE
         yield from _parts(_shorten(said, MAX_SENTENCE_S), pause, speaker)
@@ -170,10 +171,12 @@ def _segment(language: str, paragraph: str) -> list[str]:
         return [plain]
 
 
-def _rejoin_abbreviations(sentences: Iterable[str]) -> Iterator[str]:
-    """The same sentences; what was parted at an abbreviation that the library does not know is whole again."""
+def _mend(sentences: Iterable[str]) -> Iterator[str]:
+    """The same sentences; one that was parted at an abbreviation is whole again, and an opening quote with what it opens."""
     held = ""
     for sentence in sentences:
+        if opener := OPENER.search(held):
+            held, sentence = held[: opener.start()], opener[1] + sentence
         parted = INITIAL.search(held) or (SHORT_WORD.search(held) and sentence[0].islower())
         if held and not parted:
             yield held

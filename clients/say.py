@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from barkstream import server
 from barkstream.clients.client import Client, Stream
-from barkstream.clients.encode import FORMATS, Encoder, wav_header
+from barkstream.clients.encode import FORMATS, open_encoder, wav_header
 from barkstream.clients.play import Player
 from barkstream.clients.plot import load_matplotlib, plot_speech
 from barkstream.clients.protocol import BarkstreamError, Options
@@ -201,7 +201,7 @@ class File:
 
     def __init__(self, path: Path, format: str, sample_rate: int):
         self._path, self._format, self._rate = path, format, sample_rate
-        self._encoder, self._n_samples = Encoder(format, sample_rate), 0
+        self._encoder, self._n_samples = open_encoder(format, sample_rate), 0
         self._file: IO[bytes] | None = None
 
     def write(self, samples: NDArray[np.float32]) -> None:
@@ -220,7 +220,7 @@ class File:
     ) -> None:
         if self._file is None:
             return
-        self._file.write(self._encoder.close())
+        self._file.write(self._encoder.finish())
         if self._path == STDOUT:
             self._file.flush()
             return

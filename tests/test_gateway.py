@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,115 +17,77 @@ import httpx
 import numpy as np
 import pytest
 
-av = pytest.importorskip("av", reason="the gateway extra is not installed: make .venv/gateway")
+pytest.importorskip("av", reason="the gateway extra is not installed: make .venv/gateway")
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed: make .venv/test")
+from decode import RATE, decode  # noqa: E402
 from gateways import metrics, one_more_cancelled, running_gateway, scripted_server, wait_until  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
 from barkstream.clients import Client  # noqa: E402
 from barkstream.clients.cli import main  # noqa: E402
+from barkstream.clients.encode import FORMATS  # noqa: E402
 from barkstream.clients.gateway.access import RateLimiter  # noqa: E402
-from barkstream.clients.gateway.encoders import FORMATS, open_encoder, wav_header  # noqa: E402
+from barkstream.clients.gateway.conversation import Voicing  # noqa: E402
 from barkstream.clients.gateway.errors import ApiError, from_server  # noqa: E402
 from barkstream.clients.gateway.sentences import SentenceBuffer  # noqa: E402
 from barkstream.clients.gateway.settings import read_keys  # noqa: E402
-from barkstream.clients.gateway.voices import OPENAI_VOICES, alias_voices, list_voices  # noqa: E402
+from barkstream.clients.gateway.voices import OPENAI_VOICES, alias_voices  # noqa: E402
 from barkstream.clients.protocol import BarkstreamError  # noqa: E402
+from barkstream.options import Schedule  # noqa: E402
+from barkstream.text import PARAGRAPH_PAUSE, split_sentences  # noqa: E402
+from barkstream.voices import list_voices  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Good morning, how are you today?"
 LONG_TEXT = "And so it went on and on, all through the day and the night. " * 20
-RATE = 24_000  # Hz
-CHUNK = 7680  # samples of a first chunk: .32 s
 SPEECH = "/v1/audio/speech"
 GOOD = {"model": "bark", "input": TEXT, "voice": "heart_0"}
-
-
-# --- formats --------------------------------------------------------------------------------------------------------
-
-
-def tone(seconds: float, hz: float = 440.0) -> np.ndarray:
-    return (0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
-
-
-def encode(samples: np.ndarray, response_format: str, speed: float = 1.0) -> list[bytes]:
-    """A piece for every chunk, then the rest."""
-    encoder = open_encoder(response_format, RATE, speed)
-    pieces = [encoder.encode(samples[i : i + CHUNK]) for i in range(0, len(samples), CHUNK)]
-    return [*pieces, encoder.finish()]
-
-
-def decode(audio: bytes, response_format: str) -> tuple[np.ndarray, int]:
-    """Samples [n], -1..1, and their rate."""
-    if response_format == "pcm":
-        return np.frombuffer(audio, "<i2") / 32768, RATE
-    with av.open(io.BytesIO(audio)) as file:
-        frames = [
-            frame
-            for part in [av.AudioResampler("flt", "mono")]
-            for raw in file.decode(audio=0)
-            for frame in part.resample(raw)
-        ]
-        return np.concatenate([frame.to_ndarray()[0] for frame in frames]), frames[0].sample_rate
-
-
-def loudest_hz(samples: np.ndarray, rate: int) -> float:
-    return float(np.abs(np.fft.rfft(samples)).argmax() * rate / len(samples))
-
-
-@pytest.mark.parametrize("response_format", FORMATS)
-def test_every_format_streams_from_the_first_chunk_and_holds_the_audio(response_format):
-    pieces = encode(tone(2.0), response_format)
-    assert all(pieces[:3])
-    heard, rate = decode(b"".join(pieces), response_format)
-    assert len(heard) / rate == pytest.approx(2.0, abs=0.1)  # encoders pad
-    assert loudest_hz(heard, rate) == pytest.approx(440, abs=2)
-    assert np.abs(heard).max() == pytest.approx(0.5, abs=0.1)
-
-
-@pytest.mark.parametrize("response_format", ["wav", "pcm", "flac"])
-def test_what_is_not_compressed_or_only_packed_is_exact(response_format):
-    heard, _ = decode(b"".join(encode(tone(1.0), response_format)), response_format)
-    np.testing.assert_allclose(heard, tone(1.0), atol=1e-4)
-
-
-@pytest.mark.parametrize("speed", [0.25, 0.7, 2.0, 4.0])
-def test_speed_changes_the_duration_and_not_the_pitch(speed):
-    heard, rate = decode(b"".join(encode(tone(2.0), "pcm", speed)), "pcm")
-    assert len(heard) / rate == pytest.approx(2.0 / speed, rel=0.05)
-    assert loudest_hz(heard, rate) == pytest.approx(440, abs=5)
-
-
-def test_a_wav_of_known_length_is_read_by_the_standard_library():
-    with wave.open(io.BytesIO(wav_header(RATE, 8) + bytes(8))) as file:
-        assert (file.getframerate(), file.getnchannels(), file.getsampwidth(), file.getnframes()) == (RATE, 1, 2, 4)
 
 
 # --- sentences of a text that is still being written ----------------------------------------------------------------
 
 
-def test_letter_by_letter_gives_the_sentences_of_the_whole():
-    buffer = SentenceBuffer()
-    text = "It costs 3.14 dollars, e.g. this one. Is that much? I do not think so! And on"
-    pushed = [sentence for letter in text for sentence in buffer.push(letter)]
-    assert pushed == ["It costs 3.14 dollars, e.g. this one.", "Is that much?", "I do not think so!"]
-    assert buffer.flush() == ["And on"]
+def english(text: str) -> str:
+    return "en"
+
+
+@pytest.mark.parametrize("n_letters", [1, 3, 50])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It costs 3.14 dollars, e.g. this one. Is that much? I do not think so! And on",
+        "“Go away, all of you!” she said. “Now!” And then... she left. No. Yes. Well, who knows what comes?",
+        "Chapter 1\n\nIt was a dark and stormy night.\n\n- One\n- Two\n- Three of them\n\nThe end of it all.",
+        "今天天气很好，我们去公园走走。「你明天还会再来这里吗？」",
+        "M. Dupont est arrivé ce matin. « Bonjour ! » dit-il à tout le monde.",
+        "and then there was another thing to say, " * 12,
+    ],
+)
+def test_piece_by_piece_gives_the_sentences_and_pauses_of_the_whole(text, n_letters):
+    buffer = SentenceBuffer(english)
+    pieces = [text[i : i + n_letters] for i in range(0, len(text), n_letters)]
+    given = [sentence for piece in pieces for sentence in buffer.push(piece)]
+    whole = list(split_sentences(text))
+    assert given == whole[:-1]
+    assert buffer.flush() == whole[-1:]
     assert len(buffer) == 0
+    assert buffer.flush() == []
 
 
 def test_a_sentence_is_given_when_the_next_begins():
-    buffer = SentenceBuffer()
-    assert buffer.push("This is the first one. ") == []
-    assert buffer.push("T") == ["This is the first one."]
+    buffer = SentenceBuffer(english)
+    assert buffer.push("This is the very first one. ") == []
+    assert [sentence.text for sentence in buffer.push("T")] == ["This is the very first one."]
 
 
-def test_a_sentence_without_end_is_cut_at_a_clause():
-    buffer = SentenceBuffer()
-    clause = "and then there was another thing to say, "
-    given = [sentence for _ in range(12) for sentence in buffer.push(clause)]
-    assert given
-    assert " ".join([*given, *buffer.flush()]).split() == (clause * 12).split()
+def test_a_text_is_read_in_the_language_of_its_session():
+    german = "Das war am 3. Oktober bei uns. Danach ging er."
+    voicing = Voicing.parse({"voice": "v2/de_speaker_3"}, {})
+    buffer = SentenceBuffer(voicing.language_of)
+    assert [sentence.text for sentence in buffer.push(german)] == ["Das war am 3. Oktober bei uns."]
+    assert Voicing.parse({"voice": "v2/de_speaker_3", "language": "fr"}, {}).language_of(german) == "fr"
+    assert voicing.language_of("今日はとてもいい天気ですね。") == "ja"
 
 
 # --- who may speak, and how often -----------------------------------------------------------------------------------
@@ -163,10 +123,6 @@ def test_openais_voices_stand_for_presets_english_ones_first():
     assert set(alias_voices(["v2/de_speaker_0", "v2/en_speaker_0"]).values()) == {"v2/en_speaker_0"}
     assert alias_voices(["a", "b"])["ash"] == "b"
     assert "alloy" not in alias_voices(["alloy"])
-
-
-def test_a_folder_without_voices_lists_none(tmp_path):
-    assert list_voices(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -228,6 +184,11 @@ def error_of(response: httpx.Response) -> dict:
         ({"top_p": "half"}, "top_p", "a number"),
         ({"top_p": float("nan")}, "top_p", "a number"),
         ({"temperature": 10**400}, "temperature", "a number"),
+        ({"guard": "yes"}, "guard", "true or false"),
+        ({"normalize": 1}, "normalize", "true or false"),
+        ({"language": ["de"]}, "language", "a text"),
+        ({"speakers": ["A"]}, "speakers", "an object"),
+        ({"speakers": {"A": 1}}, "speakers", "a name from /v1/audio/voices"),
         ({"temprature": 1}, "temprature", "no field 'temprature'"),
         ({"input": "\ud800"}, None, "lone surrogate"),
     ],
@@ -417,12 +378,20 @@ def assert_same_speech(first: bytes, second: bytes) -> None:
     assert np.abs(difference).mean() < 33
 
 
-def test_the_gateway_says_what_the_server_says(server, url):
-    heard = httpx.post(
-        url + SPEECH, json={**GOOD, "response_format": "pcm", "seed": 11, "max_seconds": 1}, timeout=60
-    ).content
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"voice": "heart_0", "max_seconds": 1.0},
+        {"voice": "Heart 0", "language": "de", "normalize": True, "guard": True, "max_seconds": 2.0},
+        {"speakers": {"Ann": "heart_0", "Bob": None}, "max_seconds": 3.0},
+    ],
+)
+def test_the_gateway_says_what_the_server_says(server, url, options):
+    text = "ANN: It is 3 o'clock.\nBOB: So it is."
+    wanted = {"model": "bark", "input": text, "response_format": "pcm", "seed": 11, **options}
+    heard = httpx.post(url + SPEECH, json=wanted, timeout=60).content
     with Client(server.grpc_url) as client:
-        spoken = client.speak(TEXT, voice="heart_0", seed=11, max_seconds=1)
+        spoken = client.speak(text, seed=11, **options)
     assert_same_speech(heard, np.rint(np.clip(spoken, -1, 1) * 32767).astype("<i2").tobytes())
 
 
@@ -430,8 +399,9 @@ def test_it_lists_the_models_and_the_voices(speaker, url, repository):
     assert "bark" in [model.id for model in speaker.models.list()]
     assert speaker.models.retrieve("bark").object == "model"
     voices = httpx.get(f"{url}/v1/audio/voices").json()["voices"]
-    assert [voice["id"] for voice in voices if "alias_of" not in voice] == list_voices(repository)
-    assert "heart_0" in list_voices(repository)
+    presets = list(list_voices(repository / "bark/1/voices"))
+    assert [voice["id"] for voice in voices if "alias_of" not in voice] == presets
+    assert "heart_0" in presets
     assert [voice["id"] for voice in voices if "alias_of" in voice] == list(OPENAI_VOICES)
     assert httpx.get(f"{url}/health").json() == {"status": "ready"}
 
@@ -442,6 +412,8 @@ def test_it_lists_the_models_and_the_voices(speaker, url, repository):
         ({"voice": "hart_0"}, "voice", "did you mean 'heart_0'"),
         ({"temperature": -1}, "temperature", "at least 0"),
         ({"top_k": 0}, "top_k", "leave top_k out"),
+        ({"language": "xx"}, "language", "must be one of de, en"),
+        ({"speakers": {"A": "nobody"}}, "voice", "no voice 'nobody'"),
     ],
 )
 def test_what_the_server_refuses_is_a_bad_request_that_names_the_field(speaker, options, param, said):
@@ -528,6 +500,16 @@ def test_a_sentence_is_spoken_while_the_next_is_being_written(session):
     assert [m["text"] for m in messages if m["type"] == "speech.sentence"] == ["It is a fine day."]
     assert messages[-1] == {"type": "speech.audio.done", "cancelled": False}
     assert len(audio_in(messages)) / 2 / RATE > 2
+
+
+def test_a_new_paragraph_is_spoken_after_a_longer_pause(session):
+    session.send("session.update", voice="heart_0", max_seconds=1)
+    session.send("input_text.append", text="Good morning to you all.\n\nIt is a fine day, and so it was yesterday.")
+    session.send("input_text.flush")
+    messages = session.until("speech.audio.done")
+    second = [i for i, message in enumerate(messages) if message["type"] == "speech.sentence"][1]
+    pause = round(PARAGRAPH_PAUSE * Schedule.sentence_pause_s * RATE)
+    assert base64.b64decode(messages[second + 1]["audio"]) == bytes(2 * pause)
 
 
 def test_a_turn_is_one_stream_of_audio_and_turns_follow_one_another(session):

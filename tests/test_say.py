@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 
 from barkstream.clients.cli import main
-from barkstream.clients.encode import FORMATS, Encoder, FormatUnavailable
 from barkstream.clients.play import Player, SoundUnavailable
 from barkstream.clients.protocol import BarkstreamError
 from barkstream.clients.say import STDOUT, File, choose_output, sayable, split_file
@@ -28,41 +26,7 @@ RATE = 24_000
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE)).astype(np.float32)
 
 
-# --- formats ---------------------------------------------------------------------------------------------------------
-
-
-def encoded(format, n_chunks=9):
-    encoder = Encoder(format, RATE)
-    parts = [encoder.encode(chunk) for chunk in np.array_split(TONE, n_chunks)]
-    return parts, b"".join([*parts, encoder.close()])
-
-
-@pytest.mark.parametrize("format", [name for name in FORMATS if name != "pcm"])
-def test_every_format_holds_the_speech(format):
-    _, whole = encoded(format)
-    with av.open(io.BytesIO(whole)) as container:
-        frames = list(container.decode(audio=0))
-        rate = container.streams.audio[0].rate
-    assert sum(frame.samples for frame in frames) / rate == pytest.approx(2.0, abs=0.1)
-
-
-def test_pcm_is_the_samples_alone():
-    _, whole = encoded("pcm")
-    np.testing.assert_allclose(np.frombuffer(whole, "<i2") / 32767, TONE, atol=1e-4)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_bytes_come_while_the_speech_does(format):
-    parts, whole = encoded(format)
-    assert sum(map(len, parts[:5])) > 0.3 * len(whole)
-
-
-def test_a_format_that_is_none_or_not_installed_is_one_sentence(monkeypatch):
-    with pytest.raises(FormatUnavailable, match="no format 'midi'; there are wav, pcm, flac"):
-        Encoder("midi", RATE)
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(FormatUnavailable, match=r"pip install 'barkstream\[formats\]'"):
-        Encoder("mp3", RATE)
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_wav_file_says_its_length_at_the_end(tmp_path):

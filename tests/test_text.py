@@ -39,6 +39,11 @@ def test_quotes_stay_with_their_sentence():
     assert texts('He said "go away, all of you!" Then everybody left the room.')[0] == 'He said "go away, all of you!"'
 
 
+@pytest.mark.parametrize("quote", ["“Now go", "« Now go"])
+def test_a_quote_that_is_not_closed_goes_with_what_it_opens(quote):
+    assert "".join(texts(f"That is what I have to say. {quote}")[1].split()) == "".join(quote.split())
+
+
 def test_very_short_sentences_are_said_together():
     assert texts("No. Yes. Well, who can say what tomorrow brings?") == [
         "No. Yes. Well, who can say what tomorrow brings?"

@@ -24,7 +24,8 @@ from barkstream.clients.gateway.settings import Settings
 from barkstream.clients.gateway.speech import SpeechResponse
 from barkstream.clients.gateway.speech_request import MODELS, SpeechRequest
 from barkstream.clients.gateway.upstream import Upstream
-from barkstream.clients.gateway.voices import alias_voices, list_voices
+from barkstream.clients.gateway.voices import alias_voices, describe_voice
+from barkstream.voices import list_voices
 
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
@@ -77,7 +78,7 @@ class Gateway:
         self._settings = settings
         self._upstream = Upstream(settings.url)
         self._limiter = RateLimiter(settings.requests_per_minute)
-        self._presets = list_voices(settings.repository)
+        self._presets = list(list_voices(settings.repository / "bark/1/voices"))
         self._aliases = alias_voices(self._presets)
 
     @contextlib.asynccontextmanager
@@ -104,8 +105,8 @@ class Gateway:
 
     async def voices(self, request: Request) -> Response:
         """GET /v1/audio/voices: the presets, then OpenAI's names and what they stand for."""
-        presets = [{"id": name, "name": name} for name in self._presets]
-        aliases = [{"id": alias, "name": f"{alias} ({of})", "alias_of": of} for alias, of in self._aliases.items()]
+        presets = [describe_voice(name) for name in self._presets]
+        aliases = [describe_voice(alias, stands_for) for alias, stands_for in self._aliases.items()]
         return JSONResponse({"object": "list", "voices": presets + aliases})
 
     async def models(self, request: Request) -> Response:

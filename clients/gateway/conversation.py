@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from barkstream.clients.aio import AsyncStream
-from barkstream.clients.gateway.encoders import FORMATS, Encoder, open_encoder
+from barkstream.clients.encode import FORMATS, Encoder, open_encoder
 from barkstream.clients.gateway.errors import ApiError, bad_field
 from barkstream.clients.gateway.sentences import SentenceBuffer
 from barkstream.clients.gateway.speech import audio_message, first_of
@@ -28,8 +28,10 @@ from barkstream.clients.gateway.speech_request import (
 )
 from barkstream.clients.gateway.upstream import Upstream
 from barkstream.clients.protocol import BarkstreamError, Options
+from barkstream.languages import choose_language, language_of_voice
+from barkstream.options import Schedule
+from barkstream.text import Sentence
 
-SENTENCE_PAUSE_S = 0.25  # as inside one text
 SESSION_FIELDS = ("type", "voice", "response_format", "speed", *BARK_FIELDS)
 CLOSE_CODES = {400: 1008, 429: 1013, 503: 1013}  # RFC 6455: refused; try again later
 
@@ -52,6 +54,11 @@ class Voicing:
             read_number(given, "speed", SLOWEST, FASTEST, 1.0),
         )
 
+    def language_of(self, text: str) -> str:
+        """The language to read a text in, as the server chooses it."""
+        voice = self.options.get("voice")
+        return choose_language(self.options.get("language"), language_of_voice(voice) if voice else None, text)
+
 
 @dataclass
 class Turn:
@@ -59,20 +66,18 @@ class Turn:
 
     encoder: Encoder
     options: Options  # of the next sentence
-    pause: NDArray[np.float32]  # silence between two sentences
-    n_spoken: int = 0  # sentences
+    pause: NDArray[np.float32]  # silence before it
 
     @classmethod
     def begin(cls, voicing: Voicing, sample_rate: int) -> Turn:
         encoder = open_encoder(voicing.response_format, sample_rate, voicing.speed)
-        pause = np.zeros(round(SENTENCE_PAUSE_S * sample_rate), np.float32)
         options = Options(**voicing.options)
         options["return_prompt"] = not options.get("voice")  # the first sentence's own voice, for the others
-        return cls(encoder, options, pause)
+        return cls(encoder, options, np.zeros(0, np.float32))
 
-    def go_on(self, stream: AsyncStream) -> None:
-        """A sentence has been spoken; the next has its voice, and a seed of its own."""
-        self.n_spoken += 1
+    def go_on(self, sentence: Sentence, stream: AsyncStream, sample_rate: int) -> None:
+        """A sentence has been spoken; the next comes after its pause, with its voice, and a seed of its own."""
+        self.pause = np.zeros(round(sentence.pause * Schedule.sentence_pause_s * sample_rate), np.float32)
         if stream.history_prompt is not None:
             self.options["history_prompt"], self.options["return_prompt"] = stream.history_prompt, False
         if (seed := self.options.get("seed")) is not None:
@@ -92,8 +97,8 @@ class Conversation:
         self._aliases = aliases
         self._max_characters = max_characters
         self._voicing = Voicing(Options())
-        self._buffer = SentenceBuffer()
-        self._sentences: asyncio.Queue[str | None] = asyncio.Queue()  # None: the turn ends
+        self._buffer = SentenceBuffer(lambda text: self._voicing.language_of(text))
+        self._sentences: asyncio.Queue[Sentence | None] = asyncio.Queue()  # None: the turn ends
         self._n_queued = 0  # characters in it
         self._stream: AsyncStream | None = None  # the sentence being spoken
         self._cancelled = False
@@ -151,9 +156,9 @@ class Conversation:
             raise bad_field("text", f"at most {self._max_characters:,} characters may wait to be spoken")
         self._queue(self._buffer.push(text))
 
-    def _queue(self, sentences: Sequence[str | None]) -> None:
+    def _queue(self, sentences: Sequence[Sentence | None]) -> None:
         for sentence in sentences:
-            self._n_queued += len(sentence or "")
+            self._n_queued += len(sentence.text) if sentence else 0
             self._sentences.put_nowait(sentence)
 
     def _cancel(self) -> None:
@@ -180,15 +185,15 @@ class Conversation:
     async def _speak_turn(self, sample_rate: int) -> None:
         turn: Turn | None = None
         while (sentence := await self._sentences.get()) is not None:
-            self._n_queued -= len(sentence)
+            self._n_queued -= len(sentence.text)
             turn = turn or Turn.begin(self._voicing, sample_rate)  # as the session is set when the turn begins
-            stream = self._stream = self._client.stream(sentence, **turn.options)  # no await before: _cancel closes it
-            await self._send("speech.sentence", text=sentence)
-            if turn.n_spoken:
-                await self._send_audio(turn.encoder.encode(turn.pause))
+            # No await before this: _cancel closes the stream.
+            stream = self._stream = self._client.stream(sentence.text, **turn.options)
+            await self._send("speech.sentence", text=sentence.text)
+            await self._send_audio(turn.encoder.encode(turn.pause))
             async for chunk in stream:
                 await self._send_audio(turn.encoder.encode(chunk))
-            turn.go_on(stream)
+            turn.go_on(sentence, stream, sample_rate)
         if turn:
             await self._send_audio(turn.encoder.finish())
 

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-from barkstream.text import MAX_SENTENCE_S, SENTENCE_END, estimated_seconds, split_sentences
+from collections.abc import Callable
+
+from barkstream.text import Sentence, split_sentences
 
 
 class SentenceBuffer:
-    """Takes text piece by piece and gives sentences as soon as they are complete.
+    """Takes text piece by piece and gives the sentences of the whole, each as soon as it is complete.
 
-    A sentence is complete when the next one has begun: only then is a full stop known to be one ("e.g. this", "3.14").
-    One that grows longer than Bark says well is cut at a clause.
+    A sentence is complete when the next one has begun: only then is a full stop known to be one ("e.g. this", "3.14"), and
+    the pause after it. A very short one waits for the next; one that grows longer than Bark says well is cut at a clause.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, language_of: Callable[[str], str]) -> None:
+        """language_of: the language to read a text in."""
+        self._language_of = language_of
         self._text = ""
 
     def __len__(self) -> int:
         """Characters not yet given out."""
         return len(self._text)
 
-    def push(self, piece: str) -> list[str]:
+    def push(self, piece: str) -> list[Sentence]:
         """Add a piece of text; returns the sentences that it completes."""
         self._text += piece
-        ends = [end.end() for end in SENTENCE_END.finditer(self._text) if end.end() < len(self._text)]
-        complete, self._text = self._text[: max(ends, default=0)], self._text[max(ends, default=0) :]
-        sentences = split_sentences(complete)
-        if estimated_seconds(self._text) > MAX_SENTENCE_S:
-            *clauses, rest = split_sentences(self._text)
-            sentences += clauses
-            self._text = rest + (" " if self._text[-1].isspace() else "")
-        return sentences
+        complete = self._split()[:-1]
+        self._text = self._text[_length_in(self._text, complete) :]
+        return complete
 
-    def flush(self) -> list[str]:
+    def flush(self) -> list[Sentence]:
         """The rest, complete or not."""
-        rest, self._text = self._text, ""
-        return split_sentences(rest)
+        rest, self._text = self._split(), ""
+        return rest
+
+    def _split(self) -> list[Sentence]:
+        return list(split_sentences(self._text, self._language_of(self._text))) if self._text.strip() else []
+
+
+def _length_in(text: str, sentences: list[Sentence]) -> int:
+    """How much of the text its first sentences are; they have other white space and perhaps more full stops."""
+    n = 0
+    for mark in "".join("".join(sentence.text.split()) for sentence in sentences):
+        while text[n].isspace():
+            n += 1
+        n += text[n] == mark  # else one that was added
+    return n

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from barkstream.clients.aio import AsyncStream
-from barkstream.clients.gateway.encoders import Encoder, media_type, open_encoder
+from barkstream.clients.encode import Encoder, media_type, open_encoder
 from barkstream.clients.gateway.errors import ApiError
 from barkstream.clients.gateway.speech_request import SpeechRequest
 from barkstream.clients.gateway.upstream import Upstream

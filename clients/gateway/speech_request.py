@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from barkstream.clients.gateway.encoders import FORMATS
+from barkstream.clients.encode import FORMATS
 from barkstream.clients.gateway.errors import ApiError, bad_field
 from barkstream.clients.protocol import Options
 
@@ -15,6 +16,9 @@ MODELS = ("bark", "tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # Bark, and the names
 OPENAI_FIELDS = ("model", "input", "voice", "instructions", "response_format", "speed", "stream_format")
 # Bark's own, for `extra_body` of OpenAI's client; whether a value makes sense is the server's to say.
 BARK_FIELDS = {
+    "language": str,
+    "normalize": bool,
+    "guard": bool,
     "seed": int,
     "temperature": float,
     "fine_temperature": float,
@@ -24,6 +28,7 @@ BARK_FIELDS = {
     "max_seconds": float,
     "lookahead": int,
 }
+KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 SLOWEST, FASTEST = 0.25, 4.0
 
 
@@ -33,7 +38,7 @@ class SpeechRequest:
 
     text: str
     options: Options  # for the speech server
-    response_format: str = "mp3"  # one of encoders.FORMATS
+    response_format: str = "mp3"  # one of FORMATS
     speed: float = 1.0  # of speaking; the pitch stays
     events: bool = False  # server-sent events, not bare audio
 
@@ -41,14 +46,16 @@ class SpeechRequest:
     def parse(cls, body: bytes, voice_aliases: dict[str, str], max_characters: int) -> SpeechRequest:
         """A request from JSON. Raises ApiError (400) with the field that is wrong and what would be right."""
         given = read_object(body)
-        check_names(given, (*OPENAI_FIELDS, *BARK_FIELDS))
+        check_names(given, (*OPENAI_FIELDS, "speakers", *BARK_FIELDS))
         if "model" not in given or given["model"] not in MODELS:
             raise bad_field("model", f"model must be one of {', '.join(MODELS)}, got {given.get('model')!r}")
         if given.get("instructions"):
             raise bad_field("instructions", "Bark follows no instructions; write [laughs] or ... into the input")
+        options = read_options(given, voice_aliases)
+        options["speakers"] = _read_speakers(given.get("speakers"), voice_aliases)
         return cls(
             read_text(given, max_characters),
-            read_options(given, voice_aliases),
+            options,
             read_choice(given, "response_format", FORMATS, "mp3"),
             read_number(given, "speed", SLOWEST, FASTEST, 1.0),
             read_choice(given, "stream_format", ("audio", "sse"), "audio") == "sse",
@@ -83,22 +90,20 @@ def read_text(given: dict[str, Any], max_characters: int) -> str:
 
 def read_options(given: dict[str, Any], voice_aliases: dict[str, str]) -> Options:
     """Voice and Bark's own options, as the client library takes them."""
-    options: dict[str, Any] = {"voice": _read_voice(given.get("voice"), voice_aliases)}
+    options: dict[str, Any] = {"voice": _read_voice("voice", given.get("voice"), voice_aliases)}
     for name, kind in BARK_FIELDS.items():
         value = given.get(name)
-        fits = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        if value is not None and not (fits and abs(value) <= sys.float_info.max):  # False for NaN
-            wanted = "a number" if kind is float else "a whole number"
-            raise bad_field(name, f"{name} must be {wanted}, got {value!r}")
+        if value is not None and not _is(kind, value):
+            raise bad_field(name, f"{name} must be {KINDS[kind]}, got {value!r}")
         options[name] = value
     return Options(**options)  # type: ignore[typeddict-item]
 
 
-def read_choice(given: dict[str, Any], name: str, choices: tuple[str, ...], default: str) -> str:
+def read_choice(given: dict[str, Any], name: str, choices: Collection[str], default: str) -> str:
     value = given.get(name, default)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise bad_field(name, f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return str(value)
+    return value
 
 
 def read_number(given: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
@@ -108,10 +113,23 @@ def read_number(given: dict[str, Any], name: str, low: float, high: float, defau
     return float(value)
 
 
-def _read_voice(voice: Any, aliases: dict[str, str]) -> str | None:
-    """A preset's name; None: Bark picks a voice. OpenAI allows {"id": name} as well."""
+def _is(kind: type, value: Any) -> bool:
+    if kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max  # False for NaN
+    return kind in (str, bool) and isinstance(value, kind)
+
+
+def _read_voice(field: str, voice: Any, aliases: dict[str, str]) -> str | None:
+    """A preset's name, which the server matches loosely; None: Bark picks a voice. OpenAI allows {"id": name} as well."""
     if isinstance(voice, dict):
         voice = voice.get("id", voice)
     if voice is not None and not isinstance(voice, str):
-        raise bad_field("voice", f"voice must be a name from /v1/audio/voices, got {voice!r}")
+        raise bad_field(field, f"{field} must be a name from /v1/audio/voices, got {voice!r}")
     return aliases.get(voice, voice) if voice else None
+
+
+def _read_speakers(speakers: Any, aliases: dict[str, str]) -> dict[str, str | None] | None:
+    """Each speaker's voice. None: there is nobody whose turns the input marks."""
+    if speakers is not None and not isinstance(speakers, dict):
+        raise bad_field("speakers", f"speakers must be an object of names and their voices, got {speakers!r}")
+    return {name: _read_voice("speakers", voice, aliases) for name, voice in (speakers or {}).items()} or None

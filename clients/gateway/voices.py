@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from barkstream.languages import language_of_voice
 
 # OpenAI's names. Programs have them built in, so each stands for one of the presets.
 OPENAI_VOICES = (
@@ -10,16 +10,16 @@ OPENAI_VOICES = (
 )  # fmt: skip
 
 
-def list_voices(repository: Path) -> list[str]:
-    """Names of the presets in a model repository, sorted; empty where there is none (a gateway far from its server)."""
-    folder = repository / "bark/1/voices"
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.npz"))
-
-
 def alias_voices(presets: list[str]) -> dict[str, str]:
     """OpenAI's names -> presets: in order, English ones if there are any (`v2/en_speaker_0`), around and around."""
-    chosen = [name for name in presets if "en_speaker" in name] or presets
+    chosen = [name for name in presets if language_of_voice(name) == "en"] or presets
     if not chosen:
         return {}
     aliases = {alias: chosen[i % len(chosen)] for i, alias in enumerate(OPENAI_VOICES)}
     return {alias: preset for alias, preset in aliases.items() if alias not in presets}
+
+
+def describe_voice(name: str, stands_for: str | None = None) -> dict[str, str | None]:
+    """A voice as /v1/audio/voices lists it. language: as in "de", or None where the preset's name does not tell."""
+    alias = {"name": f"{name} ({stands_for})", "alias_of": stands_for} if stands_for else {"name": name}
+    return {"id": name, **alias, "language": language_of_voice(stands_for or name)}
