@@ -22,7 +22,7 @@ import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
 from barkstream.engines import Chunk, Generation, Row, Window
-from barkstream.engines.open import CausalEngine, CausalStageName, EngineError, open_causal, open_codec, open_fine
+from barkstream.engines.open import CausalEngine, CausalStageName, open_causal, open_codec, open_fine
 from barkstream.export.codec_state import state_size
 from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
@@ -411,7 +411,7 @@ def _opened(open_engine: Callable[..., Any], *arguments: Any, **options: Any) ->
     """An engine; one that cannot be opened stops the server with its own sentence."""
     try:
         return open_engine(*arguments, **options)
-    except (EngineError, FileNotFoundError, RuntimeError, ValueError) as error:
+    except (FileNotFoundError, RuntimeError, ValueError) as error:  # EngineError among them
         raise pb_utils.TritonModelException(str(error)) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -75,8 +76,13 @@ def download(repository: str) -> Path:
     except Exception as error:  # the hub client raises its own, its HTTP library's and OSErrors
         reason = _first_line(error)
     try:
-        return Path(hub.snapshot_download(repository, local_files_only=True))
-    except Exception:
+        kept = Path(hub.snapshot_download(repository, local_files_only=True))
+        print(
+            f"the Hugging Face hub did not give '{repository}' ({reason}): taking the copy kept in {kept}",
+            file=sys.stderr,
+        )
+        return kept
+    except Exception:  # as above: whatever it was, there is no copy either
         raise CheckpointError(
             f"no directory '{repository}', and the Hugging Face hub did not give it ({reason})"
         ) from None

@@ -7,7 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from barkstream.engines.cuda_codec import Decoder, read_initializers  # noqa: E402
+from barkstream.engines.cuda_codec import Decoder  # noqa: E402
+from barkstream.engines.kernels.weights import read_initializers  # noqa: E402
 from barkstream.local import LocalStages  # noqa: E402
 
 

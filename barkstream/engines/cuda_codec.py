@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from barkstream.engines import Chunk
 from barkstream.engines.kernels.batched import capture
+from barkstream.engines.kernels.weights import read_initializers
 from barkstream.export.codec_state import state_parts, state_size
 from barkstream.sampling import Floats, Ints
 from barkstream.tokens import CodecLayout
@@ -188,16 +189,6 @@ class _Batch:
         self.states[: len(states)].copy_(states)
         self.graph.replay()
         return self.audio, self.next_states
-
-
-def read_initializers(path: Path) -> dict[str, np.ndarray]:
-    """All constants of a model.onnx by name. Raises FileNotFoundError that says what to do."""
-    import onnx_ir
-
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `make export` (or `barkstream export CHECKPOINT`) first")
-    initializers = onnx_ir.load(path).graph.initializers
-    return {name: value.const_value.numpy() for name, value in initializers.items() if value.const_value is not None}
 
 
 def _reflected(x: Tensor, n: int) -> Tensor:

@@ -79,10 +79,14 @@ def load_weights(named: Mapping[str, np.ndarray | Tensor], size: GPTSize, head: 
 
 def read_onnx(path: Path) -> dict[str, np.ndarray]:
     """The named weights of a stage's model.onnx. Raises FileNotFoundError that says what to do."""
+    return {name: x for name, x in read_initializers(path).items() if ".weight" in name or ".bias" in name}
+
+
+def read_initializers(path: Path) -> dict[str, np.ndarray]:
+    """All constants of a model.onnx by name. Raises FileNotFoundError that says what to do."""
     import onnx_ir
 
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run `make export` (or `barkstream export CHECKPOINT`) first")
     initializers = onnx_ir.load(path).graph.initializers
-    tensors = {name: value.const_value for name, value in initializers.items() if ".weight" in name or ".bias" in name}
-    return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
+    return {name: value.const_value.numpy() for name, value in initializers.items() if value.const_value is not None}
