@@ -21,8 +21,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
-from barkstream.engines import Chunk, Generation, Row, Window
-from barkstream.engines.open import CausalEngine, CausalStageName, open_causal, open_codec, open_fine
+from barkstream.engines import Chunk, Generation, Row, Window, check_chunk
+from barkstream.engines.hosted import HostedEngine
+from barkstream.engines.open import CausalEngine, CausalStageName, Spec, StageName, open_stage
 from barkstream.export.codec_state import state_size
 from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
@@ -138,26 +139,17 @@ class CausalStage:
 
     def __init__(self, stage: CausalStageName, args: dict[str, str]):
         """args: what Triton passes to `initialize`."""
-        folder, parameters = _folder(args), _parameters(args)
-        checkpoint = _checkpoint(folder)
+        checkpoint = _checkpoint(_folder(args))
         self._is_semantic = stage == "semantic"
         self._semantic = checkpoint.semantic
-        self._engine: CausalEngine = _opened(
-            open_causal,
-            parameters["engine"],
-            stage,
-            folder / "model.onnx",
-            checkpoint,
-            n_slots=int(parameters["kv_slots"]),
-            max_batch=_max_batch(args),
-            n_threads=int(parameters.get("n_threads", 0)),
-            device=int(args["model_instance_device_id"]),
-        )
+        self._size = (checkpoint.semantic if self._is_semantic else checkpoint.coarse).size
+        self._engine: CausalEngine = _opened(_open_engine, stage, args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, stage)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Calls of several streams, decoded together. A bad call gets its error; the others their tokens."""
         rows: dict[int, Row] = {}
+        left: list[int] = []  # streams whose slots are free from now on
         responses: list[Any] = [None] * len(requests)
         for i, request in enumerate(requests):
             try:
@@ -165,17 +157,19 @@ class CausalStage:
                 if row.n_tokens:
                     rows[i] = row
                 else:
-                    self._engine.release(row.stream)
+                    left.append(row.stream)
                     responses[i] = self._response(Generation(np.zeros(0, np.int32), False))
             except ValueError as error:
                 responses[i] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
-        if len(rows) < len(requests):
-            self._metrics.held(self._engine.n_owned_slots)  # what was freed is free now, not after this batch
+        if left:
+            self._engine.release(*left)
+            self._metrics.held(self._engine.n_owned_slots)  # now, not after this batch
+        if not rows:
+            return responses
         for i, generation in zip(rows, self._engine.generate(list(rows.values())), strict=True):
             responses[i] = self._response(generation)
-        if rows:
-            self._metrics.decoded(len(rows))
-            self._metrics.held(self._engine.n_owned_slots)
+        self._metrics.decoded(len(rows))
+        self._metrics.held(self._engine.n_owned_slots)
         return responses
 
     def _row(self, request: Any) -> Row:
@@ -189,7 +183,7 @@ class CausalStage:
         )
         row = Row(ids, one["n_tokens"], one["position"], sampling, one["stream"])
         if row.n_tokens:
-            self._engine.check(row)
+            row.check(self._size)
         return row
 
     def _response(self, generation: Generation) -> Any:
@@ -204,14 +198,17 @@ class FineStage:
 
     def __init__(self, args: dict[str, str]):
         """args: what Triton passes to `initialize`."""
-        self._engine = _gpu_engine(open_fine, args)
+        self._layout = _checkpoint(_folder(args)).fine
+        self._engine = _opened(_open_engine, "fine", args)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         def window(call: dict[str, np.ndarray]) -> Window:
             fill_from, temperature = call["fill_from"][0].item(), call["temperature"][0].item()
-            return Window(call["codes"], fill_from, call["uniforms"], temperature)
+            window = Window(call["codes"], fill_from, call["uniforms"], temperature)
+            window.check(self._layout)
+            return window
 
-        return _answer(requests, window, self._engine.check, self._engine.fill, lambda codes: {"filled": codes})
+        return _answer(requests, window, self._engine.fill, lambda codes: {"filled": codes})
 
 
 class CodecStage:
@@ -219,30 +216,41 @@ class CodecStage:
 
     def __init__(self, args: dict[str, str]):
         """args: what Triton passes to `initialize`."""
-        self._engine = _gpu_engine(open_codec, args)
+        self._layout = _checkpoint(_folder(args)).codec
+        self._engine = _opened(_open_engine, "codec", args)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         def chunk(call: dict[str, np.ndarray]) -> Chunk:
-            return call["codes"], call["state"]
+            chunk = call["codes"], call["state"]
+            check_chunk(chunk, self._layout)
+            return chunk
 
         def outputs(decoded: tuple[Floats, Floats]) -> dict[str, np.ndarray]:
             return {"audio": decoded[0], "next_state": decoded[1]}
 
-        return _answer(requests, chunk, self._engine.check, self._engine.decode, outputs)
+        return _answer(requests, chunk, self._engine.decode, outputs)
 
 
-def _gpu_engine(open_engine: Callable[..., Any], args: dict[str, str]) -> Any:
-    """The fine or codec stage as config.pbtxt's parameters ask for it."""
-    folder, device = _folder(args), int(args["model_instance_device_id"])
-    frames = [int(n) for n in _parameters(args)["warm_frames"].split(",")]
-    path, checkpoint = folder / "model.onnx", _checkpoint(folder)
-    return _opened(open_engine, "cuda", path, checkpoint, _max_batch(args), frames, device=device)
+def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
+    """As config.pbtxt's parameters ask for it. On a GPU: in the process that its stages share."""
+    folder, parameters = _folder(args), _parameters(args)
+    spec = Spec(
+        stage,
+        parameters["engine"],
+        folder / "model.onnx",
+        _checkpoint(folder),
+        int(json.loads(args["model_config"])["max_batch_size"]),
+        n_slots=int(parameters.get("kv_slots", 0)),
+        frames=tuple(int(n) for n in parameters.get("warm_frames", "").split(",") if n.strip()),
+        n_threads=int(parameters.get("n_threads", 0)),
+        device=int(args["model_instance_device_id"]),
+    )
+    return HostedEngine(spec) if parameters.get("shares_process") == "true" else open_stage(spec)
 
 
 def _answer(
     requests: list[Any],
     parse: Callable[[dict[str, np.ndarray]], Any],
-    check: Callable[[Any], None],
     run: Callable[[list[Any]], list[Any]],
     outputs: Callable[[Any], dict[str, np.ndarray]],
 ) -> list[Any]:
@@ -251,9 +259,7 @@ def _answer(
     responses: list[Any] = [None] * len(requests)
     for i, request in enumerate(requests):
         try:
-            call = parse({tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()})
-            check(call)
-            good[i] = call
+            good[i] = parse({tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()})
         except ValueError as error:
             responses[i] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
     for i, result in zip(good, run(list(good.values())), strict=True):
@@ -413,10 +419,6 @@ def _opened(open_engine: Callable[..., Any], *arguments: Any, **options: Any) ->
         return open_engine(*arguments, **options)
     except (FileNotFoundError, RuntimeError, ValueError) as error:  # EngineError among them
         raise pb_utils.TritonModelException(str(error)) from None
-
-
-def _max_batch(args: dict[str, str]) -> int:
-    return int(json.loads(args["model_config"])["max_batch_size"])
 
 
 def _checkpoint(folder: Path) -> Checkpoint:

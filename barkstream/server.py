@@ -52,6 +52,9 @@ N_TAIL_LINES = 30  # shown in them
 UP = ("Started GRPCInferenceService", "Started HTTPService", "Started Metrics Service")  # said once models are loaded
 NO_ENDPOINT = r'"failed to start \w+ service'
 METRICS_S = 0.05
+SOCKETS = (
+    "BARKSTREAM_SOCKETS"  # environment variable: where the stages meet the processes of their GPUs (engines/hosted.py)
+)
 STUCK = "Failed to preinitialize"  # no model.py, for one: Triton 2.51 then waits for that model for ever
 # What only an operator should reach, each a way to write files or memory of the server (CVE-2025-23319 and relatives).
 ADMIN_APIS = "shared-memory,model-repository,trace,logging"
@@ -275,7 +278,7 @@ class Server:
         supervise = [sys.executable, "-I", "-S", str(PACKAGE / "supervise.py"), str(folder), str(self._drain_s)]
         return subprocess.Popen(
             [*supervise, str(installation.executable), *self._arguments(folder.name, backends)],
-            cwd=imports, env=environment(installation), start_new_session=True,
+            cwd=imports, env={**environment(installation), SOCKETS: str(folder)}, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
 

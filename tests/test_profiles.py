@@ -16,10 +16,10 @@ PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
 SPEAKER = {"sample_rate", "max_streams", "pace_lead_s"} | {field.name for field in fields(Schedule)}
 KNOWN = {
     "bark": SPEAKER,
-    "bark_semantic": {"engine", "kv_slots", "n_threads"},
-    "bark_coarse": {"engine", "kv_slots", "n_threads"},
-    "bark_fine": {"warm_frames"},
-    "bark_codec": {"warm_frames"},
+    "bark_semantic": {"engine", "shares_process", "kv_slots", "n_threads"},
+    "bark_coarse": {"engine", "shares_process", "kv_slots", "n_threads"},
+    "bark_fine": {"engine", "shares_process", "warm_frames"},
+    "bark_codec": {"engine", "shares_process", "warm_frames"},
 }
 
 

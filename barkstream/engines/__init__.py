@@ -6,10 +6,14 @@ gives codes; the codec takes chunks and gives samples and states.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from barkstream.export.codec_state import state_size
 from barkstream.sampling import COARSE, SEMANTIC, Floats, Ints, Sampling
-from barkstream.tokens import CoarseLayout, SemanticLayout
+from barkstream.tokens import CoarseLayout, CodecLayout, FineLayout, GPTSize, SemanticLayout
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,29 @@ class Row:
     position: int  # index of the first new token in the generation: the noise's counter
     sampling: Sampling
     stream: int = 0  # key of the KV cache kept between calls; 0: keep none
+
+    def check(self, size: GPTSize) -> None:
+        """Raises ValueError for a row that does not fit the model."""
+        n_positions = len(self.ids) + self.n_tokens - 1
+        if not len(self.ids) or n_positions > size.block_size:
+            raise ValueError(f"prefix and new tokens must take 1 to {size.block_size} positions, got {n_positions}")
+        if self.ids.min() < 0 or self.ids.max() > size.n_input_ids:
+            raise ValueError(
+                f"prefix ids must be 0 to {size.n_input_ids - 1}, got {self.ids.min()} to {self.ids.max()}"
+            )
+        if min(self.n_tokens, self.position, self.sampling.seed) < 0 or not 0 <= self.sampling.temperature < math.inf:
+            raise ValueError("n_tokens, position, seed and temperature must be 0 or more, and finite")
+
+    def ids_with(self, tokens: Ints) -> Ints:
+        """The prefix [S + n, C] that this row and n tokens drawn after it make."""
+        drawn = np.repeat(self.ids[-1:], len(tokens), axis=0)
+        drawn[:, 0] = tokens
+        return np.concatenate([self.ids, drawn])
+
+    def after(self, tokens: Ints) -> Row:
+        """What is left of the row's call once these tokens [n] are drawn."""
+        n = len(tokens)
+        return replace(self, ids=self.ids_with(tokens), n_tokens=self.n_tokens - n, position=self.position + n)
 
 
 @dataclass(frozen=True)
@@ -42,8 +69,31 @@ class Window:
     def n_frames(self) -> int:
         return self.codes.shape[1]
 
+    def check(self, layout: FineLayout) -> None:
+        """Raises ValueError for a window that does not fit the model."""
+        shape, n_ids = self.codes.shape, layout.size.n_input_ids
+        if shape[0] != layout.n_codebooks or not 0 < shape[1] <= layout.size.block_size:
+            raise ValueError(f"codes must be [{layout.n_codebooks}, 1 to {layout.size.block_size}], got {list(shape)}")
+        if self.codes.min() < 0 or self.codes.max() >= n_ids:
+            raise ValueError(f"codes must be 0 to {n_ids - 1}, got {self.codes.min()} to {self.codes.max()}")
+        if self.uniforms.shape != (shape[0] - layout.n_given, shape[1]):
+            raise ValueError(
+                f"uniforms must be [{shape[0] - layout.n_given}, {shape[1]}], got {list(self.uniforms.shape)}"
+            )
+
 
 Chunk = tuple[Ints, Floats]  # one stream's share of a batch of the codec: codes [K, n], state [N]
+
+
+def check_chunk(chunk: Chunk, layout: CodecLayout) -> None:
+    """Raises ValueError for a chunk that does not fit the model."""
+    codes, state = chunk
+    if codes.shape[0] != layout.n_codebooks or not codes.shape[1]:
+        raise ValueError(f"codes must be [{layout.n_codebooks}, n >= 1], got {list(codes.shape)}")
+    if codes.min() < 0 or codes.max() >= layout.codebook_size:
+        raise ValueError(f"codes must be 0 to {layout.codebook_size - 1}, got {codes.min()} to {codes.max()}")
+    if state.shape != (state_size(layout),):
+        raise ValueError(f"state must be [{state_size(layout)}], got {list(state.shape)}")
 
 
 @dataclass(frozen=True)

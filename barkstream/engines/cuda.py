@@ -79,26 +79,15 @@ class CudaEngine:
         """Slots that streams hold now, those of a call under way included."""
         return self._slots.n_owned
 
-    def check(self, row: Row) -> None:
-        """Raises ValueError for a row that does not fit the model."""
-        n_positions = len(row.ids) + row.n_tokens - 1
-        if not len(row.ids) or n_positions > self.size.block_size:
-            raise ValueError(
-                f"prefix and new tokens must take 1 to {self.size.block_size} positions, got {n_positions}"
-            )
-        if row.ids.min() < 0 or row.ids.max() > self.size.n_input_ids:
-            raise ValueError(
-                f"prefix ids must be 0 to {self.size.n_input_ids - 1}, got {row.ids.min()} to {row.ids.max()}"
-            )
-
-    def release(self, stream: int) -> None:
-        """Free a stream's slot; nothing happens if it has none."""
-        self._slots.release(stream)
+    def release(self, *streams: int) -> None:
+        """Free streams' slots; nothing happens for one that has none."""
+        for stream in streams:
+            self._slots.release(stream)
 
     def generate(self, rows: list[Row]) -> list[Generation]:
         """Up to n_tokens new tokens for every row. Raises ValueError for a row that does not fit."""
         for row in rows:
-            self.check(row)
+            row.check(self.size)
         batches = [rows[i : i + self.max_batch] for i in range(0, len(rows), self.max_batch)]
         return [generation for batch in batches for generation in self._generate(batch)]
 
@@ -166,7 +155,5 @@ class CudaEngine:
 
 def _held(row: Row, generation: Generation) -> Ints:
     """The prefix [n, C] that a row's slot holds after a call: all that was fed, which is not the token drawn last."""
-    drawn = np.repeat(row.ids[-1:], len(generation.tokens), axis=0)
-    drawn[:, 0] = generation.tokens
-    held = np.concatenate([row.ids, drawn])
+    held = row.ids_with(generation.tokens)
     return held if generation.ended else held[: len(held) - 1]

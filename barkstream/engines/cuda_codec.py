@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from barkstream.engines import Chunk
+from barkstream.engines import Chunk, check_chunk
 from barkstream.engines.kernels.batched import capture
 from barkstream.engines.kernels.weights import read_initializers
 from barkstream.export.codec_state import state_parts, state_size
@@ -37,16 +37,6 @@ class CodecEngine:
         """path: the stage's model.onnx, of which only the weights are read."""
         return cls(read_initializers(path), layout, max_batch)
 
-    def check(self, chunk: Chunk) -> None:
-        """Raises ValueError for a chunk that does not fit the model."""
-        codes, state = chunk
-        if codes.shape[0] != self.layout.n_codebooks or not codes.shape[1]:
-            raise ValueError(f"codes must be [{self.layout.n_codebooks}, n >= 1], got {list(codes.shape)}")
-        if codes.min() < 0 or codes.max() >= self.layout.codebook_size:
-            raise ValueError(f"codes must be 0 to {self.layout.codebook_size - 1}, got {codes.min()} to {codes.max()}")
-        if state.shape != (state_size(self.layout),):
-            raise ValueError(f"state must be [{state_size(self.layout)}], got {list(state.shape)}")
-
     def warm_up(self, frames: Sequence[int]) -> None:
         """Capture the graphs of chunks of these many frames, for every size of batch."""
         n_rows = 1
@@ -62,7 +52,7 @@ class CodecEngine:
         exact, and a long chunk takes no more memory than a short one.
         """
         for chunk in chunks:
-            self.check(chunk)
+            check_chunk(chunk, self.layout)
         states = [state for _, state in chunks]
         heard: list[list[Floats]] = [[] for _ in chunks]
         left = {i: self._pieces(codes) for i, (codes, _) in enumerate(chunks)}

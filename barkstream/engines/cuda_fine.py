@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_int, c_void_p
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from barkstream.tokens import FineLayout
 
 FRAME_STEP = 64  # windows are padded to a multiple of this many frames, so that few graphs serve all lengths
 GRAPH_FRAMES = 4096  # rows times frames: more than this keep the GPU busy without a graph
+FREE_FRAMES = 1024  # rows times frames: below this a batch takes hardly longer than a window (docs/performance.md)
 THREADS = 256  # of a block in fine.cu
 
 
@@ -74,20 +74,6 @@ class FineEngine:
         """path: the stage's model.onnx, of which only the weights are read."""
         return cls(read_onnx(path), layout, max_batch)
 
-    def check(self, window: Window) -> None:
-        """Raises ValueError for a window that does not fit the model."""
-        shape, n_ids = window.codes.shape, self.layout.size.n_input_ids
-        if shape[0] != self.layout.n_codebooks or not 0 < shape[1] <= self.layout.size.block_size:
-            raise ValueError(
-                f"codes must be [{self.layout.n_codebooks}, 1 to {self.layout.size.block_size}], got {list(shape)}"
-            )
-        if window.codes.min() < 0 or window.codes.max() >= n_ids:
-            raise ValueError(f"codes must be 0 to {n_ids - 1}, got {window.codes.min()} to {window.codes.max()}")
-        if window.uniforms.shape != (shape[0] - self.layout.n_given, shape[1]):
-            raise ValueError(
-                f"uniforms must be [{shape[0] - self.layout.n_given}, {shape[1]}], got {list(window.uniforms.shape)}"
-            )
-
     def warm_up(self, frames: Sequence[int]) -> None:
         """Capture the graphs of windows of these many frames, for every size of batch."""
         n_rows = 1
@@ -101,20 +87,15 @@ class FineEngine:
     def fill(self, windows: Sequence[Window]) -> list[Ints]:
         """Each window's codes [K, T] with the codebooks given.. of frames fill_from.. drawn anew, as `FineGPT.fill`."""
         for window in windows:
-            self.check(window)
-        alike: dict[int, list[int]] = defaultdict(list)
-        for i, window in enumerate(windows):
-            alike[_padded(window.n_frames)].append(i)
+            window.check(self.layout)
         filled: list[Ints] = [np.zeros(0, np.int32)] * len(windows)
-        for n_frames, members in alike.items():
-            for start in range(0, len(members), self.max_batch):
-                batch = members[start : start + self.max_batch]
-                for i, codes in zip(batch, self._fill([windows[i] for i in batch], n_frames), strict=True):
-                    filled[i] = codes
+        for n_frames, members in batches([_padded(window.n_frames) for window in windows], self.max_batch):
+            for i, codes in zip(members, self._fill([windows[i] for i in members], n_frames), strict=True):
+                filled[i] = codes
         return filled
 
     def _fill(self, windows: list[Window], n_frames: int) -> list[Ints]:
-        shape = 1 << (len(windows) - 1).bit_length(), min(n_frames, self.layout.size.block_size)
+        shape = _rows(len(windows)), min(n_frames, self.layout.size.block_size)
         if shape not in self._batches:
             self._batches[shape] = self._new_batch(*shape)
         codes = self._batches[shape].run(windows)
@@ -248,6 +229,29 @@ class _Named:
         weight = self.matrix(f"lm_heads.{last + 1 - layout.n_codebooks + k}")[: layout.codebook_size]
         bias = weight @ self.tensor("layernorm_final.bias")
         return (weight * self.tensor("layernorm_final.weight")).to(torch.bfloat16).contiguous(), bias.contiguous()
+
+
+def batches(n_frames: Sequence[int], max_batch: int) -> list[tuple[int, list[int]]]:
+    """Which windows go together: (frames that each is padded to, their indices).
+
+    A small batch is bound by the launches of its kernels, not by its size: windows of any length go together up to
+    FREE_FRAMES. Beyond, only those of the same length, for padding costs what frames cost.
+    """
+    found: list[tuple[int, list[int]]] = []
+    for i in sorted(range(len(n_frames)), key=lambda i: -n_frames[i]):
+        if found:
+            longest, members = found[-1]
+            n_rows = _rows(len(members) + 1)
+            if n_rows <= max_batch and (n_frames[i] == longest or n_rows * longest <= FREE_FRAMES):
+                members.append(i)
+                continue
+        found.append((n_frames[i], [i]))
+    return found
+
+
+def _rows(n: int) -> int:
+    """Graphs are made for powers of two."""
+    return 1 << (n - 1).bit_length()
 
 
 def _padded(n_frames: int) -> int:

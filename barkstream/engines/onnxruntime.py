@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,9 +104,7 @@ class Decoding:
 
     def ids(self) -> Ints:
         """All ids [n, C]: the prefix, then what has been drawn."""
-        drawn = np.repeat(self.row.ids[-1:], len(self.tokens), axis=0)
-        drawn[:, 0] = self.tokens
-        return np.concatenate([self.row.ids, drawn])
+        return self.row.ids_with(np.array(self.tokens, np.int32))
 
     def next_ids(self) -> Ints:
         """Ids [C] of the position to feed: the prefix's last, or the token drawn last."""
@@ -148,28 +145,15 @@ class CausalEngine:
         """Slots that streams hold now, those of a call under way included."""
         return self._slots.n_owned
 
-    def check(self, row: Row) -> None:
-        """Raises ValueError for a row that does not fit the model."""
-        n_positions = len(row.ids) + row.n_tokens - 1
-        if not len(row.ids) or n_positions > self.size.block_size:
-            raise ValueError(
-                f"prefix and new tokens must take 1 to {self.size.block_size} positions, got {n_positions}"
-            )
-        if row.ids.min() < 0 or row.ids.max() > self.size.n_input_ids:
-            raise ValueError(
-                f"prefix ids must be 0 to {self.size.n_input_ids - 1}, got {row.ids.min()} to {row.ids.max()}"
-            )
-        if min(row.n_tokens, row.position, row.sampling.seed) < 0 or not 0 <= row.sampling.temperature < math.inf:
-            raise ValueError("n_tokens, position, seed and temperature must be 0 or more, and finite")
-
-    def release(self, stream: int) -> None:
-        """Free a stream's slot; nothing happens if it has none."""
-        self._slots.release(stream)
+    def release(self, *streams: int) -> None:
+        """Free streams' slots; nothing happens for one that has none."""
+        for stream in streams:
+            self._slots.release(stream)
 
     def generate(self, rows: list[Row]) -> list[Generation]:
         """Up to n_tokens new tokens for every row. Raises ValueError for a row that does not fit."""
         for row in rows:
-            self.check(row)
+            row.check(self.size)
         batches = [rows[i : i + self.max_batch] for i in range(0, len(rows), self.max_batch)]
         return [generation for batch in batches for generation in self._generate(batch)]
 

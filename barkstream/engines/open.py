@@ -6,6 +6,7 @@ Only the engine that is asked for is imported: a CPU needs no PyTorch, a GPU no 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -14,7 +15,23 @@ from barkstream.sampling import Floats, Ints
 from barkstream.tokens import Checkpoint
 
 CausalStageName = Literal["semantic", "coarse"]
+StageName = Literal["semantic", "coarse", "fine", "codec"]
 ENGINES = ("onnxruntime", "cuda")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a stage runs on."""
+
+    stage: StageName
+    engine: str
+    path: Path  # its model.onnx
+    checkpoint: Checkpoint
+    max_batch: int
+    n_slots: int = 0  # of a GPT: streams whose KV cache is kept
+    frames: tuple[int, ...] = ()  # of fine and codec: lengths that a GPU prepares for
+    n_threads: int = 0  # of the CPU; 0: all cores
+    device: int = 0  # which GPU
 
 
 class EngineError(RuntimeError):
@@ -27,11 +44,9 @@ class CausalEngine(Protocol):
     @property
     def n_owned_slots(self) -> int: ...
 
-    def check(self, row: Row) -> None: ...
-
     def generate(self, rows: list[Row]) -> list[Generation]: ...
 
-    def release(self, stream: int) -> None: ...
+    def release(self, *streams: int) -> None: ...
 
 
 class FineEngine(Protocol):
@@ -44,6 +59,15 @@ class CodecEngine(Protocol):
     """What decodes chunks. One thread at a time may use it."""
 
     def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]: ...
+
+
+def open_stage(spec: Spec) -> CausalEngine | FineEngine | CodecEngine:
+    """Any stage. Raises EngineError, FileNotFoundError or ValueError, each with what to do."""
+    where = dict(n_threads=spec.n_threads, device=spec.device)
+    if spec.stage == "fine" or spec.stage == "codec":
+        open_engine = open_fine if spec.stage == "fine" else open_codec
+        return open_engine(spec.engine, spec.path, spec.checkpoint, spec.max_batch, spec.frames, **where)
+    return open_causal(spec.engine, spec.stage, spec.path, spec.checkpoint, spec.n_slots, spec.max_batch, **where)
 
 
 def open_causal(

@@ -1,0 +1,212 @@
+"""One process a GPU, which holds the engines of all its stages: `python3 -m barkstream.engines.host SOCKET DEVICE`
+
+Triton gives every Python model a process of its own. Four of them on one GPU mean four CUDA contexts of half a gigabyte, and
+a GPU that divides its time between them whatever is urgent. So the stages' models hold no engine: they send their batches
+here (`hosted.py`), where the rows of all batches are decoded together and the stages take turns (`workers.py`).
+
+A model's instance is a connection. It says {verb: argument} and is answered (True, result) or (False, what went wrong):
+
+    ("open", Spec)     a stage's engine, made for the first who asks; None
+    ("run", calls)     results, and by how much the number of KV slots in use has changed since anybody was last told
+    ("release", keys)  of streams whose KV slots are free from now on; likewise
+
+The process ends with its last connection, or when its GPU fails: what is lost then is only caches, and the next call starts it
+anew.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from barkstream.engines.open import EngineError, Spec, is_cpu, open_stage, prefix_lengths, use_gpu
+from barkstream.engines.turns import Turns
+from barkstream.engines.workers import URGENCY, CausalWorker, Worker, measure_steps
+
+SWITCH_S = 0.0005  # threads hand Python over after so long: the one that has the next piece to launch must not wait
+LISTENING = "listening"
+
+
+class Stage:
+    """A stage's engine and its worker's thread."""
+
+    def __init__(self, spec: Spec, turns: Turns):
+        """Raises what opening the engine raises."""
+        self.spec, self.n_users = spec, 0
+        self._turns = turns
+        self._n_owned: Callable[[], int] = lambda: 0
+        self._release: Callable[..., None] = lambda *streams: None
+        self._n_told = 0
+        self._lock = threading.Lock()
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._work, args=(opened,), name=spec.stage, daemon=True)
+        self._thread.start()
+        opened.result()
+
+    def close(self) -> None:
+        self._worker.close()
+        self._thread.join()
+
+    def run(self, calls: list[Any]) -> tuple[list[Any], int]:
+        answers = self._worker.submit(calls)
+        return [answer.result() for answer in answers], self._news()
+
+    def release(self, streams: tuple[int, ...]) -> tuple[None, int]:
+        self._worker.between(lambda: self._release(*streams)).result()
+        return None, self._news()
+
+    def _news(self) -> int:
+        """By how much the number of slots in use has changed since this was last asked: instances share one gauge."""
+        with self._lock:
+            change = self._n_owned() - self._n_told
+            self._n_told += change
+        return change
+
+    def _work(self, opened: Future[None]) -> None:
+        try:
+            with self._turns.turn(URGENCY[self.spec.stage]):
+                began = time.monotonic()
+                self._worker = self._open()
+                print(
+                    f"GPU {self.spec.device}: {self.spec.stage} open after {time.monotonic() - began:.1f} s{memory(self.spec)}"
+                )
+        except Exception as error:
+            return opened.set_exception(error)
+        opened.set_result(None)
+        self._worker.work()
+        return None
+
+    def _open(self) -> Worker[Any, Any]:
+        spec, urgency = self.spec, URGENCY[self.spec.stage]
+        engine: Any = open_stage(spec)
+        if spec.stage == "fine" or spec.stage == "codec":
+            return Worker(engine.fill if spec.stage == "fine" else engine.decode, spec.max_batch, self._turns, urgency)
+        n_ids = 2 if spec.stage == "semantic" else 1
+        prefix = np.zeros((prefix_lengths(spec.stage, spec.checkpoint)[-1] + 1, n_ids), np.int32)
+        step_s = measure_steps(engine.generate, prefix, spec.max_batch)
+        engine.release(*(-1 - i for i in range(spec.max_batch)))
+        self._n_owned, self._release = lambda: engine.n_owned_slots, engine.release
+        return CausalWorker(
+            engine.generate,
+            engine.release,
+            spec.max_batch,
+            self._turns,
+            urgency,
+            lambda n_rows: step_s[min(max(step_s), 1 << (n_rows - 1).bit_length())],
+        )
+
+
+def memory(spec: Spec) -> str:
+    """For the log: what this process's engines hold of the GPU's memory."""
+    if is_cpu(spec.engine):
+        return ""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return f", {torch.cuda.memory_reserved() / 1e9:.2f} GB reserved, {(total - free) / 1e9:.2f} GB of the GPU in use"
+
+
+class Host:
+    """The stages that are open, and who uses them."""
+
+    def __init__(self, path: Path):
+        """path: of the socket to listen on."""
+        self._path = path
+        self._listener = Listener(str(path), "AF_UNIX", backlog=64)
+        self._turns = Turns()
+        self._lock = threading.Lock()
+        self._stages: dict[str, Stage] = {}
+        self._n_connections = 0
+
+    def serve(self) -> None:
+        """Answer connections until the last of them closes: then the process ends."""
+        while True:
+            connection = self._listener.accept()
+            with self._lock:
+                self._n_connections += 1
+            threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+
+    def _converse(self, connection: Connection) -> None:
+        stage: Stage | None = None
+        with suppress(EOFError, ConnectionError):
+            while True:
+                verb, argument = connection.recv()
+                try:
+                    if verb == "open":
+                        stage = self._open(argument)
+                        answer: Any = None
+                    else:
+                        assert stage is not None, "open a stage first"
+                        answer = stage.run(argument) if verb == "run" else stage.release(argument)
+                except (ValueError, FileNotFoundError, EngineError) as error:
+                    connection.send((False, error))
+                except Exception as error:
+                    traceback.print_exc()
+                    end_if_gpu_is_lost(stage)
+                    connection.send((False, EngineError(repr(error))))
+                else:
+                    connection.send((True, answer))
+        self._left(stage)
+
+    def _open(self, spec: Spec) -> Stage:
+        with self._lock:
+            stage = self._stages.get(spec.stage)
+            if stage is None:
+                stage = self._stages[spec.stage] = Stage(spec, self._turns)
+            if stage.spec != spec:
+                raise EngineError(
+                    f"GPU {spec.device} has another {spec.stage} stage open: one server, one repository a GPU"
+                )
+            stage.n_users += 1
+            return stage
+
+    def _left(self, stage: Stage | None) -> None:
+        with self._lock:
+            self._n_connections -= 1
+            if not self._n_connections:
+                self._path.unlink(missing_ok=True)
+                os._exit(0)
+            if stage is None:
+                return
+            stage.n_users -= 1
+            if not stage.n_users:  # its model was unloaded
+                del self._stages[stage.spec.stage]
+                stage.close()
+
+
+def end_if_gpu_is_lost(stage: Stage | None) -> None:
+    """After a fault a CUDA context fails whatever it is asked: only a new process helps, which the next call starts."""
+    if stage is None or is_cpu(stage.spec.engine):
+        return
+    import torch
+
+    try:
+        use_gpu(stage.spec.device)
+        torch.cuda.synchronize()
+    except Exception as error:
+        print(f"GPU {stage.spec.device} has failed, its process ends: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def main() -> None:
+    sys.setswitchinterval(SWITCH_S)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    host = Host(Path(sys.argv[1]))
+    print(LISTENING, flush=True)
+    os.dup2(2, 1)  # whoever started us hears no more than that; the log is standard error
+    host.serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Stages at work in one process: a thread each, which puts together what its callers ask for and takes turns on the GPU.
+
+A GPT decodes the rows of all calls together, a piece of a call at a time. So a row that comes joins the others at the next
+piece, and a more urgent stage never waits longer than a piece takes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from barkstream.engines import Generation, Row
+from barkstream.engines.turns import Turns
+from barkstream.sampling import Ints, Sampling
+
+PIECE_S = 0.016  # how long a GPT's piece may take: a more urgent stage waits so long at most
+MIN_PIECE = 8  # tokens: between two pieces the GPU idles for about a millisecond
+URGENCY = dict(codec=0, fine=1, semantic=2, coarse=3)  # short work, and what a new stream begins with, goes first
+
+Call = TypeVar("Call")
+Result = TypeVar("Result")
+
+
+class _Pending(Generic[Call, Result]):
+    """A call that waits, or is under way."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.answer: Future[Result] = Future()
+
+
+class Worker(Generic[Call, Result]):
+    """Runs the calls that wait, up to max_batch together, the oldest first. Callers' threads share it."""
+
+    def __init__(self, run: Callable[[list[Call]], Sequence[Result]], max_batch: int, turns: Turns, urgency: int):
+        """run: used by one thread at a time, in its turn."""
+        self._run, self._max_batch, self._turns, self._urgency = run, max_batch, turns, urgency
+        self._changed = threading.Condition()
+        self._waiting: list[_Pending[Call, Result]] = []
+        self._errands: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._is_closed = False
+
+    def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
+        """Results to come, in order."""
+        pending = [_Pending[Call, Result](call) for call in calls]
+        with self._changed:
+            self._waiting += pending
+            self._changed.notify()
+        return [each.answer for each in pending]
+
+    def between(self, errand: Callable[[], Any]) -> Future[Any]:
+        """Its result, once the worker has run it between two batches."""
+        answer: Future[Any] = Future()
+        with self._changed:
+            self._errands.append((errand, answer))
+            self._changed.notify()
+        return answer
+
+    def close(self) -> None:
+        """Let `work` return. Nobody may be waiting for it."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+    def work(self) -> None:
+        """Until closed. The thread that opened the engine."""
+        while self._wait():
+            with self._turns.turn(self._urgency):
+                batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
+                if not batch:
+                    continue
+                try:
+                    results: Sequence[Result] | Exception = self._run([each.call for each in batch])
+                except Exception as error:
+                    results = error
+            self._settle(batch, results)
+
+    def _wait(self) -> bool:
+        """Return when there is something to run; false: the worker was closed."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._errands or self._is_closed)
+                errands, self._errands = self._errands, []
+                some, is_closed = bool(self._waiting), self._is_closed
+            for errand, answer in errands:
+                try:
+                    answer.set_result(errand())
+                except Exception as error:
+                    answer.set_exception(error)
+            if some or is_closed:
+                return not is_closed
+
+    def _next_batch(self) -> list[_Pending[Call, Result]]:
+        with self._changed:
+            batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+        return batch
+
+    def _settle(self, batch: list[_Pending[Call, Result]], results: Sequence[Result] | Exception) -> None:
+        if isinstance(results, Exception):
+            for each in batch:
+                each.answer.set_exception(results)
+        else:
+            for each, result in zip(batch, results, strict=True):
+                each.answer.set_result(result)
+
+
+class CausalWorker(Worker[Row, Generation]):
+    """A GPT's worker: rows wait again after each piece, until they are whole."""
+
+    def __init__(
+        self,
+        generate: Callable[[list[Row]], list[Generation]],
+        release: Callable[..., None],
+        max_batch: int,
+        turns: Turns,
+        urgency: int,
+        step_s: Callable[[int], float],
+    ):
+        """generate, release: the engine's. step_s: what a decode step of so many rows takes."""
+        super().__init__(self._piece, max_batch, turns, urgency)
+        self._generate, self._release, self._step_s = generate, release, step_s
+        self._drawn: dict[Future[Generation], list[Ints]] = {}
+        self._n_nameless = 0
+
+    def submit(self, calls: Sequence[Row]) -> list[Future[Generation]]:
+        return super().submit([self._named(row) for row in calls])
+
+    def _named(self, row: Row) -> Row:
+        """A row without a stream needs its cache from piece to piece too: under a name below 0, until it is whole."""
+        if row.stream:
+            return row
+        with self._changed:
+            self._n_nameless += 1
+            return Row(row.ids, row.n_tokens, row.position, row.sampling, -self._n_nameless)
+
+    def _piece(self, rows: list[Row]) -> list[Generation]:
+        n = self._piece_tokens([row.n_tokens for row in rows])
+        cut = [Row(row.ids, min(n, row.n_tokens), row.position, row.sampling, row.stream) for row in rows]
+        return self._generate(cut)
+
+    def _piece_tokens(self, n_wanted: list[int]) -> int:
+        """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than half of that."""
+        most = max(MIN_PIECE, int(PIECE_S / self._step_s(len(n_wanted))))
+        return min(most, max(most // 2, min(n_wanted)))
+
+    def _settle(self, batch: list[_Pending[Row, Generation]], results: Sequence[Generation] | Exception) -> None:
+        if isinstance(results, Exception):
+            for each in batch:
+                self._drawn.pop(each.answer, None)
+            return super()._settle(batch, results)
+        unfinished = []
+        for each, generation in zip(batch, results, strict=True):
+            drawn = self._drawn.setdefault(each.answer, [])
+            drawn.append(generation.tokens)
+            row, each.call = each.call, each.call.after(generation.tokens)
+            if each.call.n_tokens and not generation.ended:
+                unfinished.append(each)
+                continue
+            if row.stream < 0:
+                self._release(row.stream)
+            each.answer.set_result(Generation(np.concatenate(self._drawn.pop(each.answer)), generation.ended))
+        with self._changed:
+            self._waiting = unfinished + self._waiting
+        return None
+
+
+def measure_steps(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, max_batch: int) -> dict[int, float]:
+    """Seconds of a decode step with 1, 2, 4 .. max_batch rows behind prefixes [S, C], prefill left out."""
+    found, n_rows, n = {}, 1, MIN_PIECE
+    while n_rows <= max_batch:
+        rows = [Row(prefix, n, 0, Sampling(temperature=0, min_eos_p=1.0), -1 - i) for i in range(n_rows)]
+        rows = [row.after(some.tokens) for row, some in zip(rows, generate(rows), strict=True)]
+        rows = [Row(row.ids, n, row.position, row.sampling, row.stream) for row in rows]
+        began = time.perf_counter()
+        generate(rows)
+        found[n_rows] = (time.perf_counter() - began) / n
+        n_rows *= 2
+    return found

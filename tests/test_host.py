@@ -1,0 +1,162 @@
+"""One process for all stages of a GPU, here with the CPU's engines: the embedded checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from barkstream.clients import Client
+from barkstream.engines import Row
+from barkstream.engines.hosted import FOLDER, HostedEngine, sockets_folder
+from barkstream.engines.open import EngineError, Spec, open_stage
+from barkstream.sampling import Sampling
+from barkstream.server import Server
+from barkstream.tokens import Checkpoint
+
+
+@pytest.fixture
+def spec(repository, tmp_path, monkeypatch):
+    """Makes specs of stages; their process lives as long as a test's engines."""
+    monkeypatch.setenv(FOLDER, str(tmp_path / "s"))
+    (tmp_path / "s").mkdir(mode=0o700)
+
+    def spec(stage, **options):
+        folder = repository / f"bark_{stage}" / "1"
+        checkpoint = Checkpoint.load(folder / "checkpoint.json")
+        return Spec(stage, "onnxruntime", folder / "model.onnx", checkpoint, max_batch=4, n_slots=4, **options)
+
+    return spec
+
+
+def coarse_row(n_tokens=24, seed=3, stream=7):
+    prefix = np.random.default_rng(seed).integers(0, 768, 260).astype(np.int32)[:, None]
+    return Row(prefix, n_tokens, 0, Sampling(seed=seed), stream)
+
+
+def process_of(engine: HostedEngine) -> int:
+    """The id of the process at the other end."""
+    import socket
+    import struct
+
+    peer = socket.socket(fileno=os.dup(engine._connection.fileno()))
+    with peer:
+        return struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+
+
+def test_instances_share_one_process_and_say_what_an_engine_of_their_own_says(spec):
+    own = open_stage(spec("coarse"))
+    engines = [HostedEngine(spec("coarse")) for _ in range(3)]
+    rows = [coarse_row(seed=seed, stream=seed) for seed in (1, 2, 3)]
+    with ThreadPoolExecutor(3) as pool:
+        hosted = list(pool.map(lambda engine, row: engine.generate([row])[0], engines, rows))
+    for row, generation in zip(rows, hosted, strict=True):
+        assert generation.tokens.tolist() == own.generate([row])[0].tokens.tolist()
+    assert len({process_of(engine) for engine in engines}) == 1
+    assert sum(engine.n_owned_slots for engine in engines) == 3
+    engines[0].release(1, 2, 99)
+    assert sum(engine.n_owned_slots for engine in engines) == 1
+
+
+def test_stages_share_the_process_and_a_bad_artifact_is_its_own_stages_error(spec, tmp_path):
+    coarse, codec = HostedEngine(spec("coarse")), HostedEngine(spec("codec"))
+    assert process_of(coarse) == process_of(codec)
+    missing = Spec("fine", "onnxruntime", tmp_path / "model.onnx", spec("fine").checkpoint, max_batch=1)
+    with pytest.raises(FileNotFoundError, match="make export"):
+        HostedEngine(missing)
+    with pytest.raises(EngineError, match="another coarse stage"):
+        HostedEngine(spec("coarse", n_threads=1))
+    assert len(coarse.generate([coarse_row()])[0].tokens) == 24
+
+
+def test_a_process_that_was_killed_is_replaced_and_the_call_made_again(spec):
+    engine = HostedEngine(spec("coarse"))
+    before = engine.generate([coarse_row()])[0].tokens
+    killed = process_of(engine)
+    os.kill(killed, signal.SIGKILL)
+    assert engine.generate([coarse_row()])[0].tokens.tolist() == before.tolist()
+    assert process_of(engine) != killed and engine.n_owned_slots == 1
+
+
+def test_the_process_ends_with_its_last_connection(spec):
+    engine, other = HostedEngine(spec("coarse")), HostedEngine(spec("codec"))
+    process = process_of(engine)
+    engine._connection.close()
+    assert len(other.decode([(np.zeros((8, 10), np.int32), np.zeros(state_size_of(spec), np.float32))])[0][0]) == 3200
+    other._connection.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{process}/stat").exists() and "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "it went on"
+        time.sleep(0.02)
+
+
+def state_size_of(spec):
+    from barkstream.export.codec_state import state_size
+
+    return state_size(spec("codec").checkpoint.codec)
+
+
+def test_a_folder_that_others_can_look_into_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o755)
+    monkeypatch.setenv(FOLDER, str(folder))
+    with pytest.raises(EngineError, match="must belong to this user alone"):
+        sockets_folder()
+
+
+@pytest.fixture(scope="module")
+def shared_server(repository, tmp_path_factory):
+    """A live tritonserver whose stages share a process, as in the cuda profile, on the CPU's engines."""
+    folder = tmp_path_factory.mktemp("shared")
+    shutil.copytree(repository, folder, dirs_exist_ok=True)
+    for stage in ("semantic", "coarse", "fine", "codec"):
+        config = (folder / f"bark_{stage}" / "configs" / "cuda.pbtxt").read_text()
+        config = re.sub(r'string_value: "cuda"', 'string_value: "onnxruntime"', config)
+        config = re.sub("KIND_GPU", "KIND_CPU", config)
+        config = re.sub("max_batch_size: 32", "max_batch_size: 4", config)
+        (folder / f"bark_{stage}" / "config.pbtxt").write_text(config)
+    with Server(folder) as server:
+        yield server
+
+
+@pytest.mark.server
+def test_streams_of_a_server_whose_stages_share_a_process_are_those_of_the_default(shared_server, server):
+    text = "Good morning, how are you today?"
+    with Client(shared_server.grpc_url) as shared, Client(server.grpc_url) as default, ThreadPoolExecutor(3) as pool:
+        speak = lambda seed: shared.speak(text, voice="heart_0", seed=seed)  # noqa: E731
+        together = list(pool.map(speak, (11, 12, 13)))
+        alone = default.speak(text, voice="heart_0", seed=12)
+    assert together[1].shape == alone.shape
+    assert np.abs(together[1] - alone).mean() < 1e-3  # a near-tie may fall the other way in another batch
+
+
+@pytest.mark.server
+def test_a_server_whose_shared_process_is_killed_loses_no_stream(shared_server):
+    with Client(shared_server.grpc_url) as client:
+        stream = iter(client.stream("We walked along the river until the sun went down.", voice="heart_0", seed=4))
+        chunks = [next(stream)]
+        for process in children_of(shared_server.pid):
+            if "barkstream.engines.host" in Path(f"/proc/{process}/cmdline").read_text():
+                os.kill(process, signal.SIGKILL)
+                break
+        else:
+            pytest.fail("no shared process")
+        chunks += list(stream)
+    assert sum(map(len, chunks)) > 24_000
+
+
+def children_of(pid: int) -> list[int]:
+    """All descendants of a process."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found += [child, *children_of(child)]
+    return found

@@ -1,0 +1,163 @@
+"""Workers of the process that a GPU's stages share: stages that cost nothing, so this runs anywhere."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from barkstream.engines import Generation, Row
+from barkstream.engines.turns import Turns
+from barkstream.engines.workers import CausalWorker, Worker
+from barkstream.sampling import Sampling
+
+
+class FakeGPT:
+    """Says the number of ids before; ends at end_at. Remembers its batches: (stream, position, n_tokens) of each row."""
+
+    def __init__(self, end_at=10**9):
+        self.batches, self.released, self.end_at = [], [], end_at
+        self.gate = threading.Semaphore(10**6)
+
+    def generate(self, rows):
+        self.gate.acquire()
+        self.batches.append([(row.stream, row.position, row.n_tokens) for row in rows])
+        if any(row.sampling.seed == 13 for row in rows):
+            raise RuntimeError("unlucky")
+        return [self._said(row) for row in rows]
+
+    def _said(self, row):
+        tokens = len(row.ids) + np.arange(row.n_tokens, dtype=np.int32)
+        kept = tokens[tokens < self.end_at]
+        return Generation(kept, len(kept) < len(tokens))
+
+    def release(self, *streams):
+        self.released += streams
+
+
+def row(n_tokens, stream=1, seed=0, n_ids=5):
+    return Row(np.zeros((n_ids, 1), np.int32), n_tokens, 0, Sampling(seed=seed), stream)
+
+
+@pytest.fixture
+def start():
+    """Starts workers; stops them at the end."""
+    workers, threads = [], []
+
+    def start(worker):
+        workers.append(worker)
+        threads.append(threading.Thread(target=worker.work))
+        threads[-1].start()
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.close()
+    for thread in threads:
+        thread.join()
+
+
+def causal(gpt, max_batch=4, step_s=0.001, turns=None):
+    """Pieces of 16 tokens."""
+    return CausalWorker(gpt.generate, gpt.release, max_batch, turns or Turns(), 0, lambda n_rows: step_s)
+
+
+def test_a_call_in_pieces_says_what_it_says_in_one(start):
+    gpt = FakeGPT()
+    generation = start(causal(gpt)).submit([row(60)])[0].result()
+    assert generation.tokens.tolist() == list(range(5, 65)) and not generation.ended
+    assert [n for ((_, _, n),) in gpt.batches] == [16, 16, 16, 12]
+
+
+def test_a_piece_ends_with_a_row_that_is_nearly_whole(start):
+    gpt = FakeGPT()
+    for answer in start(causal(gpt)).submit([row(12), row(60, stream=2)]):
+        answer.result()
+    assert [n for _, _, n in gpt.batches[0]] == [12, 12]
+
+
+def test_a_row_that_comes_later_joins_at_the_next_piece(start):
+    gpt = FakeGPT()
+    gpt.gate = threading.Semaphore(0)
+    worker = start(causal(gpt))
+    first = worker.submit([row(40, stream=1)])
+    gpt.gate.release()
+    while not gpt.batches:
+        pass
+    second = worker.submit([row(20, stream=2)])
+    gpt.gate.release(100)
+    assert len(first[0].result().tokens) == 40 and len(second[0].result().tokens) == 20
+    assert any({stream for stream, _, _ in batch} == {1, 2} for batch in gpt.batches)
+
+
+def test_more_rows_than_a_batch_holds_go_oldest_first(start):
+    gpt = FakeGPT()
+    answers = start(causal(gpt, max_batch=2)).submit([row(16, stream=i) for i in range(1, 6)])
+    assert [len(answer.result().tokens) for answer in answers] == [16] * 5
+    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[1, 2], [3, 4], [5]]
+
+
+def test_speech_that_ends_in_the_middle_ends_the_call(start):
+    gpt = FakeGPT(end_at=30)
+    generation = start(causal(gpt)).submit([row(60)])[0].result()
+    assert generation.ended and generation.tokens.tolist() == list(range(5, 30))
+
+
+def test_rows_without_a_stream_keep_a_cache_until_they_are_whole(start):
+    gpt = FakeGPT()
+    for answer in start(causal(gpt)).submit([row(20, stream=0), row(20, stream=0)]):
+        answer.result()
+    names = {stream for batch in gpt.batches for stream, _, _ in batch}
+    assert len(names) == 2 and max(names) < 0 and set(gpt.released) == names
+
+
+def test_a_batch_that_fails_tells_all_its_callers_and_the_next_works(start):
+    worker = start(causal(FakeGPT()))
+    for answer in worker.submit([row(4, seed=13), row(4, stream=2)]):
+        with pytest.raises(RuntimeError, match="unlucky"):
+            answer.result()
+    assert len(worker.submit([row(4)])[0].result().tokens) == 4
+
+
+def test_an_errand_runs_between_batches_and_its_failure_is_its_callers(start):
+    worker = start(causal(FakeGPT()))
+    assert worker.between(lambda: 7).result() == 7
+    with pytest.raises(ZeroDivisionError):
+        worker.between(lambda: 1 / 0).result()
+
+
+def test_calls_that_came_during_anothers_turn_go_together(start):
+    turns, batches = Turns(), []
+    worker = Worker(lambda calls: batches.append(calls) or calls, 8, turns, urgency=0)
+    with turns.turn(5):
+        start(worker)
+        answers = [worker.submit([i])[0] for i in range(3)]
+    assert [answer.result() for answer in answers] == [0, 1, 2]
+    assert batches == [[0, 1, 2]]
+
+
+def test_the_most_urgent_goes_next():
+    turns, order = Turns(), []
+
+    def work(urgency):
+        with turns.turn(urgency):
+            order.append(urgency)
+
+    with ThreadPoolExecutor(4) as pool:
+        with turns.turn(0):
+            for urgency in (3, 1, 2):
+                pool.submit(work, urgency)
+            while len(turns._waiting) < 3:
+                pass
+        pool.shutdown(wait=True)
+    assert order == [1, 2, 3]
+
+
+def test_a_turn_ends_with_an_exception_too():
+    turns = Turns()
+    with pytest.raises(ValueError, match="oh"), turns.turn(1):
+        raise ValueError("oh")
+    with turns.turn(2):
+        pass
