@@ -24,6 +24,7 @@ from barkstream.admission import Admission
 from barkstream.engines import Chunk, Generation, Row, Window, check_chunk
 from barkstream.engines.hosted import HostedEngine
 from barkstream.engines.open import CausalEngine, CausalStageName, Spec, StageName, open_stage
+from barkstream.engines.workers import Work
 from barkstream.export.codec_state import state_size
 from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
@@ -143,7 +144,8 @@ class CausalStage:
         self._is_semantic = stage == "semantic"
         self._semantic = checkpoint.semantic
         self._size = (checkpoint.semantic if self._is_semantic else checkpoint.coarse).size
-        self._engine: CausalEngine = _opened(_open_engine, stage, args)
+        self._engine: CausalEngine | HostedEngine = _opened(_open_engine, stage, args)
+        self._n_slots = 0
         self._metrics = StageMetrics(pb_utils.MetricFamily, stage)
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -163,14 +165,21 @@ class CausalStage:
                 responses[i] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
         if left:
             self._engine.release(*left)
-            self._metrics.held(self._engine.n_owned_slots)  # now, not after this batch
+            self._count()  # now, not after this batch
         if not rows:
             return responses
+        began = time.perf_counter()
         for i, generation in zip(rows, self._engine.generate(list(rows.values())), strict=True):
             responses[i] = self._response(generation)
-        self._metrics.decoded(len(rows))
-        self._metrics.held(self._engine.n_owned_slots)
+        self._count(len(rows), time.perf_counter() - began)
         return responses
+
+    def _count(self, n_rows: int = 0, busy_s: float = 0.0) -> None:
+        if isinstance(self._engine, HostedEngine):
+            return self._metrics.count(self._engine.take_news())
+        more_slots = self._engine.n_owned_slots - self._n_slots
+        self._n_slots += more_slots
+        return self._metrics.count(Work(int(n_rows > 0), n_rows, busy_s, more_slots))
 
     def _row(self, request: Any) -> Row:
         call = {tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()}
@@ -200,6 +209,7 @@ class FineStage:
         """args: what Triton passes to `initialize`."""
         self._layout = _checkpoint(_folder(args)).fine
         self._engine = _opened(_open_engine, "fine", args)
+        self._metrics = StageMetrics(pb_utils.MetricFamily, "fine")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         def window(call: dict[str, np.ndarray]) -> Window:
@@ -208,7 +218,9 @@ class FineStage:
             window.check(self._layout)
             return window
 
-        return _answer(requests, window, self._engine.fill, lambda codes: {"filled": codes})
+        responses = _answer(requests, window, self._engine.fill, lambda codes: {"filled": codes})
+        self._metrics.count(self._engine.take_news())
+        return responses
 
 
 class CodecStage:
@@ -218,6 +230,7 @@ class CodecStage:
         """args: what Triton passes to `initialize`."""
         self._layout = _checkpoint(_folder(args)).codec
         self._engine = _opened(_open_engine, "codec", args)
+        self._metrics = StageMetrics(pb_utils.MetricFamily, "codec")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         def chunk(call: dict[str, np.ndarray]) -> Chunk:
@@ -228,7 +241,9 @@ class CodecStage:
         def outputs(decoded: tuple[Floats, Floats]) -> dict[str, np.ndarray]:
             return {"audio": decoded[0], "next_state": decoded[1]}
 
-        return _answer(requests, chunk, self._engine.decode, outputs)
+        responses = _answer(requests, chunk, self._engine.decode, outputs)
+        self._metrics.count(self._engine.take_news())
+        return responses
 
 
 def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
@@ -245,7 +260,8 @@ def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
         n_threads=int(parameters.get("n_threads", 0)),
         device=int(args["model_instance_device_id"]),
     )
-    return HostedEngine(spec) if parameters.get("shares_process") == "true" else open_stage(spec)
+    is_hosted = parameters.get("shares_process") == "true" or stage in ("fine", "codec")
+    return HostedEngine(spec) if is_hosted else open_stage(spec)
 
 
 def _answer(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
+from barkstream.engines.workers import Work
 from barkstream.guard import ACTIONS, FAULTS
 
 FIRST_CHUNK_BUCKETS_S = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1, 2, 5, 10)
@@ -94,23 +95,23 @@ class SpeakerMetrics(Metrics):
 
 
 class StageMetrics(Metrics):
-    """Of `bark_semantic` and `bark_coarse`: the batches. Rows over calls is the mean batch size."""
+    """Of a stage: its batches. Rows over calls is the mean batch size."""
 
     def __init__(self, family: Any, stage: str):
-        """stage: "semantic" or "coarse"."""
+        """stage: "semantic", "coarse", "fine" or "codec"."""
         super().__init__(family)
-        self._kv_slots = self.gauge(f"{stage}_kv_slots", "KV slots held by live streams")
-        self._calls = self.counter(f"{stage}_calls_total", "Batches decoded")
+        self._calls = self.counter(f"{stage}_calls_total", "Batches run")
         self._rows = self.counter(f"{stage}_rows_total", "Rows of those batches")
-        self._n_held = 0
+        self._busy_s = self.counter(f"{stage}_busy_seconds_total", "Seconds that those batches took")
+        self._kv_slots = None
+        if stage in ("semantic", "coarse"):
+            self._kv_slots = self.gauge(f"{stage}_kv_slots", "KV slots held by live streams")
 
-    def held(self, n_slots: int) -> None:
-        """So many slots are held now. The gauge is shared with the model's other instances, so it is moved, not set."""
-        if n_slots != self._n_held:
-            self._kv_slots.increment(n_slots - self._n_held)
-            self._n_held = n_slots
-
-    def decoded(self, n_rows: int) -> None:
-        """A batch is done."""
-        self._calls.increment()
-        self._rows.increment(n_rows)
+    def count(self, work: Work) -> None:
+        """More work was done. The gauge is shared with the model's other instances, so it is moved, not set."""
+        if work.n_slots and self._kv_slots:
+            self._kv_slots.increment(work.n_slots)
+        if work.n_batches:
+            self._calls.increment(work.n_batches)
+            self._rows.increment(work.n_rows)
+            self._busy_s.increment(work.busy_s)

@@ -60,9 +60,10 @@ def test_instances_share_one_process_and_say_what_an_engine_of_their_own_says(sp
     for row, generation in zip(rows, hosted, strict=True):
         assert generation.tokens.tolist() == own.generate([row])[0].tokens.tolist()
     assert len({process_of(engine) for engine in engines}) == 1
-    assert sum(engine.n_owned_slots for engine in engines) == 3
+    told = [engine.take_news() for engine in engines]
+    assert sum(work.n_slots for work in told) == 3 and sum(work.n_rows for work in told) >= 3
     engines[0].release(1, 2, 99)
-    assert sum(engine.n_owned_slots for engine in engines) == 1
+    assert sum(engine.take_news().n_slots for engine in engines) == -2
 
 
 def test_stages_share_the_process_and_a_bad_artifact_is_its_own_stages_error(spec, tmp_path):
@@ -79,10 +80,11 @@ def test_stages_share_the_process_and_a_bad_artifact_is_its_own_stages_error(spe
 def test_a_process_that_was_killed_is_replaced_and_the_call_made_again(spec):
     engine = HostedEngine(spec("coarse"))
     before = engine.generate([coarse_row()])[0].tokens
+    assert engine.take_news().n_slots == 1
     killed = process_of(engine)
     os.kill(killed, signal.SIGKILL)
     assert engine.generate([coarse_row()])[0].tokens.tolist() == before.tolist()
-    assert process_of(engine) != killed and engine.n_owned_slots == 1
+    assert process_of(engine) != killed and engine.take_news().n_slots == 0  # one is gone, another there
 
 
 def test_the_process_ends_with_its_last_connection(spec):

@@ -7,8 +7,8 @@ here (`hosted.py`), where the rows of all batches are decoded together and the s
 A model's instance is a connection. It says {verb: argument} and is answered (True, result) or (False, what went wrong):
 
     ("open", Spec)     a stage's engine, made for the first who asks; None
-    ("run", calls)     results, and by how much the number of KV slots in use has changed since anybody was last told
-    ("release", keys)  of streams whose KV slots are free from now on; likewise
+    ("run", calls)     (results, Work done since any instance of the stage was last told)
+    ("release", keys)  of streams whose KV slots are free from now on; (None, Work) likewise
 
 The process ends with its last connection, or when its GPU fails: what is lost then is only caches, and the next call starts it
 anew.
@@ -32,7 +32,7 @@ import numpy as np
 
 from barkstream.engines.open import EngineError, Spec, is_cpu, open_stage, prefix_lengths, use_gpu
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import URGENCY, CausalWorker, Worker, measure_steps
+from barkstream.engines.workers import URGENCY, CausalWorker, Work, Worker, measure_steps
 
 SWITCH_S = 0.0005  # threads hand Python over after so long: the one that has the next piece to launch must not wait
 LISTENING = "listening"
@@ -45,9 +45,9 @@ class Stage:
         """Raises what opening the engine raises."""
         self.spec, self.n_users = spec, 0
         self._turns = turns
-        self._n_owned: Callable[[], int] = lambda: 0
+        self._n_slots: Callable[[], int] = lambda: 0
         self._release: Callable[..., None] = lambda *streams: None
-        self._n_told = 0
+        self._told = Work()
         self._lock = threading.Lock()
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, args=(opened,), name=spec.stage, daemon=True)
@@ -58,20 +58,19 @@ class Stage:
         self._worker.close()
         self._thread.join()
 
-    def run(self, calls: list[Any]) -> tuple[list[Any], int]:
+    def run(self, calls: list[Any]) -> tuple[list[Any], Work]:
         answers = self._worker.submit(calls)
         return [answer.result() for answer in answers], self._news()
 
-    def release(self, streams: tuple[int, ...]) -> tuple[None, int]:
+    def release(self, streams: tuple[int, ...]) -> tuple[None, Work]:
         self._worker.between(lambda: self._release(*streams)).result()
         return None, self._news()
 
-    def _news(self) -> int:
-        """By how much the number of slots in use has changed since this was last asked: instances share one gauge."""
+    def _news(self) -> Work:
         with self._lock:
-            change = self._n_owned() - self._n_told
-            self._n_told += change
-        return change
+            now = self._worker.work_done + Work(n_slots=self._n_slots())
+            news, self._told = now - self._told, now
+        return news
 
     def _work(self, opened: Future[None]) -> None:
         try:
@@ -96,7 +95,7 @@ class Stage:
         prefix = np.zeros((prefix_lengths(spec.stage, spec.checkpoint)[-1] + 1, n_ids), np.int32)
         step_s = measure_steps(engine.generate, prefix, spec.max_batch)
         engine.release(*(-1 - i for i in range(spec.max_batch)))
-        self._n_owned, self._release = lambda: engine.n_owned_slots, engine.release
+        self._n_slots, self._release = lambda: engine.n_owned_slots, engine.release
         return CausalWorker(
             engine.generate,
             engine.release,

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 from barkstream.engines import Chunk, Generation, Row, Window
 from barkstream.engines.host import LISTENING
 from barkstream.engines.open import EngineError, Spec
+from barkstream.engines.workers import Work
 from barkstream.sampling import Floats, Ints
 
-N_TRIES = 2
+N_TRIES = 3  # a process that is being killed may still accept the second
 FOLDER = "BARKSTREAM_SOCKETS"  # environment variable: where the processes of one server meet
 
 
@@ -29,14 +31,15 @@ class HostedEngine:
     def __init__(self, spec: Spec):
         """Raises what opening the engine raises, and EngineError if the process cannot be started."""
         self._spec = spec
-        self._n_owned = 0
+        self._news, self._n_slots = Work(), 0  # not yet asked for; and KV slots that were reported by us
         self._connection: Connection | None = None
         self._open()
 
-    @property
-    def n_owned_slots(self) -> int:
-        """This instance's share of the KV slots that streams hold: the shares of all instances add up."""
-        return self._n_owned
+    def take_news(self) -> Work:
+        """What the stage did since any of its instances last asked: what all of them are told adds up to all its work."""
+        news, self._news = self._news, Work()
+        self._n_slots += news.n_slots
+        return news
 
     def generate(self, rows: list[Row]) -> list[Generation]:
         return self._run(rows)
@@ -49,23 +52,24 @@ class HostedEngine:
 
     def release(self, *streams: int) -> None:
         """Free streams' KV slots; nothing happens for one that has none."""
-        self._n_owned += self._ask("release", streams)[1]
+        self._news += self._ask("release", streams)[1]
 
     def _run(self, calls: list[Any]) -> list[Any]:
-        results, change = self._ask("run", calls)
-        self._n_owned += change
+        results, news = self._ask("run", calls)
+        self._news += news
         return results
 
     def _ask(self, verb: str, argument: Any) -> Any:
         """Calls are pure, so one that was lost with the process is made again. Raises EngineError if that ends too."""
         for _ in range(N_TRIES):
-            if self._connection is None:
-                self._open()
-            assert self._connection is not None
             try:
+                if self._connection is None:
+                    self._open()
+                assert self._connection is not None
                 return _answer(self._connection, verb, argument)
             except (EOFError, ConnectionError):
-                self._connection, self._n_owned = None, 0
+                self._connection = None
+                self._news = replace(self._news, n_slots=-self._n_slots)  # they are gone with the process
         raise EngineError(f"the process of GPU {self._spec.device} ended {N_TRIES} times over this call")
 
     def _open(self) -> None:

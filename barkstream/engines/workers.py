@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import astuple, dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -24,6 +25,22 @@ URGENCY = dict(codec=0, fine=1, semantic=2, coarse=3)  # short work, and what a 
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage has done, and holds."""
+
+    n_batches: int = 0
+    n_rows: int = 0  # of those batches
+    busy_s: float = 0.0  # the GPU's time, as far as the host can tell
+    n_slots: int = 0  # KV slots that streams hold
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 class _Pending(Generic[Call, Result]):
@@ -44,6 +61,7 @@ class Worker(Generic[Call, Result]):
         self._waiting: list[_Pending[Call, Result]] = []
         self._errands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._is_closed = False
+        self.work_done = Work()
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
         """Results to come, in order."""
@@ -74,10 +92,12 @@ class Worker(Generic[Call, Result]):
                 batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
                 if not batch:
                     continue
+                began = time.perf_counter()
                 try:
                     results: Sequence[Result] | Exception = self._run([each.call for each in batch])
                 except Exception as error:
                     results = error
+                self.work_done += Work(1, len(batch), time.perf_counter() - began)
             self._settle(batch, results)
 
     def _wait(self) -> bool:
