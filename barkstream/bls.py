@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
-from barkstream.engines import Chunk, Generation, Row, Window, check_chunk
+from barkstream.engines import Generation, Row, Window, check_chunk
 from barkstream.engines.hosted import HostedEngine
 from barkstream.engines.open import CausalEngine, CausalStageName, Spec, StageName, open_stage
 from barkstream.engines.workers import Work
@@ -38,6 +38,7 @@ from barkstream.voices import choose_speakers, load_voices
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
+NOTHING = Generation(np.zeros(0, np.int32), False)
 N_TRIES = 2  # stage calls are pure, so one that failed may be repeated
 
 
@@ -148,8 +149,11 @@ class CausalStage:
         self._n_slots = 0
         self._metrics = StageMetrics(pb_utils.MetricFamily, stage)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[Any]) -> list[Any] | None:
         """Calls of several streams, decoded together. A bad call gets its error; the others their tokens."""
+        if isinstance(self._engine, HostedEngine):
+            self._execute_hosted(self._engine, requests)
+            return None
         rows: dict[int, Row] = {}
         left: list[int] = []  # streams whose slots are free from now on
         responses: list[Any] = [None] * len(requests)
@@ -160,29 +164,38 @@ class CausalStage:
                     rows[i] = row
                 else:
                     left.append(row.stream)
-                    responses[i] = self._response(Generation(np.zeros(0, np.int32), False))
+                    responses[i] = self._response(NOTHING)
             except ValueError as error:
                 responses[i] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
         if left:
             self._engine.release(*left)
-            self._count()  # now, not after this batch
+            self._count(self._engine)  # now, not after this batch
         if not rows:
             return responses
         began = time.perf_counter()
         for i, generation in zip(rows, self._engine.generate(list(rows.values())), strict=True):
             responses[i] = self._response(generation)
-        self._count(len(rows), time.perf_counter() - began)
+        self._count(self._engine, len(rows), time.perf_counter() - began)
         return responses
 
-    def _count(self, n_rows: int = 0, busy_s: float = 0.0) -> None:
-        if isinstance(self._engine, HostedEngine):
-            return self._metrics.count(self._engine.take_news())
-        more_slots = self._engine.n_owned_slots - self._n_slots
+    def _execute_hosted(self, engine: HostedEngine, requests: list[Any]) -> None:
+        """Each call on its way; returns at once, so that those that come meanwhile join them. Whoever has an answer sends it."""
+
+        def start(row: Row) -> Future[Any]:
+            return engine.start(row) if row.n_tokens else engine.start_release(row.stream)
+
+        def response(generation: Generation | None) -> Any:
+            return self._response(generation or NOTHING)
+
+        _start_calls(requests, lambda request: start(self._row(request)), response, engine, self._metrics)
+
+    def _count(self, engine: CausalEngine, n_rows: int = 0, busy_s: float = 0.0) -> None:
+        more_slots = engine.n_owned_slots - self._n_slots
         self._n_slots += more_slots
-        return self._metrics.count(Work(int(n_rows > 0), n_rows, busy_s, more_slots))
+        self._metrics.count(Work(int(n_rows > 0), n_rows, busy_s, more_slots))
 
     def _row(self, request: Any) -> Row:
-        call = {tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()}
+        call = _arrays(request)
         one = {name: array[0].item() for name, array in call.items() if name != "prefix"}
         sampling = Sampling(one["seed"], one["temperature"], one["top_k"], one["top_p"], one.get("min_eos_p", 1.0))
         ids = (
@@ -208,19 +221,18 @@ class FineStage:
     def __init__(self, args: dict[str, str]):
         """args: what Triton passes to `initialize`."""
         self._layout = _checkpoint(_folder(args)).fine
-        self._engine = _opened(_open_engine, "fine", args)
+        self._engine: HostedEngine = _opened(_open_engine, "fine", args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, "fine")
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        def window(call: dict[str, np.ndarray]) -> Window:
-            fill_from, temperature = call["fill_from"][0].item(), call["temperature"][0].item()
-            window = Window(call["codes"], fill_from, call["uniforms"], temperature)
-            window.check(self._layout)
-            return window
+    def execute(self, requests: list[Any]) -> None:
+        _start_calls(requests, self._start, lambda codes: _outputs(filled=codes), self._engine, self._metrics)
 
-        responses = _answer(requests, window, self._engine.fill, lambda codes: {"filled": codes})
-        self._metrics.count(self._engine.take_news())
-        return responses
+    def _start(self, request: Any) -> Future[Any]:
+        call = _arrays(request)
+        fill_from, temperature = call["fill_from"][0].item(), call["temperature"][0].item()
+        window = Window(call["codes"], fill_from, call["uniforms"], temperature)
+        window.check(self._layout)
+        return self._engine.start(window)
 
 
 class CodecStage:
@@ -229,21 +241,20 @@ class CodecStage:
     def __init__(self, args: dict[str, str]):
         """args: what Triton passes to `initialize`."""
         self._layout = _checkpoint(_folder(args)).codec
-        self._engine = _opened(_open_engine, "codec", args)
+        self._engine: HostedEngine = _opened(_open_engine, "codec", args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, "codec")
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        def chunk(call: dict[str, np.ndarray]) -> Chunk:
-            chunk = call["codes"], call["state"]
-            check_chunk(chunk, self._layout)
-            return chunk
+    def execute(self, requests: list[Any]) -> None:
+        def response(decoded: tuple[Floats, Floats]) -> Any:
+            return _outputs(audio=decoded[0], next_state=decoded[1])
 
-        def outputs(decoded: tuple[Floats, Floats]) -> dict[str, np.ndarray]:
-            return {"audio": decoded[0], "next_state": decoded[1]}
+        _start_calls(requests, self._start, response, self._engine, self._metrics)
 
-        responses = _answer(requests, chunk, self._engine.decode, outputs)
-        self._metrics.count(self._engine.take_news())
-        return responses
+    def _start(self, request: Any) -> Future[Any]:
+        call = _arrays(request)
+        chunk = call["codes"], call["state"]
+        check_chunk(chunk, self._layout)
+        return self._engine.start(chunk)
 
 
 def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
@@ -264,24 +275,44 @@ def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
     return HostedEngine(spec) if is_hosted else open_stage(spec)
 
 
-def _answer(
+def _start_calls(
     requests: list[Any],
-    parse: Callable[[dict[str, np.ndarray]], Any],
-    run: Callable[[list[Any]], list[Any]],
-    outputs: Callable[[Any], dict[str, np.ndarray]],
-) -> list[Any]:
-    """A response for each request, run together. A bad call gets its error; the others their results."""
-    good: dict[int, Any] = {}
-    responses: list[Any] = [None] * len(requests)
-    for i, request in enumerate(requests):
+    start: Callable[[Any], Future[Any]],
+    response: Callable[[Any], Any],
+    engine: HostedEngine,
+    metrics: StageMetrics,
+) -> None:
+    """Start on each request; its response is sent when it is there. A bad call gets its error at once.
+
+    start: raises ValueError for a bad call. (From Triton 24.06 on, a model that is not decoupled may send its response later, too.)
+    """
+    for request in requests:
+        sender = request.get_response_sender()
         try:
-            good[i] = parse({tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()})
+            done = start(request)
         except ValueError as error:
-            responses[i] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
-    for i, result in zip(good, run(list(good.values())), strict=True):
-        tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array[None])) for name, array in outputs(result).items()]
-        responses[i] = pb_utils.InferenceResponse(tensors)
-    return responses
+            sender.send(_error(str(error), pb_utils.TritonError.INVALID_ARG), flags=FINAL)
+            continue
+        done.add_done_callback(partial(_finish_call, sender, response, engine, metrics))
+
+
+def _finish_call(
+    sender: Any, response: Callable[[Any], Any], engine: HostedEngine, metrics: StageMetrics, done: Future[Any]
+) -> None:
+    metrics.count(engine.take_news())
+    error = done.exception()
+    sender.send(_error(str(error), pb_utils.TritonError.INTERNAL) if error else response(done.result()), flags=FINAL)
+
+
+def _arrays(request: Any) -> dict[str, np.ndarray]:
+    """A batched model's inputs, without the batch dimension. Copies: Triton takes its own back when execute returns."""
+    return {tensor.name(): tensor.as_numpy()[0].copy() for tensor in request.inputs()}
+
+
+def _outputs(**arrays: np.ndarray) -> Any:
+    return pb_utils.InferenceResponse(
+        [pb_utils.Tensor(name, np.ascontiguousarray(array[None])) for name, array in arrays.items()]
+    )
 
 
 class Speaker:

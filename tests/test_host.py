@@ -46,7 +46,7 @@ def process_of(engine: HostedEngine) -> int:
     import socket
     import struct
 
-    peer = socket.socket(fileno=os.dup(engine._connection.fileno()))
+    peer = socket.socket(fileno=os.dup(engine._link.connection.fileno()))
     with peer:
         return struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
 
@@ -90,13 +90,20 @@ def test_a_process_that_was_killed_is_replaced_and_the_call_made_again(spec):
 def test_the_process_ends_with_its_last_connection(spec):
     engine, other = HostedEngine(spec("coarse")), HostedEngine(spec("codec"))
     process = process_of(engine)
-    engine._connection.close()
+    hang_up(engine)
     assert len(other.decode([(np.zeros((8, 10), np.int32), np.zeros(state_size_of(spec), np.float32))])[0][0]) == 3200
-    other._connection.close()
+    hang_up(other)
     deadline = time.monotonic() + 10
     while Path(f"/proc/{process}/stat").exists() and "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline, "it went on"
         time.sleep(0.02)
+
+
+def hang_up(engine):
+    import socket
+
+    with socket.socket(fileno=os.dup(engine._link.connection.fileno())) as peer:
+        peer.shutdown(socket.SHUT_RDWR)
 
 
 def state_size_of(spec):

@@ -4,11 +4,12 @@ Triton gives every Python model a process of its own. Four of them on one GPU me
 a GPU that divides its time between them whatever is urgent. So the stages' models hold no engine: they send their batches
 here (`hosted.py`), where the rows of all batches are decoded together and the stages take turns (`workers.py`).
 
-A model's instance is a connection. It says {verb: argument} and is answered (True, result) or (False, what went wrong):
+A model's instance is a connection. It says (number, verb, argument), as many as it likes, and each is answered when it is done, in
+any order, by (number, result, Work) or (number, exception, Work). Work: what the stage did since any instance was last told.
 
-    ("open", Spec)     a stage's engine, made for the first who asks; None
-    ("run", calls)     (results, Work done since any instance of the stage was last told)
-    ("release", keys)  of streams whose KV slots are free from now on; (None, Work) likewise
+    "open", Spec      a stage's engine, made for the first who asks; None
+    "run", call       a Row, Window or Chunk; its result
+    "release", keys   of streams whose KV slots are free from now on; None
 
 The process ends with its last connection, or when its GPU fails: what is lost then is only caches, and the next call starts it
 anew.
@@ -24,6 +25,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from barkstream.engines.workers import URGENCY, CausalWorker, Work, Worker, meas
 
 SWITCH_S = 0.0005  # threads hand Python over after so long: the one that has the next piece to launch must not wait
 LISTENING = "listening"
+SAID = (ValueError, FileNotFoundError, EngineError)  # errors whose own words a caller should hear
 
 
 class Stage:
@@ -58,15 +61,13 @@ class Stage:
         self._worker.close()
         self._thread.join()
 
-    def run(self, calls: list[Any]) -> tuple[list[Any], Work]:
-        answers = self._worker.submit(calls)
-        return [answer.result() for answer in answers], self._news()
+    def run(self, call: Any) -> Future[Any]:
+        return self._worker.submit([call])[0]
 
-    def release(self, streams: tuple[int, ...]) -> tuple[None, Work]:
-        self._worker.between(lambda: self._release(*streams)).result()
-        return None, self._news()
+    def release(self, streams: tuple[int, ...]) -> Future[Any]:
+        return self._worker.between(lambda: self._release(*streams))
 
-    def _news(self) -> Work:
+    def news(self) -> Work:
         with self._lock:
             now = self._worker.work_done + Work(n_slots=self._n_slots())
             news, self._told = now - self._told, now
@@ -138,24 +139,32 @@ class Host:
 
     def _converse(self, connection: Connection) -> None:
         stage: Stage | None = None
+        sending = threading.Lock()
+
+        def answer(number: int, done: Future[Any]) -> None:
+            error = done.exception()
+            if error is not None and not isinstance(error, SAID):
+                traceback.print_exception(error)
+                end_if_gpu_is_lost(stage)
+                error = EngineError(repr(error))
+            news = stage.news() if stage else Work()
+            with sending, suppress(ConnectionError):
+                connection.send((number, error or done.result(), news))
+
         with suppress(EOFError, ConnectionError):
             while True:
-                verb, argument = connection.recv()
-                try:
-                    if verb == "open":
+                number, verb, argument = connection.recv()
+                done: Future[Any] = Future()
+                if verb == "open":
+                    try:
                         stage = self._open(argument)
-                        answer: Any = None
-                    else:
-                        assert stage is not None, "open a stage first"
-                        answer = stage.run(argument) if verb == "run" else stage.release(argument)
-                except (ValueError, FileNotFoundError, EngineError) as error:
-                    connection.send((False, error))
-                except Exception as error:
-                    traceback.print_exc()
-                    end_if_gpu_is_lost(stage)
-                    connection.send((False, EngineError(repr(error))))
+                        done.set_result(None)
+                    except Exception as error:
+                        done.set_exception(error)
                 else:
-                    connection.send((True, answer))
+                    assert stage is not None, "open a stage first"
+                    done = stage.run(argument) if verb == "run" else stage.release(argument)
+                done.add_done_callback(partial(answer, number))
         self._left(stage)
 
     def _open(self, spec: Spec) -> Stage:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -26,64 +29,139 @@ FOLDER = "BARKSTREAM_SOCKETS"  # environment variable: where the processes of on
 
 
 class HostedEngine:
-    """Any stage. One thread at a time may use it; instances of the stage's model have one each."""
+    """Any stage. Threads share it; instances of the stage's model have one each."""
 
     def __init__(self, spec: Spec):
         """Raises what opening the engine raises, and EngineError if the process cannot be started."""
         self._spec = spec
+        self._lock = threading.Lock()
+        self._link: _Link | None = None
         self._news, self._n_slots = Work(), 0  # not yet asked for; and KV slots that were reported by us
-        self._connection: Connection | None = None
-        self._open()
+        with self._lock:
+            self._open()
 
     def take_news(self) -> Work:
         """What the stage did since any of its instances last asked: what all of them are told adds up to all its work."""
-        news, self._news = self._news, Work()
-        self._n_slots += news.n_slots
+        with self._lock:
+            news, self._news = self._news, Work()
+            self._n_slots += news.n_slots
         return news
 
-    def generate(self, rows: list[Row]) -> list[Generation]:
+    def generate(self, rows: Sequence[Row]) -> list[Generation]:
         return self._run(rows)
 
     def fill(self, windows: Sequence[Window]) -> list[Ints]:
-        return self._run(list(windows))
+        return self._run(windows)
 
     def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
-        return self._run(list(chunks))
+        return self._run(chunks)
 
     def release(self, *streams: int) -> None:
         """Free streams' KV slots; nothing happens for one that has none."""
-        self._news += self._ask("release", streams)[1]
+        self.start_release(*streams).result()
 
-    def _run(self, calls: list[Any]) -> list[Any]:
-        results, news = self._ask("run", calls)
-        self._news += news
-        return results
+    def start(self, call: Row | Window | Chunk) -> Future[Any]:
+        """A call's result to come. Fails with EngineError if the process ends N_TRIES times over it: calls are pure, so one
+        that was lost with the process is made again."""
+        return self._ask("run", call)
 
-    def _ask(self, verb: str, argument: Any) -> Any:
-        """Calls are pure, so one that was lost with the process is made again. Raises EngineError if that ends too."""
-        for _ in range(N_TRIES):
+    def start_release(self, *streams: int) -> Future[None]:
+        return self._ask("release", streams)
+
+    def _run(self, calls: Sequence[Any]) -> list[Any]:
+        return [answer.result() for answer in [self.start(call) for call in calls]]
+
+    def _ask(self, verb: str, argument: Any) -> Future[Any]:
+        ask = _Ask(verb, argument)
+        self._send([ask])
+        return ask.answer
+
+    def _send(self, asks: Sequence[_Ask]) -> None:
+        with self._lock:
             try:
-                if self._connection is None:
-                    self._open()
-                assert self._connection is not None
-                return _answer(self._connection, verb, argument)
-            except (EOFError, ConnectionError):
-                self._connection = None
-                self._news = replace(self._news, n_slots=-self._n_slots)  # they are gone with the process
-        raise EngineError(f"the process of GPU {self._spec.device} ended {N_TRIES} times over this call")
+                link = self._link or self._open()
+            except (EngineError, FileNotFoundError, ValueError) as error:
+                for ask in asks:
+                    ask.answer.set_exception(error)
+                return
+            numbers = [link.number(ask) for ask in asks]
+        for number, ask in zip(numbers, asks, strict=True):  # not under the lock: the listener needs it
+            link.send(number, ask)
 
-    def _open(self) -> None:
-        connection = connect(self._spec.device)
-        _answer(connection, "open", self._spec)
-        self._connection = connection
+    def _open(self) -> _Link:
+        """A new link to a process that has the stage open."""
+        for tries_left in reversed(range(N_TRIES)):
+            connection = connect(self._spec.device)
+            try:
+                connection.send((0, "open", self._spec))
+                _, answer, _ = connection.recv()
+            except (EOFError, ConnectionError):  # it accepted while it was being killed
+                if not tries_left:
+                    raise EngineError(f"the process of GPU {self._spec.device} ends as soon as it starts") from None
+                continue
+            if answer is not None:
+                raise answer
+            break
+        self._link = _Link(connection)
+        threading.Thread(target=self._listen, args=(self._link,), daemon=True).start()
+        return self._link
+
+    def _listen(self, link: _Link) -> None:
+        """Thread: hand the answers out until the process ends, then ask again what it has not answered."""
+        with suppress(EOFError, ConnectionError):
+            while True:
+                number, answer, news = link.connection.recv()
+                with self._lock:
+                    self._news += news
+                    ask = link.asked.pop(number)
+                if isinstance(answer, Exception):
+                    ask.answer.set_exception(answer)
+                else:
+                    ask.answer.set_result(answer)
+        with self._lock:
+            self._link = None
+            self._news = replace(self._news, n_slots=-self._n_slots)  # they are gone with the process
+            lost = list(link.asked.values())
+        again = []
+        for ask in lost:
+            ask.n_lost += 1
+            if ask.n_lost < N_TRIES:
+                again.append(ask)
+            else:
+                ask.answer.set_exception(
+                    EngineError(f"the process of GPU {self._spec.device} ended {N_TRIES} times over a call")
+                )
+        if again:
+            self._send(again)
 
 
-def _answer(connection: Connection, verb: str, argument: Any) -> Any:
-    connection.send((verb, argument))
-    is_result, answer = connection.recv()
-    if not is_result:
-        raise answer
-    return answer
+class _Ask:
+    """Something asked of the process."""
+
+    def __init__(self, verb: str, argument: Any):
+        self.verb, self.argument = verb, argument
+        self.answer: Future[Any] = Future()
+        self.n_lost = 0
+
+
+class _Link:
+    """A connection, and what was asked over it and is not answered yet."""
+
+    def __init__(self, connection: Connection):
+        self.connection = connection
+        self.asked: dict[int, _Ask] = {}
+        self._numbers = itertools.count(1)
+        self._sending = threading.Lock()
+
+    def number(self, ask: _Ask) -> int:
+        """From now on it is answered, or lost with the process."""
+        number = next(self._numbers)
+        self.asked[number] = ask
+        return number
+
+    def send(self, number: int, ask: _Ask) -> None:
+        with self._sending, suppress(OSError):  # whoever listens finds out too, and asks again
+            self.connection.send((number, ask.verb, ask.argument))
 
 
 def connect(device: int) -> Connection:

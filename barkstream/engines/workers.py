@@ -173,19 +173,20 @@ class CausalWorker(Worker[Row, Generation]):
             for each in batch:
                 self._drawn.pop(each.answer, None)
             return super()._settle(batch, results)
-        unfinished = []
+        unfinished, whole = [], []
         for each, generation in zip(batch, results, strict=True):
             drawn = self._drawn.setdefault(each.answer, [])
             drawn.append(generation.tokens)
-            row, each.call = each.call, each.call.after(generation.tokens)
+            each.call = each.call.after(generation.tokens)
             if each.call.n_tokens and not generation.ended:
                 unfinished.append(each)
-                continue
-            if row.stream < 0:
-                self._release(row.stream)
-            each.answer.set_result(Generation(np.concatenate(self._drawn.pop(each.answer)), generation.ended))
+            else:
+                whole.append((each, Generation(np.concatenate(self._drawn.pop(each.answer)), generation.ended)))
         with self._changed:
             self._waiting = unfinished + self._waiting
+        self._release(*(each.call.stream for each, _ in whole if each.call.stream < 0))
+        for each, generation in whole:
+            each.answer.set_result(generation)
         return None
 
 
