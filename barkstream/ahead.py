@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
 Piece = TypeVar("Piece")
 
 
-def ahead(pieces: Iterator[Piece], worker: Executor, n_ahead: int) -> Iterator[Piece]:
+def ahead(
+    pieces: Iterator[Piece], worker: Executor, n_ahead: int, has_begun: Callable[[], bool] = lambda: True
+) -> Iterator[Piece]:
     """The same pieces; the next n_ahead are made by `worker` while one is in use.
 
-    worker: an executor of one thread, since an iterator cannot be asked by two at once. n_ahead 0: nothing is made early.
+    worker: an executor of one thread, since an iterator cannot be asked by two at once. n_ahead 0: nothing is made early;
+    nor until has_begun.
     """
-    if n_ahead == 0:
-        yield from pieces
-        return
+    while n_ahead == 0 or not has_begun():
+        piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
     coming = deque(worker.submit(next, pieces, None) for _ in range(n_ahead))
     while (piece := coming.popleft().result()) is not None:
         coming.append(worker.submit(next, pieces, None))

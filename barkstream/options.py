@@ -119,6 +119,7 @@ class Schedule:
     semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
     coarse_ahead: int = 4  # coarse calls made before they are needed, while the fine stage works; 0: none
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
+    ahead_at_once: bool = True  # false: only from a stream's first chunk on, which nothing may hold up
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
 
     def __post_init__(self) -> None:
@@ -144,4 +145,5 @@ class Schedule:
 _PARSERS: dict[str, Any] = {
     "chunk_frames": lambda text: tuple(int(n) for n in text.split(",")),
     "sentence_pause_s": float,
+    "ahead_at_once": lambda text: {"true": True, "false": False}[text],
 }  # the rest are integers

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from threading import Event
 
 import numpy as np
 
@@ -149,25 +150,33 @@ class Pipeline:
         prompt = semantic_prompt(self.tokenizer.encode(asked.text), voice, layouts.semantic)
         max_seconds = min(asked.max_seconds, guard.max_seconds) if guard else asked.max_seconds
         watch = guard.watch if guard else None
+        waits = asked.is_first and options.streaming  # somebody, for the first audio
+        may_go_ahead = Event()
+        if self.schedule.ahead_at_once or not waits:
+            may_go_ahead.set()
         with Workers() as workers:
             semantic = SemanticTokens(
-                prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, asked.stream, workers.semantic, watch
-            )
-            if guard and not (asked.is_first and options.streaming):
+                prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, asked.stream, workers.semantic,
+                watch, may_go_ahead.is_set,
+            )  # fmt: skip
+            if guard and not waits:
                 semantic.ensure(layouts.semantic.max_new_tokens)  # nobody waits: look at all of it before any is said
                 if guard.is_hopeless:
                     return
             coarse = generate_coarse(
                 semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, asked.stream
             )
-            coarse = _collect(ahead(coarse, workers.coarse, self.schedule.coarse_ahead), said.coarse)
+            coarse = ahead(coarse, workers.coarse, self.schedule.coarse_ahead, may_go_ahead.is_set)
+            coarse = _collect(coarse, said.coarse)
             if options.streaming:
                 codes = generate_fine(
                     coarse, voice, layouts.fine, asked.seed, options.fine_temperature, self.schedule, stages
                 )
             else:
                 codes = self._offline(coarse, voice, asked.seed, options.fine_temperature)
-            yield from decode_audio(_collect(codes, said.fine), stages)
+            for chunk in decode_audio(_collect(codes, said.fine), stages):
+                may_go_ahead.set()
+                yield chunk
         said.semantic.append(semantic.tokens)
 
     def _offline(

@@ -53,14 +53,16 @@ class SemanticTokens:
         stream: int,
         worker: Executor,
         watch: Callable[[Ints, bool], bool] | None = None,
+        may_go_ahead: Callable[[], bool] = lambda: True,
     ):
-        """watch: asked after each call with all tokens [n] and whether speech ended; true ends it."""
+        """watch: asked after each call with all tokens [n] and whether speech ended; true ends it.
+        may_go_ahead: whether tokens may be generated before they are needed."""
         self.tokens: Ints = np.zeros(0, np.int32)
         self.ended = False
         self._n_most = max(1, int(min(max_seconds * layout.rate_hz, layout.max_new_tokens)))
         self._prompt, self._sampling, self._schedule = prompt, sampling, schedule
         self._stages, self._stream, self._worker = stages, stream, worker
-        self._watch = watch
+        self._watch, self._may_go_ahead = watch, may_go_ahead
         self._call: Future[tuple[Ints, bool]] | None = None  # the one under way
 
     def ensure(self, n: int) -> None:
@@ -73,7 +75,7 @@ class SemanticTokens:
             if self._watch and self._watch(self.tokens, self.ended):
                 self.ended = True
             self.ended = self.ended or len(self.tokens) >= self._n_most
-        if self._schedule.semantic_ahead and not self.ended and self._call is None:
+        if self._schedule.semantic_ahead and not self.ended and self._call is None and self._may_go_ahead():
             self._call = self._start(self._schedule.semantic_ahead)
 
     def _start(self, n: int) -> Future[tuple[Ints, bool]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from barkstream.engines import Generation, Row
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import CausalWorker, Worker
+from barkstream.engines.workers import COMPANY, PATIENCE_S, PIECE_S, CausalWorker, Worker
 from barkstream.sampling import Sampling
 
 
@@ -59,9 +61,9 @@ def start():
         thread.join()
 
 
-def causal(gpt, max_batch=4, step_s=0.001, turns=None):
+def causal(gpt, max_batch=4, step_s=PIECE_S / 16, turns=None, **options):
     """Pieces of 16 tokens."""
-    return CausalWorker(gpt.generate, gpt.release, max_batch, turns or Turns(), 0, lambda n_rows: step_s)
+    return CausalWorker(gpt.generate, gpt.release, max_batch, turns or Turns(), 0, lambda n_rows: step_s, **options)
 
 
 def test_a_call_in_pieces_says_what_it_says_in_one(start):
@@ -131,7 +133,7 @@ def test_an_errand_runs_between_batches_and_its_failure_is_its_callers(start):
 def test_calls_that_came_during_anothers_turn_go_together(start):
     turns, batches = Turns(), []
     worker = Worker(lambda calls: batches.append(calls) or calls, 8, turns, urgency=0)
-    with turns.turn(5):
+    with turns.turn(lambda: 5):
         start(worker)
         answers = [worker.submit([i])[0] for i in range(3)]
     assert [answer.result() for answer in answers] == [0, 1, 2]
@@ -142,11 +144,11 @@ def test_the_most_urgent_goes_next():
     turns, order = Turns(), []
 
     def work(urgency):
-        with turns.turn(urgency):
+        with turns.turn(lambda: urgency):
             order.append(urgency)
 
     with ThreadPoolExecutor(4) as pool:
-        with turns.turn(0):
+        with turns.turn(lambda: 0):
             for urgency in (3, 1, 2):
                 pool.submit(work, urgency)
             while len(turns._waiting) < 3:
@@ -157,7 +159,47 @@ def test_the_most_urgent_goes_next():
 
 def test_a_turn_ends_with_an_exception_too():
     turns = Turns()
-    with pytest.raises(ValueError, match="oh"), turns.turn(1):
+    with pytest.raises(ValueError, match="oh"), turns.turn(lambda: 1):
         raise ValueError("oh")
-    with turns.turn(2):
+    with turns.turn(lambda: 2):
         pass
+
+
+def test_a_patient_stage_lets_others_go_until_it_has_company_or_a_new_stream_or_waited_long(start):
+    """Against a stage that wants every turn (urgency 1): who has it next?"""
+    turns, order = Turns(), []
+
+    def next_turn(*rows, wait_s=0.0):
+        gpt = FakeGPT()
+        worker = CausalWorker(
+            lambda batch: order.append("patient") or gpt.generate(batch),
+            gpt.release,
+            16,
+            turns,
+            0,
+            lambda n: 1.0,
+            is_patient=True,
+        )
+        order.clear()
+        with ThreadPoolExecutor(1) as pool:
+            with turns.turn(lambda: -1):
+                start(worker)
+                answers = worker.submit(rows)
+                other = pool.submit(take_turn)
+                while len(turns._waiting) < 2:
+                    pass
+                time.sleep(wait_s)
+            other.result()
+        for answer in answers:
+            answer.result()
+        return order[0]
+
+    def take_turn():
+        with turns.turn(lambda: 1):
+            order.append("other")
+
+    later = replace(row(4), position=60)
+    assert next_turn(later) == "other"
+    assert next_turn(later, row(4, stream=2)) == "patient"  # a new stream
+    assert next_turn(*[replace(later, stream=i) for i in range(1, COMPANY + 1)]) == "patient"
+    assert next_turn(later, wait_s=2 * PATIENCE_S) == "patient"

@@ -96,6 +96,7 @@ class CudaEngine:
         for n_rows in (2**i for i in range(self.max_batch.bit_length())):
             ids = np.full((2, 1), self.size.n_input_ids, np.int32)
             self.generate([Row(ids, 2, 0, WARM_UP) for _ in range(n_rows)])
+        for n_rows in range(1, min(self.max_batch, PREFILL_ROWS) + 1):
             for length in prefix_lengths:
                 scratch = [self.cache.shape[2] - 1] * n_rows
                 self.prefill([np.full((length, 1), self.size.n_input_ids, np.int32)] * n_rows, scratch)
@@ -127,7 +128,7 @@ class CudaEngine:
                 self.prefill([row.ids[:-1] for row, _ in new], [slot.index for _, slot in new])
             tokens, results = self.decode([self._arguments(row, slot) for row, slot in zip(rows, slots, strict=True)])
             tokens, results = tokens[: len(rows)].cpu().numpy(), results[: len(rows)].cpu().numpy()
-            generations = [self._take(*each) for each in zip(rows, tokens, results, strict=True)]
+            generations = self._take(rows, tokens, results)
             for row, slot, generation in zip(rows, slots, generations, strict=True):
                 slot.ids = _held(row, generation)
         return generations
@@ -147,10 +148,12 @@ class CudaEngine:
             min_eos_p=row.sampling.min_eos_p,
         )
 
-    def _take(self, row: Row, tokens: Ints, result: Ints) -> Generation:
-        n, ended = int(result[0]), bool(result[1])
-        books = (row.position + np.arange(n)) % self.head.n_codebooks
-        return Generation((self.head.first_id + books * self.head.size + tokens[:n]).astype(np.int32), ended)
+    def _take(self, rows: list[Row], tokens: Ints, results: Ints) -> list[Generation]:
+        """tokens: [B, n], indices within their codebook."""
+        positions = np.array([[row.position] for row in rows]) + np.arange(max(row.n_tokens for row in rows))
+        books = positions % self.head.n_codebooks
+        ids = (self.head.first_id + books * self.head.size + tokens[:, : books.shape[1]]).astype(np.int32)
+        return [Generation(ids[i, :n], bool(ended)) for i, (n, ended) in enumerate(results)]
 
 
 def _held(row: Row, generation: Generation) -> Ints:

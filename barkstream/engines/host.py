@@ -75,7 +75,7 @@ class Stage:
 
     def _work(self, opened: Future[None]) -> None:
         try:
-            with self._turns.turn(URGENCY[self.spec.stage]):
+            with self._turns.turn(lambda: URGENCY[self.spec.stage]):
                 began = time.monotonic()
                 self._worker = self._open()
                 print(
@@ -104,6 +104,7 @@ class Stage:
             self._turns,
             urgency,
             lambda n_rows: step_s[min(max(step_s), 1 << (n_rows - 1).bit_length())],
+            is_patient=spec.stage == "semantic",  # the coarse stage is where streams spend their time
         )
 
 

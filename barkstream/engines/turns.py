@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -12,15 +12,15 @@ class Turns:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: list[int] = []
+        self._waiting: list[Callable[[], int]] = []
         self._is_taken = False
 
     @contextmanager
-    def turn(self, urgency: int) -> Iterator[None]:
-        """The block runs alone. urgency: the lowest goes first."""
+    def turn(self, urgency: Callable[[], int]) -> Iterator[None]:
+        """The block runs alone. urgency: asked whenever a turn ends; the lowest goes first, of equal ones who came first."""
         with self._changed:
             self._waiting.append(urgency)
-            self._changed.wait_for(lambda: not self._is_taken and urgency == min(self._waiting))
+            self._changed.wait_for(lambda: not self._is_taken and min(self._waiting, key=lambda ask: ask()) is urgency)
             self._waiting.remove(urgency)
             self._is_taken = True
         try:

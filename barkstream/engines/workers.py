@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any, Generic, TypeVar
 
@@ -19,9 +20,12 @@ from barkstream.engines import Generation, Row
 from barkstream.engines.turns import Turns
 from barkstream.sampling import Ints, Sampling
 
-PIECE_S = 0.016  # how long a GPT's piece may take: a more urgent stage waits so long at most
+PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
 MIN_PIECE = 8  # tokens: between two pieces the GPU idles for about a millisecond
 URGENCY = dict(codec=0, fine=1, semantic=2, coarse=3)  # short work, and what a new stream begins with, goes first
+UNHURRIED = 4  # a stage that may wait for company
+STEPS_TIMED = 8, 24
+COMPANY, PATIENCE_S = 8, 0.05  # it waits for so many rows, or so long
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
@@ -47,7 +51,7 @@ class _Pending(Generic[Call, Result]):
     """A call that waits, or is under way."""
 
     def __init__(self, call: Call):
-        self.call = call
+        self.call, self.since_s = call, time.monotonic()
         self.answer: Future[Result] = Future()
 
 
@@ -88,17 +92,29 @@ class Worker(Generic[Call, Result]):
     def work(self) -> None:
         """Until closed. The thread that opened the engine."""
         while self._wait():
-            with self._turns.turn(self._urgency):
+            with self._turn():
                 batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
-                if not batch:
-                    continue
-                began = time.perf_counter()
-                try:
-                    results: Sequence[Result] | Exception = self._run([each.call for each in batch])
-                except Exception as error:
-                    results = error
-                self.work_done += Work(1, len(batch), time.perf_counter() - began)
+                results = self._try(batch)
+            self.work_done += Work(1, len(batch))
             self._settle(batch, results)
+
+    def _try(self, batch: Sequence[_Pending[Call, Result]]) -> Sequence[Result] | Exception:
+        try:
+            return self._run([each.call for each in batch])
+        except Exception as error:
+            return error
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._turns.turn(self._now_urgent):
+            began = time.perf_counter()
+            try:
+                yield
+            finally:
+                self.work_done += Work(busy_s=time.perf_counter() - began)
+
+    def _now_urgent(self) -> int:
+        return self._urgency
 
     def _wait(self) -> bool:
         """Return when there is something to run; false: the worker was closed."""
@@ -140,15 +156,26 @@ class CausalWorker(Worker[Row, Generation]):
         turns: Turns,
         urgency: int,
         step_s: Callable[[int], float],
+        is_patient: bool = False,
     ):
-        """generate, release: the engine's. step_s: what a decode step of so many rows takes."""
+        """generate, release: the engine's. step_s: what a decode step of so many rows takes. is_patient: may wait for company,
+        but for a stream's first call."""
         super().__init__(self._piece, max_batch, turns, urgency)
+        self._is_patient = is_patient
         self._generate, self._release, self._step_s = generate, release, step_s
         self._drawn: dict[Future[Generation], list[Ints]] = {}
         self._n_nameless = 0
 
     def submit(self, calls: Sequence[Row]) -> list[Future[Generation]]:
         return super().submit([self._named(row) for row in calls])
+
+    def _now_urgent(self) -> int:
+        with self._changed:
+            if not self._is_patient or len(self._waiting) >= COMPANY:
+                return self._urgency
+            is_urgent = any(each.call.position == 0 for each in self._waiting)
+            longest_s = time.monotonic() - min(each.since_s for each in self._waiting)
+        return self._urgency if is_urgent or longest_s > PATIENCE_S else UNHURRIED
 
     def _named(self, row: Row) -> Row:
         """A row without a stream needs its cache from piece to piece too: under a name below 0, until it is whole."""
@@ -174,7 +201,9 @@ class CausalWorker(Worker[Row, Generation]):
                 self._drawn.pop(each.answer, None)
             return super()._settle(batch, results)
         unfinished, whole = [], []
+        now = time.monotonic()
         for each, generation in zip(batch, results, strict=True):
+            each.since_s = now
             drawn = self._drawn.setdefault(each.answer, [])
             drawn.append(generation.tokens)
             each.call = each.call.after(generation.tokens)
@@ -191,14 +220,15 @@ class CausalWorker(Worker[Row, Generation]):
 
 
 def measure_steps(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, max_batch: int) -> dict[int, float]:
-    """Seconds of a decode step with 1, 2, 4 .. max_batch rows behind prefixes [S, C], prefill left out."""
-    found, n_rows, n = {}, 1, MIN_PIECE
+    """Seconds of a decode step with 1, 2, 4 .. max_batch rows behind prefixes [S, C]: by what more steps take longer."""
+    found, n_rows = {}, 1
+    sampling = Sampling(temperature=0, min_eos_p=1.0)
     while n_rows <= max_batch:
-        rows = [Row(prefix, n, 0, Sampling(temperature=0, min_eos_p=1.0), -1 - i) for i in range(n_rows)]
-        rows = [row.after(some.tokens) for row, some in zip(rows, generate(rows), strict=True)]
-        rows = [Row(row.ids, n, row.position, row.sampling, row.stream) for row in rows]
-        began = time.perf_counter()
-        generate(rows)
-        found[n_rows] = (time.perf_counter() - began) / n
+        took_s = []
+        for n in (1, *STEPS_TIMED):  # the first prefills
+            began = time.perf_counter()
+            generate([Row(prefix, n, 0, sampling, -1 - i) for i in range(n_rows)])
+            took_s.append(time.perf_counter() - began)
+        found[n_rows] = max(took_s[2] - took_s[1], 1e-5) / (STEPS_TIMED[1] - STEPS_TIMED[0])
         n_rows *= 2
     return found

@@ -70,16 +70,14 @@ class Prefill:
 
     def __call__(self, ids: Sequence[Ints], slots: Sequence[int]) -> None:
         """ids: [S, C] of each row (C = 1 or 2), all of which goes into the row's slot. Asynchronous."""
-        size, cache = self._layers.size, self._layers.cache
-        n_rows = 1 << (len(ids) - 1).bit_length()
+        size = self._layers.size
+        n_rows = len(ids)
         n_tokens = min(-(-max(map(len, ids)) // PREFILL_STEP) * PREFILL_STEP, size.block_size)
         states = np.zeros((n_rows, n_tokens, STATE_FIELDS), np.int32)
         states[:, :, 0], states[:, :, 1:3] = np.arange(n_tokens), size.n_input_ids
         for i, row in enumerate(ids):
             states[i, : len(row), 1 : 1 + row.shape[1]] = row
-        scratch = cache.shape[2] - 1
-        all_slots = torch.tensor([*slots, *[scratch] * (n_rows - len(slots))], dtype=torch.int32)
-        uploads = (torch.from_numpy(states.reshape(-1, STATE_FIELDS)), all_slots)
+        uploads = (torch.from_numpy(states.reshape(-1, STATE_FIELDS)), torch.tensor(slots, dtype=torch.int32))
         if n_rows * n_tokens > GRAPH_TOKENS:
             self._forward(*(upload.cuda() for upload in uploads))
             return
