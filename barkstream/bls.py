@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
 from barkstream.engines import Generation, Row, Window, check_chunk
-from barkstream.engines.hosted import HostedEngine
+from barkstream.engines.hosted import HostedStage
 from barkstream.engines.open import CausalEngine, CausalStageName, Spec, StageName, open_stage
 from barkstream.engines.workers import Work
 from barkstream.export.codec_state import state_size
@@ -145,13 +146,13 @@ class CausalStage:
         self._is_semantic = stage == "semantic"
         self._semantic = checkpoint.semantic
         self._size = (checkpoint.semantic if self._is_semantic else checkpoint.coarse).size
-        self._engine: CausalEngine | HostedEngine = _opened(_open_engine, stage, args)
+        self._engine: CausalEngine | HostedStage = _opened(_open_engine, stage, args)
         self._n_slots = 0
         self._metrics = StageMetrics(pb_utils.MetricFamily, stage)
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
         """Calls of several streams, decoded together. A bad call gets its error; the others their tokens."""
-        if isinstance(self._engine, HostedEngine):
+        if isinstance(self._engine, HostedStage):
             self._execute_hosted(self._engine, requests)
             return None
         rows: dict[int, Row] = {}
@@ -178,7 +179,7 @@ class CausalStage:
         self._count(self._engine, len(rows), time.perf_counter() - began)
         return responses
 
-    def _execute_hosted(self, engine: HostedEngine, requests: list[Any]) -> None:
+    def _execute_hosted(self, engine: HostedStage, requests: list[Any]) -> None:
         """Each call on its way; returns at once, so that those that come meanwhile join them. Whoever has an answer sends it."""
 
         def start(row: Row) -> Future[Any]:
@@ -221,7 +222,7 @@ class FineStage:
     def __init__(self, args: dict[str, str]):
         """args: what Triton passes to `initialize`."""
         self._layout = _checkpoint(_folder(args)).fine
-        self._engine: HostedEngine = _opened(_open_engine, "fine", args)
+        self._engine: HostedStage = _opened(_open_engine, "fine", args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, "fine")
 
     def execute(self, requests: list[Any]) -> None:
@@ -241,7 +242,7 @@ class CodecStage:
     def __init__(self, args: dict[str, str]):
         """args: what Triton passes to `initialize`."""
         self._layout = _checkpoint(_folder(args)).codec
-        self._engine: HostedEngine = _opened(_open_engine, "codec", args)
+        self._engine: HostedStage = _opened(_open_engine, "codec", args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, "codec")
 
     def execute(self, requests: list[Any]) -> None:
@@ -260,26 +261,29 @@ class CodecStage:
 def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
     """As config.pbtxt's parameters ask for it. On a GPU: in the process that its stages share."""
     folder, parameters = _folder(args), _parameters(args)
+    config = json.loads(args["model_config"])
     spec = Spec(
         stage,
         parameters["engine"],
         folder / "model.onnx",
         _checkpoint(folder),
-        int(json.loads(args["model_config"])["max_batch_size"]),
+        int(config["max_batch_size"]),
         n_slots=int(parameters.get("kv_slots", 0)),
         frames=tuple(int(n) for n in parameters.get("warm_frames", "").split(",") if n.strip()),
         n_threads=int(parameters.get("n_threads", 0)),
         device=int(args["model_instance_device_id"]),
     )
-    is_hosted = parameters.get("shares_process") == "true" or stage in ("fine", "codec")
-    return HostedEngine(spec) if is_hosted else open_stage(spec)
+    if parameters.get("shares_process") != "true" and stage not in ("fine", "codec"):
+        return open_stage(spec)
+    gpus = sorted({gpu for group in config["instance_group"] for gpu in group.get("gpus", [])})
+    return HostedStage([replace(spec, device=gpu) for gpu in gpus or [spec.device]])
 
 
 def _start_calls(
     requests: list[Any],
     start: Callable[[Any], Future[Any]],
     response: Callable[[Any], Any],
-    engine: HostedEngine,
+    engine: HostedStage,
     metrics: StageMetrics,
 ) -> None:
     """Start on each request; its response is sent when it is there. A bad call gets its error at once.
@@ -297,7 +301,7 @@ def _start_calls(
 
 
 def _finish_call(
-    sender: Any, response: Callable[[Any], Any], engine: HostedEngine, metrics: StageMetrics, done: Future[Any]
+    sender: Any, response: Callable[[Any], Any], engine: HostedStage, metrics: StageMetrics, done: Future[Any]
 ) -> None:
     metrics.count(engine.take_news())
     error = done.exception()

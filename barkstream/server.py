@@ -303,8 +303,9 @@ class Server:
             f"--metrics-address={self.host}",
             f"--metrics-port={metrics_port}",
             f"--exit-timeout-secs={self._drain_s}",
-            # Tensors travel through the CPU's memory: for a pinned pool Triton itself would take .6 GB of a GPU.
+            # Tensors travel through the CPU's memory: for a pinned pool, or one on a GPU, Triton itself would take .6 GB of it.
             "--pinned-memory-pool-byte-size=0",
+            *(f"--cuda-memory-pool-byte-size={gpu}:0" for gpu in range(n_gpus())),
             *no_gpu,
         ]
 
@@ -353,6 +354,12 @@ class Server:
 
     def _failure(self, what: str) -> ServerError:
         return ServerError(f"{what}\n{failure_reasons(list(self._log))}".rstrip())
+
+
+def n_gpus() -> int:
+    """GPUs of this machine, whether or not they may be used."""
+    gpus = NVIDIA_DRIVER / "gpus"
+    return len(list(gpus.iterdir())) if gpus.is_dir() else 0
 
 
 def is_notable(line: str) -> bool:

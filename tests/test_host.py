@@ -15,7 +15,7 @@ import pytest
 
 from barkstream.clients import Client
 from barkstream.engines import Row
-from barkstream.engines.hosted import FOLDER, HostedEngine, sockets_folder
+from barkstream.engines.hosted import FOLDER, HostedEngine, HostedStage, sockets_folder
 from barkstream.engines.open import EngineError, Spec, open_stage
 from barkstream.sampling import Sampling
 from barkstream.server import Server
@@ -110,6 +110,20 @@ def state_size_of(spec):
     from barkstream.export.codec_state import state_size
 
     return state_size(spec("codec").checkpoint.codec)
+
+
+def test_streams_are_dealt_to_the_gpus_in_turn_and_each_stays_on_its_own(spec):
+    stage = HostedStage([spec("coarse", device=device) for device in (0, 1)])
+    one, other = stage.engines
+    assert process_of(one) != process_of(other)
+    for stream in (4, 5, 6, 4):
+        stage.start(coarse_row(stream=stream)).result()
+    assert [engine.take_news().n_slots for engine in (one, other)] == [2, 1]
+    for stream in (4, 5, 6):
+        stage.start_release(stream).result()
+    assert [engine.take_news().n_slots for engine in (one, other)] == [-2, -1]
+    stage.start(coarse_row(stream=0)).result()  # whatever has no stream of its own
+    assert stage.take_news().n_rows == 1
 
 
 def test_a_folder_that_others_can_look_into_is_refused(tmp_path, monkeypatch):

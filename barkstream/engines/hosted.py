@@ -11,10 +11,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import reduce
 from multiprocessing.connection import Client, Connection
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,38 @@ N_TRIES = 3  # a process that is being killed may still accept the second
 FOLDER = "BARKSTREAM_SOCKETS"  # environment variable: where the processes of one server meet
 
 
+class HostedStage:
+    """A stage on one GPU or several. Threads share it; instances of the stage's model have one each.
+
+    A stream's calls all go to one GPU, where its KV cache is; streams are dealt out in turn. What has no stream goes to the GPU
+    that has the least to do.
+    """
+
+    def __init__(self, specs: Sequence[Spec]):
+        """specs: one a GPU. Raises what opening an engine raises."""
+        with ThreadPoolExecutor(len(specs)) as pool:
+            self.engines = list(pool.map(HostedEngine, specs))
+
+    def start(self, call: Row | Window | Chunk) -> Future[Any]:
+        """A call's result to come. Fails with EngineError if its GPU's process ends N_TRIES times over it."""
+        if isinstance(call, Row) and call.stream:
+            return self._engine_of(call.stream).start(call)
+        return min(self.engines, key=lambda engine: engine.n_asked).start(call)
+
+    def start_release(self, stream: int) -> Future[None]:
+        """Free a stream's KV slot; nothing happens if it has none."""
+        return self._engine_of(stream).start_release(stream)
+
+    def take_news(self) -> Work:
+        """What the stage did since any of its instances last asked."""
+        return reduce(add, (engine.take_news() for engine in self.engines))
+
+    def _engine_of(self, stream: int) -> HostedEngine:
+        return self.engines[stream % len(self.engines)]
+
+
 class HostedEngine:
-    """Any stage. Threads share it; instances of the stage's model have one each."""
+    """A stage on one GPU."""
 
     def __init__(self, spec: Spec):
         """Raises what opening the engine raises, and EngineError if the process cannot be started."""
@@ -39,6 +71,12 @@ class HostedEngine:
         self._news, self._n_slots = Work(), 0  # not yet asked for; and KV slots that were reported by us
         with self._lock:
             self._open()
+
+    @property
+    def n_asked(self) -> int:
+        """Calls under way."""
+        link = self._link
+        return len(link.asked) if link else 0
 
     def take_news(self) -> Work:
         """What the stage did since any of its instances last asked: what all of them are told adds up to all its work."""

@@ -6,7 +6,7 @@ Only the engine that is asked for is imported: a CPU needs no PyTorch, a GPU no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -95,7 +95,10 @@ def open_causal(
     use_gpu(device)
     from barkstream.engines.cuda import CudaEngine
 
-    on_gpu = CudaEngine.load(path, layout.size, head, n_slots, max_batch)
+    size = replace(
+        layout.size, block_size=n_positions(stage, checkpoint)
+    )  # no cache for positions that nobody can reach
+    on_gpu = CudaEngine.load(path, size, head, n_slots, max_batch)
     on_gpu.warm_up(prefix_lengths(stage, checkpoint))
     give_back_memory()
     return on_gpu
@@ -107,6 +110,15 @@ def prefix_lengths(stage: CausalStageName, checkpoint: Checkpoint) -> list[int]:
         return [checkpoint.semantic.n_prompt_positions - 1]
     window = checkpoint.coarse.n_semantic_window
     return [window, window + checkpoint.coarse.max_history]
+
+
+def n_positions(stage: CausalStageName, checkpoint: Checkpoint) -> int:
+    """The most that a stage's windows take: a multiple of 64, and no more than the model has."""
+    if stage == "semantic":
+        return checkpoint.semantic.size.block_size
+    coarse = checkpoint.coarse
+    window = coarse.n_semantic_window + 1 + coarse.max_history + coarse.window
+    return min(-(-window // 64) * 64, coarse.size.block_size)
 
 
 def open_fine(
