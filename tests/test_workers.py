@@ -39,8 +39,8 @@ class FakeGPT:
         self.released += streams
 
 
-def row(n_tokens, stream=1, seed=0, n_ids=5):
-    return Row(np.zeros((n_ids, 1), np.int32), n_tokens, 0, Sampling(seed=seed), stream)
+def row(n_tokens, stream=1, seed=0, n_ids=5, position=0):
+    return Row(np.zeros((n_ids, 1), np.int32), n_tokens, position, Sampling(seed=seed), stream)
 
 
 @pytest.fixture
@@ -96,9 +96,17 @@ def test_a_row_that_comes_later_joins_at_the_next_piece(start):
 
 def test_more_rows_than_a_batch_holds_go_oldest_first(start):
     gpt = FakeGPT()
-    answers = start(causal(gpt, max_batch=2)).submit([row(16, stream=i) for i in range(1, 6)])
-    assert [len(answer.result().tokens) for answer in answers] == [16] * 5
-    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[1, 2], [3, 4], [5]]
+    answers = start(causal(gpt, max_batch=6)).submit([row(16, stream=i, position=60) for i in range(1, 12)])
+    assert [len(answer.result().tokens) for answer in answers] == [16] * 11
+    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
+
+
+def test_a_sentences_first_call_goes_before_a_crowd_and_by_itself(start):
+    gpt = FakeGPT()
+    crowd = [row(16, stream=i, position=60) for i in range(1, 9)]
+    for answer in start(causal(gpt, max_batch=32)).submit([*crowd, row(16, stream=9)]):
+        answer.result()
+    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[9], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 def test_speech_that_ends_in_the_middle_ends_the_call(start):
@@ -166,7 +174,7 @@ def test_a_turn_ends_with_an_exception_too():
 
 
 def test_a_patient_stage_lets_others_go_until_it_has_company_or_a_new_stream_or_waited_long(start):
-    """Against a stage that wants every turn (urgency 1): who has it next?"""
+    """Against a stage that wants every turn (urgency 4): who has it next?"""
     turns, order = Turns(), []
 
     def next_turn(*rows, wait_s=0.0):
@@ -195,10 +203,10 @@ def test_a_patient_stage_lets_others_go_until_it_has_company_or_a_new_stream_or_
         return order[0]
 
     def take_turn():
-        with turns.turn(lambda: 1):
+        with turns.turn(lambda: 4):
             order.append("other")
 
-    later = replace(row(4), position=60)
+    later = row(4, position=60)
     assert next_turn(later) == "other"
     assert next_turn(later, row(4, stream=2)) == "patient"  # a new stream
     assert next_turn(*[replace(later, stream=i) for i in range(1, COMPANY + 1)]) == "patient"

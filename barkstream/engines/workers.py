@@ -22,10 +22,12 @@ from barkstream.sampling import Ints, Sampling
 
 PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
 MIN_PIECE = 8  # tokens: between two pieces the GPU idles for about a millisecond
-URGENCY = dict(codec=0, fine=1, semantic=2, coarse=3)  # short work, and what a new stream begins with, goes first
-UNHURRIED = 4  # a stage that may wait for company
-STEPS_TIMED = 8, 24
+# The lowest goes first: short work, then what a sentence begins with (somebody waits for it), then the rest.
+URGENCY = dict(codec=0, fine=1, semantic=3, coarse=4)
+FIRST, UNHURRIED = 2, 5  # a GPT with a sentence's first call; one that waits for company
 COMPANY, PATIENCE_S = 8, 0.05  # it waits for so many rows, or so long
+EXPRESS_ROWS = 4  # first calls that are decoded by themselves: so few take a third of a full batch's time
+STEPS_TIMED = 8, 24
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
@@ -52,6 +54,7 @@ class _Pending(Generic[Call, Result]):
 
     def __init__(self, call: Call):
         self.call, self.since_s = call, time.monotonic()
+        self.is_first = isinstance(call, Row) and call.position == 0  # of a sentence
         self.answer: Future[Result] = Future()
 
 
@@ -171,11 +174,21 @@ class CausalWorker(Worker[Row, Generation]):
 
     def _now_urgent(self) -> int:
         with self._changed:
-            if not self._is_patient or len(self._waiting) >= COMPANY:
-                return self._urgency
-            is_urgent = any(each.call.position == 0 for each in self._waiting)
+            if any(each.is_first for each in self._waiting):
+                return FIRST
             longest_s = time.monotonic() - min(each.since_s for each in self._waiting)
-        return self._urgency if is_urgent or longest_s > PATIENCE_S else UNHURRIED
+            is_alone = len(self._waiting) < COMPANY and longest_s < PATIENCE_S
+        return UNHURRIED if self._is_patient and is_alone else self._urgency
+
+    def _next_batch(self) -> list[_Pending[Row, Generation]]:
+        """First calls go by themselves, the oldest first; if there are none, all do."""
+        with self._changed:
+            first = [each for each in self._waiting if each.is_first][:EXPRESS_ROWS]
+            batch = first or self._waiting[: self._max_batch]
+            if len(self._waiting) <= EXPRESS_ROWS:
+                batch = self._waiting
+            self._waiting = [each for each in self._waiting if each not in batch]
+        return batch
 
     def _named(self, row: Row) -> Row:
         """A row without a stream needs its cache from piece to piece too: under a name below 0, until it is whole."""
