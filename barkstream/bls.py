@@ -150,11 +150,10 @@ class CausalStage:
         self._n_slots = 0
         self._metrics = StageMetrics(pb_utils.MetricFamily, stage)
 
-    def execute(self, requests: list[Any]) -> list[Any] | None:
+    def execute(self, requests: list[Any]) -> list[Any]:
         """Calls of several streams, decoded together. A bad call gets its error; the others their tokens."""
         if isinstance(self._engine, HostedStage):
-            self._execute_hosted(self._engine, requests)
-            return None
+            return self._execute_hosted(self._engine, requests)
         rows: dict[int, Row] = {}
         left: list[int] = []  # streams whose slots are free from now on
         responses: list[Any] = [None] * len(requests)
@@ -179,16 +178,15 @@ class CausalStage:
         self._count(self._engine, len(rows), time.perf_counter() - began)
         return responses
 
-    def _execute_hosted(self, engine: HostedStage, requests: list[Any]) -> None:
-        """Each call on its way; returns at once, so that those that come meanwhile join them. Whoever has an answer sends it."""
-
-        def start(row: Row) -> Future[Any]:
+    def _execute_hosted(self, engine: HostedStage, requests: list[Any]) -> list[Any]:
+        def start(request: Any) -> Future[Any]:
+            row = self._row(request)
             return engine.start(row) if row.n_tokens else engine.start_release(row.stream)
 
         def response(generation: Generation | None) -> Any:
             return self._response(generation or NOTHING)
 
-        _start_calls(requests, lambda request: start(self._row(request)), response, engine, self._metrics)
+        return _answer_calls(requests, start, response, engine, self._metrics)
 
     def _count(self, engine: CausalEngine, n_rows: int = 0, busy_s: float = 0.0) -> None:
         more_slots = engine.n_owned_slots - self._n_slots
@@ -225,8 +223,8 @@ class FineStage:
         self._engine: HostedStage = _opened(_open_engine, "fine", args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, "fine")
 
-    def execute(self, requests: list[Any]) -> None:
-        _start_calls(requests, self._start, lambda codes: _outputs(filled=codes), self._engine, self._metrics)
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return _answer_calls(requests, self._start, lambda codes: _outputs(filled=codes), self._engine, self._metrics)
 
     def _start(self, request: Any) -> Future[Any]:
         call = _arrays(request)
@@ -245,11 +243,11 @@ class CodecStage:
         self._engine: HostedStage = _opened(_open_engine, "codec", args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, "codec")
 
-    def execute(self, requests: list[Any]) -> None:
+    def execute(self, requests: list[Any]) -> list[Any]:
         def response(decoded: tuple[Floats, Floats]) -> Any:
             return _outputs(audio=decoded[0], next_state=decoded[1])
 
-        _start_calls(requests, self._start, response, self._engine, self._metrics)
+        return _answer_calls(requests, self._start, response, self._engine, self._metrics)
 
     def _start(self, request: Any) -> Future[Any]:
         call = _arrays(request)
@@ -279,38 +277,41 @@ def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
     return HostedStage([replace(spec, device=gpu) for gpu in gpus or [spec.device]])
 
 
-def _start_calls(
+def _answer_calls(
     requests: list[Any],
     start: Callable[[Any], Future[Any]],
     response: Callable[[Any], Any],
     engine: HostedStage,
     metrics: StageMetrics,
-) -> None:
-    """Start on each request; its response is sent when it is there. A bad call gets its error at once.
+) -> list[Any]:
+    """A response for each request; those of other instances are under way at the same time. A bad call gets its error.
 
-    start: raises ValueError for a bad call. (From Triton 24.06 on, a model that is not decoupled may send its response later, too.)
+    start: raises ValueError for a bad call. (Triton 2.51 would let a model send each response when it is there, but one that was sent
+    before `execute` had returned was lost now and then: hence several instances in place of one.)
     """
+    started: list[Future[Any]] = []
     for request in requests:
-        sender = request.get_response_sender()
         try:
-            done = start(request)
+            started.append(start(request))
         except ValueError as error:
-            sender.send(_error(str(error), pb_utils.TritonError.INVALID_ARG), flags=FINAL)
-            continue
-        done.add_done_callback(partial(_finish_call, sender, response, engine, metrics))
-
-
-def _finish_call(
-    sender: Any, response: Callable[[Any], Any], engine: HostedStage, metrics: StageMetrics, done: Future[Any]
-) -> None:
+            started.append(Future())
+            started[-1].set_exception(error)
+    responses = [_response_of(done, response) for done in started]
     metrics.count(engine.take_news())
+    return responses
+
+
+def _response_of(done: Future[Any], response: Callable[[Any], Any]) -> Any:
     error = done.exception()
-    sender.send(_error(str(error), pb_utils.TritonError.INTERNAL) if error else response(done.result()), flags=FINAL)
+    if error is None:
+        return response(done.result())
+    code = pb_utils.TritonError.INVALID_ARG if isinstance(error, ValueError) else pb_utils.TritonError.INTERNAL
+    return _error(str(error), code)
 
 
 def _arrays(request: Any) -> dict[str, np.ndarray]:
-    """A batched model's inputs, without the batch dimension. Copies: Triton takes its own back when execute returns."""
-    return {tensor.name(): tensor.as_numpy()[0].copy() for tensor in request.inputs()}
+    """A batched model's inputs, without the batch dimension."""
+    return {tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()}
 
 
 def _outputs(**arrays: np.ndarray) -> Any:

@@ -145,6 +145,7 @@ def shared_server(repository, tmp_path_factory):
         config = re.sub(r'string_value: "cuda"', 'string_value: "onnxruntime"', config)
         config = re.sub("KIND_GPU", "KIND_CPU", config)
         config = re.sub("max_batch_size: 32", "max_batch_size: 4", config)
+        config = re.sub(r"count: \d+", "count: 2", config)
         (folder / f"bark_{stage}" / "config.pbtxt").write_text(config)
     with Server(folder) as server:
         yield server
