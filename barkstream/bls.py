@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
-from barkstream.engines import Generation, Row, Window, check_chunk
+from barkstream.engines import Chunk, Generation, Row, Window, check_chunk
 from barkstream.engines.hosted import HostedStage
 from barkstream.engines.open import CausalEngine, CausalStageName, Spec, StageName, open_stage
 from barkstream.engines.workers import Work
@@ -179,14 +179,7 @@ class CausalStage:
         return responses
 
     def _execute_hosted(self, engine: HostedStage, requests: list[Any]) -> list[Any]:
-        def start(request: Any) -> Future[Any]:
-            row = self._row(request)
-            return engine.start(row) if row.n_tokens else engine.start_release(row.stream)
-
-        def response(generation: Generation | None) -> Any:
-            return self._response(generation or NOTHING)
-
-        return _answer_calls(requests, start, response, engine, self._metrics)
+        return _answer_calls(requests, self._row, self._response, engine, self._metrics)
 
     def _count(self, engine: CausalEngine, n_rows: int = 0, busy_s: float = 0.0) -> None:
         more_slots = engine.n_owned_slots - self._n_slots
@@ -224,14 +217,14 @@ class FineStage:
         self._metrics = StageMetrics(pb_utils.MetricFamily, "fine")
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return _answer_calls(requests, self._start, lambda codes: _outputs(filled=codes), self._engine, self._metrics)
+        return _answer_calls(requests, self._window, lambda codes: _outputs(filled=codes), self._engine, self._metrics)
 
-    def _start(self, request: Any) -> Future[Any]:
+    def _window(self, request: Any) -> Window:
         call = _arrays(request)
         fill_from, temperature = call["fill_from"][0].item(), call["temperature"][0].item()
         window = Window(call["codes"], fill_from, call["uniforms"], temperature)
         window.check(self._layout)
-        return self._engine.start(window)
+        return window
 
 
 class CodecStage:
@@ -247,13 +240,13 @@ class CodecStage:
         def response(decoded: tuple[Floats, Floats]) -> Any:
             return _outputs(audio=decoded[0], next_state=decoded[1])
 
-        return _answer_calls(requests, self._start, response, self._engine, self._metrics)
+        return _answer_calls(requests, self._chunk, response, self._engine, self._metrics)
 
-    def _start(self, request: Any) -> Future[Any]:
+    def _chunk(self, request: Any) -> Chunk:
         call = _arrays(request)
         chunk = call["codes"], call["state"]
         check_chunk(chunk, self._layout)
-        return self._engine.start(chunk)
+        return chunk
 
 
 def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
@@ -274,37 +267,42 @@ def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
     if parameters.get("shares_process") != "true" and stage not in ("fine", "codec"):
         return open_stage(spec)
     gpus = sorted({gpu for group in config["instance_group"] for gpu in group.get("gpus", [])})
-    return HostedStage([replace(spec, device=gpu) for gpu in gpus or [spec.device]])
+    return HostedStage([replace(spec, device=gpu) for gpu in gpus or [spec.device]], first=spec.device)
 
 
 def _answer_calls(
     requests: list[Any],
-    start: Callable[[Any], Future[Any]],
+    parse: Callable[[Any], Row | Window | Chunk],
     response: Callable[[Any], Any],
     engine: HostedStage,
     metrics: StageMetrics,
 ) -> list[Any]:
     """A response for each request; those of other instances are under way at the same time. A bad call gets its error.
 
-    start: raises ValueError for a bad call. (Triton 2.51 would let a model send each response when it is there, but one that was sent
-    before `execute` had returned was lost now and then: hence several instances in place of one.)
+    parse: raises ValueError for a bad call. (Triton 2.51 would let a model send each response when it is there, but one that was sent
+    before `execute` had returned was lost: hence several instances in place of one.)
     """
-    started: list[Future[Any]] = []
+    calls: list[Any] = []
     for request in requests:
         try:
-            started.append(start(request))
+            calls.append(parse(request))
         except ValueError as error:
-            started.append(Future())
-            started[-1].set_exception(error)
-    responses = [_response_of(done, response) for done in started]
+            calls.append(error)
+    if left := [call.stream for call in calls if _is_release(call)]:
+        engine.release(*left)
+    good = [i for i, call in enumerate(calls) if not (isinstance(call, ValueError) or _is_release(call))]
+    answers = [NOTHING if _is_release(call) else call for call in calls]
+    for i, answer in zip(good, engine.run([calls[i] for i in good]), strict=True):
+        answers[i] = answer
     metrics.count(engine.take_news())
-    return responses
+    return [_failure(answer) if isinstance(answer, Exception) else response(answer) for answer in answers]
 
 
-def _response_of(done: Future[Any], response: Callable[[Any], Any]) -> Any:
-    error = done.exception()
-    if error is None:
-        return response(done.result())
+def _is_release(call: Any) -> bool:
+    return isinstance(call, Row) and not call.n_tokens
+
+
+def _failure(error: Exception) -> Any:
     code = pb_utils.TritonError.INVALID_ARG if isinstance(error, ValueError) else pb_utils.TritonError.INTERNAL
     return _error(str(error), code)
 

@@ -15,7 +15,7 @@ import pytest
 
 from barkstream.clients import Client
 from barkstream.engines import Row
-from barkstream.engines.hosted import FOLDER, HostedEngine, HostedStage, sockets_folder
+from barkstream.engines.hosted import FOLDER, HostedStage, sockets_folder
 from barkstream.engines.open import EngineError, Spec, open_stage
 from barkstream.sampling import Sampling
 from barkstream.server import Server
@@ -41,22 +41,23 @@ def coarse_row(n_tokens=24, seed=3, stream=7):
     return Row(prefix, n_tokens, 0, Sampling(seed=seed), stream)
 
 
-def process_of(engine: HostedEngine) -> int:
-    """The id of the process at the other end."""
+def process_of(stage) -> int:
+    """The id of the process at the other end of a stage, or of one of its engines."""
     import socket
     import struct
 
-    peer = socket.socket(fileno=os.dup(engine._link.connection.fileno()))
+    engine = stage.engines[0] if isinstance(stage, HostedStage) else stage
+    peer = socket.socket(fileno=os.dup(engine._connection.fileno()))
     with peer:
         return struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
 
 
 def test_instances_share_one_process_and_say_what_an_engine_of_their_own_says(spec):
     own = open_stage(spec("coarse"))
-    engines = [HostedEngine(spec("coarse")) for _ in range(3)]
+    engines = [HostedStage([spec("coarse")]) for _ in range(3)]
     rows = [coarse_row(seed=seed, stream=seed) for seed in (1, 2, 3)]
     with ThreadPoolExecutor(3) as pool:
-        hosted = list(pool.map(lambda engine, row: engine.generate([row])[0], engines, rows))
+        hosted = list(pool.map(lambda engine, row: engine.run([row])[0], engines, rows))
     for row, generation in zip(rows, hosted, strict=True):
         assert generation.tokens.tolist() == own.generate([row])[0].tokens.tolist()
     assert len({process_of(engine) for engine in engines}) == 1
@@ -67,31 +68,31 @@ def test_instances_share_one_process_and_say_what_an_engine_of_their_own_says(sp
 
 
 def test_stages_share_the_process_and_a_bad_artifact_is_its_own_stages_error(spec, tmp_path):
-    coarse, codec = HostedEngine(spec("coarse")), HostedEngine(spec("codec"))
+    coarse, codec = HostedStage([spec("coarse")]), HostedStage([spec("codec")])
     assert process_of(coarse) == process_of(codec)
     missing = Spec("fine", "onnxruntime", tmp_path / "model.onnx", spec("fine").checkpoint, max_batch=1)
     with pytest.raises(FileNotFoundError, match="make export"):
-        HostedEngine(missing)
+        HostedStage([missing])
     with pytest.raises(EngineError, match="another coarse stage"):
-        HostedEngine(spec("coarse", n_threads=1))
-    assert len(coarse.generate([coarse_row()])[0].tokens) == 24
+        HostedStage([spec("coarse", n_threads=1)])
+    assert len(coarse.run([coarse_row()])[0].tokens) == 24
 
 
 def test_a_process_that_was_killed_is_replaced_and_the_call_made_again(spec):
-    engine = HostedEngine(spec("coarse"))
-    before = engine.generate([coarse_row()])[0].tokens
+    engine = HostedStage([spec("coarse")])
+    before = engine.run([coarse_row()])[0].tokens
     assert engine.take_news().n_slots == 1
     killed = process_of(engine)
     os.kill(killed, signal.SIGKILL)
-    assert engine.generate([coarse_row()])[0].tokens.tolist() == before.tolist()
+    assert engine.run([coarse_row()])[0].tokens.tolist() == before.tolist()
     assert process_of(engine) != killed and engine.take_news().n_slots == 0  # one is gone, another there
 
 
 def test_the_process_ends_with_its_last_connection(spec):
-    engine, other = HostedEngine(spec("coarse")), HostedEngine(spec("codec"))
+    engine, other = HostedStage([spec("coarse")]), HostedStage([spec("codec")])
     process = process_of(engine)
     hang_up(engine)
-    assert len(other.decode([(np.zeros((8, 10), np.int32), np.zeros(state_size_of(spec), np.float32))])[0][0]) == 3200
+    assert len(other.run([(np.zeros((8, 10), np.int32), np.zeros(state_size_of(spec), np.float32))])[0][0]) == 3200
     hang_up(other)
     deadline = time.monotonic() + 10
     while Path(f"/proc/{process}/stat").exists() and "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2]:
@@ -99,11 +100,8 @@ def test_the_process_ends_with_its_last_connection(spec):
         time.sleep(0.02)
 
 
-def hang_up(engine):
-    import socket
-
-    with socket.socket(fileno=os.dup(engine._link.connection.fileno())) as peer:
-        peer.shutdown(socket.SHUT_RDWR)
+def hang_up(stage):
+    stage.engines[0]._connection.close()
 
 
 def state_size_of(spec):
@@ -117,13 +115,12 @@ def test_streams_are_dealt_to_the_gpus_in_turn_and_each_stays_on_its_own(spec):
     one, other = stage.engines
     assert process_of(one) != process_of(other)
     for stream in (4, 5, 6, 4):
-        stage.start(coarse_row(stream=stream)).result()
+        assert len(stage.run([coarse_row(stream=stream)])[0].tokens) == 24
     assert [engine.take_news().n_slots for engine in (one, other)] == [2, 1]
-    for stream in (4, 5, 6):
-        stage.start_release(stream).result()
+    stage.release(4, 5, 6)
     assert [engine.take_news().n_slots for engine in (one, other)] == [-2, -1]
-    stage.start(coarse_row(stream=0)).result()  # whatever has no stream of its own
-    assert stage.take_news().n_rows > 0
+    stage.run([coarse_row(stream=0), coarse_row(stream=0)])  # those in turn, too
+    assert min(engine.take_news().n_rows for engine in (one, other)) > 0
 
 
 def test_a_folder_that_others_can_look_into_is_refused(tmp_path, monkeypatch):

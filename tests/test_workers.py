@@ -12,7 +12,7 @@ import pytest
 
 from barkstream.engines import Generation, Row
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import COMPANY, PATIENCE_S, PIECE_S, CausalWorker, Worker
+from barkstream.engines.workers import PIECE_S, CausalWorker, Policy, Worker
 from barkstream.sampling import Sampling
 
 
@@ -61,9 +61,12 @@ def start():
         thread.join()
 
 
-def causal(gpt, max_batch=4, step_s=PIECE_S / 16, turns=None, **options):
+POLICY = Policy(lambda row: row.position == 0, hurried=2, urgency=3, company=4, patience_s=0.2)
+
+
+def causal(gpt, max_batch=4, turns=None):
     """Pieces of 16 tokens."""
-    return CausalWorker(gpt.generate, gpt.release, max_batch, turns or Turns(), 0, lambda n_rows: step_s, **options)
+    return CausalWorker(gpt.generate, gpt.release, max_batch, turns or Turns(), POLICY, lambda n_rows: PIECE_S / 16)
 
 
 def test_a_call_in_pieces_says_what_it_says_in_one(start):
@@ -101,12 +104,12 @@ def test_more_rows_than_a_batch_holds_go_oldest_first(start):
     assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
 
 
-def test_a_sentences_first_call_goes_before_a_crowd_and_by_itself(start):
+def test_a_sentences_first_call_goes_before_the_rest_of_a_crowd(start):
     gpt = FakeGPT()
     crowd = [row(16, stream=i, position=60) for i in range(1, 9)]
-    for answer in start(causal(gpt, max_batch=32)).submit([*crowd, row(16, stream=9)]):
+    for answer in start(causal(gpt, max_batch=6)).submit([*crowd, row(16, stream=9)]):
         answer.result()
-    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[9], [1, 2, 3, 4, 5, 6, 7, 8]]
+    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[9, 1, 2, 3, 4, 5], [6, 7, 8]]
 
 
 def test_speech_that_ends_in_the_middle_ends_the_call(start):
@@ -140,7 +143,9 @@ def test_an_errand_runs_between_batches_and_its_failure_is_its_callers(start):
 
 def test_calls_that_came_during_anothers_turn_go_together(start):
     turns, batches = Turns(), []
-    worker = Worker(lambda calls: batches.append(calls) or calls, 8, turns, urgency=0)
+    worker = Worker(
+        lambda calls: batches.append(calls) or calls, 8, turns, Policy(lambda call: False, hurried=0, urgency=0)
+    )
     with turns.turn(lambda: 5):
         start(worker)
         answers = [worker.submit([i])[0] for i in range(3)]
@@ -173,20 +178,14 @@ def test_a_turn_ends_with_an_exception_too():
         pass
 
 
-def test_a_patient_stage_lets_others_go_until_it_has_company_or_a_new_stream_or_waited_long(start):
+def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_waited_long(start):
     """Against a stage that wants every turn (urgency 4): who has it next?"""
     turns, order = Turns(), []
 
     def next_turn(*rows, wait_s=0.0):
         gpt = FakeGPT()
         worker = CausalWorker(
-            lambda batch: order.append("patient") or gpt.generate(batch),
-            gpt.release,
-            16,
-            turns,
-            0,
-            lambda n: 1.0,
-            is_patient=True,
+            lambda batch: order.append("patient") or gpt.generate(batch), gpt.release, 16, turns, POLICY, lambda n: 1.0
         )
         order.clear()
         with ThreadPoolExecutor(1) as pool:
@@ -209,5 +208,5 @@ def test_a_patient_stage_lets_others_go_until_it_has_company_or_a_new_stream_or_
     later = row(4, position=60)
     assert next_turn(later) == "other"
     assert next_turn(later, row(4, stream=2)) == "patient"  # a new stream
-    assert next_turn(*[replace(later, stream=i) for i in range(1, COMPANY + 1)]) == "patient"
-    assert next_turn(later, wait_s=2 * PATIENCE_S) == "patient"
+    assert next_turn(*[replace(later, stream=i) for i in range(1, POLICY.company + 1)]) == "patient"
+    assert next_turn(later, wait_s=2 * POLICY.patience_s) == "patient"

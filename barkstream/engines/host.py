@@ -34,7 +34,7 @@ import numpy as np
 
 from barkstream.engines.open import EngineError, Spec, is_cpu, open_stage, prefix_lengths, use_gpu
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import URGENCY, CausalWorker, Work, Worker, measure_steps
+from barkstream.engines.workers import POLICIES, CausalWorker, Work, Worker, measure_steps
 
 SWITCH_S = 0.0005  # threads hand Python over after so long: the one that has the next piece to launch must not wait
 LISTENING = "listening"
@@ -75,7 +75,7 @@ class Stage:
 
     def _work(self, opened: Future[None]) -> None:
         try:
-            with self._turns.turn(lambda: URGENCY[self.spec.stage]):
+            with self._turns.turn(lambda: 0):
                 began = time.monotonic()
                 self._worker = self._open()
                 print(
@@ -88,10 +88,10 @@ class Stage:
         return None
 
     def _open(self) -> Worker[Any, Any]:
-        spec, urgency = self.spec, URGENCY[self.spec.stage]
+        spec, policy = self.spec, POLICIES[self.spec.stage]
         engine: Any = open_stage(spec)
         if spec.stage == "fine" or spec.stage == "codec":
-            return Worker(engine.fill if spec.stage == "fine" else engine.decode, spec.max_batch, self._turns, urgency)
+            return Worker(engine.fill if spec.stage == "fine" else engine.decode, spec.max_batch, self._turns, policy)
         n_ids = 2 if spec.stage == "semantic" else 1
         prefix = np.zeros((prefix_lengths(spec.stage, spec.checkpoint)[-1] + 1, n_ids), np.int32)
         step_s = measure_steps(engine.generate, prefix, spec.max_batch)
@@ -102,9 +102,8 @@ class Stage:
             engine.release,
             spec.max_batch,
             self._turns,
-            urgency,
+            policy,
             lambda n_rows: step_s[min(max(step_s), 1 << (n_rows - 1).bit_length())],
-            is_patient=spec.stage == "semantic",  # the coarse stage is where streams spend their time
         )
 
 

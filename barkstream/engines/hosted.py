@@ -9,197 +9,149 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import reduce
 from multiprocessing.connection import Client, Connection
 from operator import add
 from pathlib import Path
 from typing import Any
 
-from barkstream.engines import Chunk, Generation, Row, Window
+from barkstream.engines import Chunk, Row, Window
 from barkstream.engines.host import LISTENING
 from barkstream.engines.open import EngineError, Spec
 from barkstream.engines.workers import Work
-from barkstream.sampling import Floats, Ints
 
 N_TRIES = 3  # a process that is being killed may still accept the second
+ERRORS = (EngineError, ValueError, FileNotFoundError)  # what opening an engine raises
 FOLDER = "BARKSTREAM_SOCKETS"  # environment variable: where the processes of one server meet
 
 
 class HostedStage:
-    """A stage on one GPU or several. Threads share it; instances of the stage's model have one each.
+    """A stage on one GPU or several. One thread at a time may use it; instances of the stage's model have one each.
 
-    A stream's calls all go to one GPU, where its KV cache is; streams are dealt out in turn. What has no stream goes to the GPU
-    that has the least to do.
+    A stream's calls all go to one GPU, where its KV cache is; streams are dealt out in turn, and so is what has no stream.
     """
 
-    def __init__(self, specs: Sequence[Spec]):
-        """specs: one a GPU. Raises what opening an engine raises."""
+    def __init__(self, specs: Sequence[Spec], first: int = 0):
+        """specs: one a GPU. first: of them, the one that gets the first call without a stream. Raises what opening an engine raises."""
         with ThreadPoolExecutor(len(specs)) as pool:
             self.engines = list(pool.map(HostedEngine, specs))
+        self._turn = itertools.count(first)
 
-    def start(self, call: Row | Window | Chunk) -> Future[Any]:
-        """A call's result to come. Fails with EngineError if its GPU's process ends N_TRIES times over it."""
-        if isinstance(call, Row) and call.stream:
-            return self._engine_of(call.stream).start(call)
-        return min(self.engines, key=lambda engine: engine.n_asked).start(call)
+    def run(self, calls: Sequence[Row | Window | Chunk]) -> list[Any]:
+        """Each call's result, or the exception that it ended with."""
+        asks = [_Ask("run", call) for call in calls]
+        engines = [self._engine_of(call.stream if isinstance(call, Row) else 0) for call in calls]
+        return self._answers(asks, engines)
 
-    def start_release(self, stream: int) -> Future[None]:
-        """Free a stream's KV slot; nothing happens if it has none."""
-        return self._engine_of(stream).start_release(stream)
+    def release(self, *streams: int) -> None:
+        """Free streams' KV slots; nothing happens for one that has none. Raises EngineError."""
+        asks = [_Ask("release", (stream,)) for stream in streams]
+        for answer in self._answers(asks, [self._engine_of(stream) for stream in streams]):
+            if answer is not None:
+                raise answer
 
     def take_news(self) -> Work:
         """What the stage did since any of its instances last asked."""
         return reduce(add, (engine.take_news() for engine in self.engines))
 
+    def _answers(self, asks: Sequence[_Ask], engines: Sequence[HostedEngine]) -> list[Any]:
+        """All GPUs at once: every ask is sent before the first answer is waited for."""
+        for ask, engine in zip(asks, engines, strict=True):
+            engine.send(ask)
+        for ask, engine in zip(asks, engines, strict=True):
+            engine.wait(ask)
+        return [ask.answer for ask in asks]
+
     def _engine_of(self, stream: int) -> HostedEngine:
-        return self.engines[stream % len(self.engines)]
+        return self.engines[(stream or next(self._turn)) % len(self.engines)]
+
+
+@dataclass(eq=False)
+class _Ask:
+    """Something asked of a process."""
+
+    verb: str
+    argument: Any
+    answer: Any = None  # or the exception that it ended with
+    is_answered: bool = False
+    n_lost: int = 0  # times that the process ended over it
+
+    def settle(self, answer: Any) -> None:
+        self.answer, self.is_answered = answer, True
 
 
 class HostedEngine:
-    """A stage on one GPU."""
+    """A stage on one GPU. One thread at a time may use it.
+
+    Calls are pure, so one that was lost with the process is made again, up to N_TRIES times in all.
+    """
 
     def __init__(self, spec: Spec):
         """Raises what opening the engine raises, and EngineError if the process cannot be started."""
         self._spec = spec
-        self._lock = threading.Lock()
-        self._link: _Link | None = None
         self._news, self._n_slots = Work(), 0  # not yet asked for; and KV slots that were reported by us
-        with self._lock:
-            self._open()
-
-    @property
-    def n_asked(self) -> int:
-        """Calls under way."""
-        link = self._link
-        return len(link.asked) if link else 0
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, _Ask] = {}
+        self._connection: Connection | None = self._open()
 
     def take_news(self) -> Work:
         """What the stage did since any of its instances last asked: what all of them are told adds up to all its work."""
-        with self._lock:
-            news, self._news = self._news, Work()
-            self._n_slots += news.n_slots
+        news, self._news = self._news, Work()
+        self._n_slots += news.n_slots
         return news
 
-    def generate(self, rows: Sequence[Row]) -> list[Generation]:
-        return self._run(rows)
+    def send(self, ask: _Ask) -> None:
+        number = next(self._numbers)
+        self._asked[number] = ask
+        try:
+            self._connection = self._connection or self._open()
+            self._connection.send((number, ask.verb, ask.argument))
+        except ERRORS as error:
+            self._asked.pop(number).settle(error)
+        except OSError:
+            self._ask_again()
 
-    def fill(self, windows: Sequence[Window]) -> list[Ints]:
-        return self._run(windows)
-
-    def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
-        return self._run(chunks)
-
-    def release(self, *streams: int) -> None:
-        """Free streams' KV slots; nothing happens for one that has none."""
-        self.start_release(*streams).result()
-
-    def start(self, call: Row | Window | Chunk) -> Future[Any]:
-        """A call's result to come. Fails with EngineError if the process ends N_TRIES times over it: calls are pure, so one
-        that was lost with the process is made again."""
-        return self._ask("run", call)
-
-    def start_release(self, *streams: int) -> Future[None]:
-        return self._ask("release", streams)
-
-    def _run(self, calls: Sequence[Any]) -> list[Any]:
-        return [answer.result() for answer in [self.start(call) for call in calls]]
-
-    def _ask(self, verb: str, argument: Any) -> Future[Any]:
-        ask = _Ask(verb, argument)
-        self._send([ask])
-        return ask.answer
-
-    def _send(self, asks: Sequence[_Ask]) -> None:
-        with self._lock:
+    def wait(self, ask: _Ask) -> None:
+        """Return when it is answered. Takes the answers that come before it, too."""
+        while not ask.is_answered:
+            assert self._connection is not None
             try:
-                link = self._link or self._open()
-            except (EngineError, FileNotFoundError, ValueError) as error:
-                for ask in asks:
-                    ask.answer.set_exception(error)
-                return
-            numbers = [link.number(ask) for ask in asks]
-        for number, ask in zip(numbers, asks, strict=True):  # not under the lock: the listener needs it
-            link.send(number, ask)
+                number, answer, news = self._connection.recv()
+            except (EOFError, OSError):
+                self._ask_again()
+                continue
+            self._news += news
+            self._asked.pop(number).settle(answer)
 
-    def _open(self) -> _Link:
-        """A new link to a process that has the stage open."""
-        for tries_left in reversed(range(N_TRIES)):
+    def _ask_again(self) -> None:
+        """The process has ended, and with it the KV slots and what it was asked."""
+        self._connection = None
+        self._news = replace(self._news, n_slots=-self._n_slots)
+        lost, self._asked = list(self._asked.values()), {}
+        for ask in lost:
+            ask.n_lost += 1
+            if ask.n_lost < N_TRIES:
+                self.send(ask)
+            else:
+                ask.settle(EngineError(f"the process of GPU {self._spec.device} ended {N_TRIES} times over a call"))
+
+    def _open(self) -> Connection:
+        """A connection to a process that has the stage open."""
+        for _ in range(N_TRIES):
             connection = connect(self._spec.device)
             try:
                 connection.send((0, "open", self._spec))
                 _, answer, _ = connection.recv()
-            except (EOFError, ConnectionError):  # it accepted while it was being killed
-                if not tries_left:
-                    raise EngineError(f"the process of GPU {self._spec.device} ends as soon as it starts") from None
+            except (EOFError, OSError):  # it accepted while it was being killed
                 continue
             if answer is not None:
                 raise answer
-            break
-        self._link = _Link(connection)
-        threading.Thread(target=self._listen, args=(self._link,), daemon=True).start()
-        return self._link
-
-    def _listen(self, link: _Link) -> None:
-        """Thread: hand the answers out until the process ends, then ask again what it has not answered."""
-        with suppress(EOFError, ConnectionError):
-            while True:
-                number, answer, news = link.connection.recv()
-                with self._lock:
-                    self._news += news
-                    ask = link.asked.pop(number)
-                if isinstance(answer, Exception):
-                    ask.answer.set_exception(answer)
-                else:
-                    ask.answer.set_result(answer)
-        with self._lock:
-            self._link = None
-            self._news = replace(self._news, n_slots=-self._n_slots)  # they are gone with the process
-            lost = list(link.asked.values())
-        again = []
-        for ask in lost:
-            ask.n_lost += 1
-            if ask.n_lost < N_TRIES:
-                again.append(ask)
-            else:
-                ask.answer.set_exception(
-                    EngineError(f"the process of GPU {self._spec.device} ended {N_TRIES} times over a call")
-                )
-        if again:
-            self._send(again)
-
-
-class _Ask:
-    """Something asked of the process."""
-
-    def __init__(self, verb: str, argument: Any):
-        self.verb, self.argument = verb, argument
-        self.answer: Future[Any] = Future()
-        self.n_lost = 0
-
-
-class _Link:
-    """A connection, and what was asked over it and is not answered yet."""
-
-    def __init__(self, connection: Connection):
-        self.connection = connection
-        self.asked: dict[int, _Ask] = {}
-        self._numbers = itertools.count(1)
-        self._sending = threading.Lock()
-
-    def number(self, ask: _Ask) -> int:
-        """From now on it is answered, or lost with the process."""
-        number = next(self._numbers)
-        self.asked[number] = ask
-        return number
-
-    def send(self, number: int, ask: _Ask) -> None:
-        with self._sending, suppress(OSError):  # whoever listens finds out too, and asks again
-            self.connection.send((number, ask.verb, ask.argument))
+            return connection
+        raise EngineError(f"the process of GPU {self._spec.device} ends as soon as it starts")
 
 
 def connect(device: int) -> Connection:

@@ -21,16 +21,38 @@ from barkstream.engines.turns import Turns
 from barkstream.sampling import Ints, Sampling
 
 PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
-MIN_PIECE = 8  # tokens: between two pieces the GPU idles for about a millisecond
-# The lowest goes first: short work, then what a sentence begins with (somebody waits for it), then the rest.
-URGENCY = dict(codec=0, fine=1, semantic=3, coarse=4)
-FIRST, UNHURRIED = 2, 5  # a GPT with a sentence's first call; one that waits for company
-COMPANY, PATIENCE_S = 8, 0.05  # it waits for so many rows, or so long
-EXPRESS_ROWS = 4  # first calls that are decoded by themselves: so few take a third of a full batch's time
+MIN_PIECE = 8  # tokens: between two pieces the GPU idles for some milliseconds
 STEPS_TIMED = 8, 24
+LONE = 5  # the urgency of a stage whose calls can wait for company
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Policy(Generic[Call]):
+    """When a stage has its turn: of the stages that want one, that with the lowest urgency.
+
+    Batches are what makes a loaded GPU fast, so calls that nobody waits for let others go first until they have company.
+    """
+
+    is_hurried: Callable[[Call], bool]  # somebody waits for it, or will soon
+    hurried: int  # urgency with such a call
+    urgency: int  # without, but with company
+    company: int = 1  # calls that need wait no longer
+    patience_s: float = 0.0  # nor does one that has waited so long
+
+
+# Short work goes first, then what a sentence begins with, then the rest. Chunks grow, so a short one belongs to a listener
+# who has little in hand. Semantic calls are made 60 tokens (1.2 s of speech) ahead.
+POLICIES: dict[str, Policy[Any]] = {
+    "codec": Policy(lambda chunk: chunk[0].shape[1] <= 60, hurried=0, urgency=1, company=4, patience_s=0.03),
+    "fine": Policy(
+        lambda window: window.n_frames - window.fill_from <= 96, hurried=1, urgency=1, company=4, patience_s=0.04
+    ),
+    "semantic": Policy(lambda row: row.position == 0, hurried=2, urgency=3, company=16, patience_s=0.15),
+    "coarse": Policy(lambda row: row.position == 0, hurried=2, urgency=4),
+}
 
 
 @dataclass(frozen=True)
@@ -52,18 +74,19 @@ class Work:
 class _Pending(Generic[Call, Result]):
     """A call that waits, or is under way."""
 
-    def __init__(self, call: Call):
-        self.call, self.since_s = call, time.monotonic()
-        self.is_first = isinstance(call, Row) and call.position == 0  # of a sentence
+    def __init__(self, call: Call, is_hurried: bool):
+        self.call, self.is_hurried, self.since_s = call, is_hurried, time.monotonic()
         self.answer: Future[Result] = Future()
 
 
 class Worker(Generic[Call, Result]):
-    """Runs the calls that wait, up to max_batch together, the oldest first. Callers' threads share it."""
+    """Runs the calls that wait, up to max_batch together: first the hurried ones, then the oldest. Callers' threads share it."""
 
-    def __init__(self, run: Callable[[list[Call]], Sequence[Result]], max_batch: int, turns: Turns, urgency: int):
+    def __init__(
+        self, run: Callable[[list[Call]], Sequence[Result]], max_batch: int, turns: Turns, policy: Policy[Call]
+    ):
         """run: used by one thread at a time, in its turn."""
-        self._run, self._max_batch, self._turns, self._urgency = run, max_batch, turns, urgency
+        self._run, self._max_batch, self._turns, self._policy = run, max_batch, turns, policy
         self._changed = threading.Condition()
         self._waiting: list[_Pending[Call, Result]] = []
         self._errands: list[tuple[Callable[[], Any], Future[Any]]] = []
@@ -72,7 +95,7 @@ class Worker(Generic[Call, Result]):
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
         """Results to come, in order."""
-        pending = [_Pending[Call, Result](call) for call in calls]
+        pending = [_Pending[Call, Result](call, self._policy.is_hurried(call)) for call in calls]
         with self._changed:
             self._waiting += pending
             self._changed.notify()
@@ -117,7 +140,13 @@ class Worker(Generic[Call, Result]):
                 self.work_done += Work(busy_s=time.perf_counter() - began)
 
     def _now_urgent(self) -> int:
-        return self._urgency
+        policy = self._policy
+        with self._changed:
+            if any(each.is_hurried for each in self._waiting):
+                return policy.hurried
+            longest_s = time.monotonic() - min(each.since_s for each in self._waiting)
+            can_wait = len(self._waiting) < policy.company and longest_s < policy.patience_s
+        return LONE if can_wait else policy.urgency
 
     def _wait(self) -> bool:
         """Return when there is something to run; false: the worker was closed."""
@@ -136,7 +165,8 @@ class Worker(Generic[Call, Result]):
 
     def _next_batch(self) -> list[_Pending[Call, Result]]:
         with self._changed:
-            batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+            waiting = sorted(self._waiting, key=lambda each: not each.is_hurried)
+            batch, self._waiting = waiting[: self._max_batch], waiting[self._max_batch :]
         return batch
 
     def _settle(self, batch: list[_Pending[Call, Result]], results: Sequence[Result] | Exception) -> None:
@@ -157,38 +187,17 @@ class CausalWorker(Worker[Row, Generation]):
         release: Callable[..., None],
         max_batch: int,
         turns: Turns,
-        urgency: int,
+        policy: Policy[Row],
         step_s: Callable[[int], float],
-        is_patient: bool = False,
     ):
-        """generate, release: the engine's. step_s: what a decode step of so many rows takes. is_patient: may wait for company,
-        but for a stream's first call."""
-        super().__init__(self._piece, max_batch, turns, urgency)
-        self._is_patient = is_patient
+        """generate, release: the engine's. step_s: what a decode step of so many rows takes."""
+        super().__init__(self._piece, max_batch, turns, policy)
         self._generate, self._release, self._step_s = generate, release, step_s
         self._drawn: dict[Future[Generation], list[Ints]] = {}
         self._n_nameless = 0
 
     def submit(self, calls: Sequence[Row]) -> list[Future[Generation]]:
         return super().submit([self._named(row) for row in calls])
-
-    def _now_urgent(self) -> int:
-        with self._changed:
-            if any(each.is_first for each in self._waiting):
-                return FIRST
-            longest_s = time.monotonic() - min(each.since_s for each in self._waiting)
-            is_alone = len(self._waiting) < COMPANY and longest_s < PATIENCE_S
-        return UNHURRIED if self._is_patient and is_alone else self._urgency
-
-    def _next_batch(self) -> list[_Pending[Row, Generation]]:
-        """First calls go by themselves, the oldest first; if there are none, all do."""
-        with self._changed:
-            first = [each for each in self._waiting if each.is_first][:EXPRESS_ROWS]
-            batch = first or self._waiting[: self._max_batch]
-            if len(self._waiting) <= EXPRESS_ROWS:
-                batch = self._waiting
-            self._waiting = [each for each in self._waiting if each not in batch]
-        return batch
 
     def _named(self, row: Row) -> Row:
         """A row without a stream needs its cache from piece to piece too: under a name below 0, until it is whole."""
@@ -204,9 +213,9 @@ class CausalWorker(Worker[Row, Generation]):
         return self._generate(cut)
 
     def _piece_tokens(self, n_wanted: list[int]) -> int:
-        """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than half of that."""
+        """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than three quarters of that."""
         most = max(MIN_PIECE, int(PIECE_S / self._step_s(len(n_wanted))))
-        return min(most, max(most // 2, min(n_wanted)))
+        return min(most, max(most * 3 // 4, min(n_wanted)), max(n_wanted))
 
     def _settle(self, batch: list[_Pending[Row, Generation]], results: Sequence[Generation] | Exception) -> None:
         if isinstance(results, Exception):
