@@ -210,3 +210,23 @@ def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_wa
     assert next_turn(later, row(4, stream=2)) == "patient"  # a new stream
     assert next_turn(*[replace(later, stream=i) for i in range(1, POLICY.company + 1)]) == "patient"
     assert next_turn(later, wait_s=2 * POLICY.patience_s) == "patient"
+
+
+def test_urgencies_that_change_while_they_are_compared_leave_nobody_waiting():
+    """They depend on the time, so each of two could find, a moment apart, that it is the other's turn. Here it always does."""
+    turns, done = Turns(), []
+
+    def work(name):
+        me = threading.current_thread()
+        with turns.turn(lambda: 5 if threading.current_thread() is me else 3):
+            done.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in ("one", "other")]
+    with turns.turn(lambda: 0):
+        for thread in threads:
+            thread.start()
+        while len(turns._waiting) < 2:
+            pass
+    for thread in threads:
+        thread.join(timeout=5)
+    assert sorted(done) == ["one", "other"]
