@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from barkstream.engines import Generation, Row
+from barkstream.engines import Generation, Row, Window
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import PIECE_S, CausalWorker, Policy, Worker
+from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, Policy, Worker
 from barkstream.sampling import Sampling
 
 
@@ -230,3 +230,38 @@ def test_urgencies_that_change_while_they_are_compared_leave_nobody_waiting():
     for thread in threads:
         thread.join(timeout=5)
     assert sorted(done) == ["one", "other"]
+
+
+def test_many_streams_on_a_pretend_gpu_all_finish(start):
+    """The real policies and patience, four stages that only sleep: nobody is forgotten, whatever meets whatever."""
+    turns = Turns()
+
+    def generate(rows):
+        time.sleep(max(row.n_tokens for row in rows) * 1e-5)
+        return [Generation(np.zeros(row.n_tokens, np.int32), False) for row in rows]
+
+    workers = {
+        name: CausalWorker(generate, lambda *streams: None, 8, turns, POLICIES[name], lambda n: PIECE_S / 30)
+        for name in ("semantic", "coarse")
+    }
+    for name in ("fine", "codec"):
+        workers[name] = Worker(lambda calls: time.sleep(0.0005) or calls, 4, turns, POLICIES[name])
+    for worker in workers.values():
+        start(worker)
+
+    def speak(stream):
+        wait = lambda name, call: workers[name].submit([call])[0].result(timeout=20)  # noqa: E731
+        wait("semantic", row(47, stream))
+        ahead = []
+        for chunk in (24, 60, 120, 240):
+            for position in range(60, 60 + chunk, 60):
+                ahead += workers["semantic"].submit([row(60, stream, position=position)])
+                wait("coarse", row(60, stream, position=position))
+            wait("fine", Window(np.zeros((8, 134 + chunk), np.int32), 128, np.zeros((6, 134 + chunk), np.float32), 1.0))
+            wait("codec", (np.zeros((8, chunk), np.int32), np.zeros(1, np.float32)))
+        for call in ahead:
+            call.result(timeout=20)
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(speak, range(1, 49)))
