@@ -471,7 +471,7 @@ def train_decoder(run, trainer, codes):
         run, trainer, trainer.decoder_step, optimizers, run.end, [(3e-4, 2e-5), (3e-4, 5e-5)], "decoder", True
     )
     for n in loop:
-        if n % 100 == 0 and imitation.exists() and not float(trainer.n_spoken):
+        if n % (100 if DEVICE == "cuda" else 1) == 0 and imitation.exists() and not float(trainer.n_spoken):
             spoken = torch.from_numpy(np.load(imitation)).to(DEVICE)
             trainer.spoken[:, : spoken.shape[1]] = spoken
             trainer.n_spoken.fill_(float(spoken.shape[1]))

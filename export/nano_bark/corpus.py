@@ -23,6 +23,7 @@ FRAMES_PER_UNIT = 75 / SEM_HZ
 
 
 def say(texts, onnx, out, first, stride):
+    os.nice(5)  # the trainers go first
     teacher, units = Teacher(onnx), Units()
     for shard in range(first, -(-len(texts) // TEXTS_PER_SHARD), stride):
         wav, sem, meta = [], [], []

@@ -425,7 +425,7 @@ def main(scale=1.0):
         i += k
         s = " ".join(j)
         texts.append(s if len(s) < 190 else j[0])
-    texts += defs[: 14000]
+    texts += defs[:14000]
     texts += pr[:14000]
     texts += bib[:7000]
     texts += templates(rng, 14000)

@@ -79,91 +79,95 @@ def schedule(options):
     )
 
 
+class Work:
+    """What runs, and what is to be started when."""
+
+    def __init__(self, options, run, at):
+        self.options, self.run, self.at, self.out = options, run, at, run.out
+        self.teacher, self.model = self.out / "hibari_durations.onnx", self.out / "nano-bark"
+        self.assemble = ["assemble.py", self.out, options.semantic.resolve()]
+        self.started = set()
+        export = f"import teacher; teacher.export({str(self.teacher)!r})"
+        subprocess.run([sys.executable, "-c", export], cwd=HERE, check=True)
+        texts = [options.corpus.resolve(), self.teacher, self.out / "shards", options.workers, options.texts]
+        self.corpus = Part(run, "corpus", "corpus.py", *texts, restarts=0, cpu_only=True)
+        self.errands = [self.corpus]
+        codec = ["--gan", at["gan"], "--freeze", at["freeze"], "--end", at["end"], *self.small("codec")]
+        self.trainers = [Part(run, "codec", "codec.py", self.out / "shards", self.out, "--t0", run.t0, *codec)]
+
+    def small(self, name):
+        if not self.options.smoke:
+            return []
+        return dict(
+            codec=["--batch", 2, "--frames", 15, "--hours", 1, "--minimum-minutes", 1, "--warm", 5],
+            coarse=["--batch", 2],
+            fine=["--batch", 6, "--imitate-hours", 0.02],
+            early=["--text", 2, "--diagnosis", 2],
+            synthesize=["--text", 4, "--diagnosis", 2],
+        )[name]
+
+    def once(self, name, when, *command, needs=(), **more):
+        """Start a part if it is time, it was not started before and there is what it needs."""
+        if self.run.now() < when or name in self.started or not all((self.out / f).exists() for f in needs):
+            return []
+        self.started.add(name)
+        return [Part(self.run, name, *command, **more)]
+
+    def going(self):
+        busy = any(part.process.poll() is None for part in self.trainers)
+        return self.run.now() < self.at["end"] + (25 if busy else 0)
+
+    def tick(self):
+        self.trainers = [part for part in self.trainers if part.watch()]
+        self.errands = [part for part in self.errands if part.watch()]
+        if self.run.now() > self.at["freeze"]:
+            self.corpus.stop()  # if it is not done by now, it is long enough
+        for kind, end in (("coarse", self.at["end"]), ("fine", self.at["fine"])):
+            command = ["gpt.py", kind, self.out, "--t0", self.run.t0, "--end", end, *self.small(kind)]
+            self.trainers += self.once(kind, self.at["ready"], *command)
+        if not self.errands:
+            self.errands += self.errand()
+
+    def errand(self):
+        """Every three minutes the checkpoint as it is; once, how it sounds."""
+        listen = self.small("early") or ["--text", 24, "--diagnosis", 24]
+        command = ["synthesize.py", self.model, self.teacher, self.out / "early", *listen]
+        found = self.once("early", self.at["early"], *command, needs=["nano-bark"], restarts=0)
+        for n in range(1, 20):
+            when = self.at["freeze"] + n * (30 if self.options.smoke else 180)
+            if not found and when < self.at["end"] - 20:
+                needs = ["tokens", "codec.pt", "coarse.pt", "fine.pt"]
+                found = self.once(f"assemble-{n}", when, *self.assemble, needs=needs, restarts=0, cpu_only=True)
+        return found
+
+    def finish(self):
+        for part in [self.corpus, *self.trainers, *self.errands]:
+            part.stop()
+        self.run.log(event="trained")
+        wait(Part(self.run, "assemble-last", *self.assemble, cpu_only=True))
+        self.run.log(event="assembled", pieces=len(list(self.out.glob("pieces/*"))))
+        command = ["synthesize.py", self.model, self.teacher, self.out / "clips", *self.small("synthesize")]
+        wait(Part(self.run, "synthesize", *command))
+
+
+def wait(part):
+    while part.watch():
+        time.sleep(0.3)
+
+
 def main():
     options = arguments()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"CUDA_VISIBLE_DEVICES": options.gpu, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ |= {
-        "OMP_NUM_THREADS": "2",
-        "TORCHINDUCTOR_COMPILE_THREADS": "4",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
-    }
-    t0 = time.time()
-    run, at = Run("driver", out, t0, options.minutes * 60), schedule(options)
+    os.environ |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    run, at = Run("driver", out, time.time(), options.minutes * 60), schedule(options)
     run.log(event="begin", **at)
-    teacher = out / "hibari_durations.onnx"
-    export = f"import teacher; teacher.export({str(teacher)!r})"
-    subprocess.run([sys.executable, "-c", export], cwd=HERE, check=True)
-    shards = out / "shards"
-    small = ["--batch", 2, "--frames", 15] if options.smoke else []
-    corpus = Part(
-        run,
-        "corpus",
-        "corpus.py",
-        options.corpus.resolve(),
-        teacher,
-        shards,
-        options.workers,
-        options.texts,
-        restarts=0,
-        cpu_only=True,
-    )
-    codec = ["--t0", t0, "--gan", at["gan"], "--freeze", at["freeze"], "--end", at["end"], *small]
-    codec += ["--hours", 1, "--minimum-minutes", 1, "--warm", 5] if options.smoke else []
-    parts = [corpus, Part(run, "codec", "codec.py", shards, out, *codec)]
-    batch = {"coarse": 2, "fine": 6} if options.smoke else {"coarse": 64, "fine": 48}
-    errands, done = [], set()
-
-    def once(name, when, *arguments, needs=(), restarts=0, **more):
-        ready = all((out / f).exists() for f in needs)
-        if run.now() > when and name not in done and ready:
-            done.add(name)
-            return Part(run, name, *arguments, restarts=restarts, **more)
-        return None
-
-    assemble = ["assemble.py", out, options.semantic.resolve()]
-    trained = ["tokens", "codec.pt", "coarse.pt", "fine.pt"]
-    listen = ["--text", 2, "--diagnosis", 2] if options.smoke else ["--text", 24, "--diagnosis", 24]
-    while run.now() < at["end"] + 25 and (run.now() < at["end"] or any(p.process.poll() is None for p in parts)):
+    work = Work(options, run, at)
+    while work.going():
         time.sleep(1)
-        for part in list(parts):
-            if not part.watch():
-                parts.remove(part)
-        for part in [e for e in errands if not e.watch()]:
-            errands.remove(part)
-        if run.now() > at["freeze"] and corpus.process.poll() is None:
-            corpus.stop()
-            run.log(event="corpus stopped, unfinished")
-        for kind, end in (("coarse", at["end"]), ("fine", at["fine"])):
-            more = ["--t0", t0, "--end", end, "--batch", batch[kind]]
-            more += ["--imitate-hours", 0.02] if options.smoke else []
-            if part := once(kind, at["ready"], "gpt.py", kind, out, *more, restarts=1):
-                parts.append(part)
-        busy = any(e.name.startswith("assemble") for e in errands)
-        for minute in range(3, int(options.minutes), 3):
-            when = at["freeze"] + minute * (10 if options.smoke else 60)
-            if (
-                when < at["end"] - 20
-                and not busy
-                and (part := once(f"assemble-{minute}", when, *assemble, needs=trained, cpu_only=True))
-            ):
-                errands.append(part)
-                busy = True
-        early = ["synthesize.py", out / "nano-bark", teacher, out / "early", *listen]
-        if not busy and (part := once("early", at["early"], *early, needs=["nano-bark"])):
-            errands.append(part)
-    for part in [*parts, *errands]:
-        part.stop()
-    run.log(event="trained")
-    final = Part(run, "assemble-last", *assemble, restarts=1, cpu_only=True)
-    while final.watch():
-        time.sleep(0.3)
-    run.log(event="assembled", pieces=len(list((out / "pieces").glob("*"))))
-    listen = ["--text", 4, "--diagnosis", 2] if options.smoke else []
-    final = Part(run, "synthesize", "synthesize.py", out / "nano-bark", teacher, out / "clips", *listen, restarts=1)
-    while final.watch():
-        time.sleep(0.3)
+        work.tick()
+    work.finish()
     run.log(event="finished")
     (out / "finished").write_text(f"{run.now():.0f}\n")
 
