@@ -75,7 +75,7 @@ def schedule(options):
     if options.smoke:
         return dict(gan=45.0, freeze=75.0, ready=40.0, fine=160.0, end=250.0, early=170.0)
     return dict(
-        gan=100.0, freeze=300.0, ready=200.0, fine=300 + 0.56 * (end - 300), end=end, early=300 + 0.5 * (end - 300)
+        gan=100.0, freeze=300.0, ready=200.0, fine=300 + 0.45 * (end - 300), end=end, early=300 + 0.5 * (end - 300)
     )
 
 
