@@ -1,0 +1,176 @@
+"""Make nano-bark again, by the clock: one GPU, one command.
+
+    train_all.py --out /tmp/nano --minutes 22 --gpu 0 --workers 24 --corpus corpus.json.gz --semantic semantic.safetensors
+
+Starts everything, watches it, restarts what falls (once, from its checkpoint, with plain eager steps), assembles the
+checkpoint every three minutes and says the held-out sentences at the end. OUT/progress.log has a JSON line per event,
+OUT/*.txt what each part printed, OUT/pieces the newest checkpoint, OUT/clips the final speech, OUT/early an earlier one,
+OUT/finished appears last. --smoke does the same with hardly any steps, in minutes, on a CPU.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from steps import Run
+
+HERE = Path(__file__).resolve().parent
+
+
+class Part:
+    """A process of the run."""
+
+    def __init__(self, run, name, *arguments, restarts=1, cpu_only=False, **environment):
+        self.run, self.name, self.restarts = run, name, restarts
+        self.command = [sys.executable, "-u", *map(str, arguments)]
+        self.environment = os.environ | environment | ({"CUDA_VISIBLE_DEVICES": ""} if cpu_only else {})
+        self.start()
+
+    def start(self):
+        with (self.run.out / f"{self.name}.txt").open("a") as file:
+            self.process = subprocess.Popen(
+                self.command, stdout=file, stderr=file, env=self.environment, cwd=HERE, start_new_session=True
+            )
+        self.run.log(event="started", part=self.name)
+
+    def watch(self):
+        """-> still to be waited for?"""
+        code = self.process.poll()
+        if code is None:
+            return True
+        if code and self.restarts:
+            self.restarts -= 1
+            self.run.log(event="fell, restarting", part=self.name, code=code)
+            self.environment["NANO_PLAIN"] = "2"
+            self.start()
+            return True
+        if code and code != -15:
+            self.run.log(event="fell", part=self.name, code=code)
+        return False
+
+    def stop(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, 15)
+
+
+def arguments():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=22.0)
+    parser.add_argument("--gpu", default="0")
+    parser.add_argument("--workers", type=int, default=24)
+    parser.add_argument("--texts", type=int, default=46_000)
+    parser.add_argument("--corpus", type=Path, default=HERE / "corpus.json.gz")
+    parser.add_argument("--semantic", type=Path, default=HERE / "semantic.safetensors")
+    parser.add_argument("--smoke", action="store_true")
+    return parser.parse_args()
+
+
+def schedule(options):
+    """Seconds since the start: discriminators, codec frozen, fine's end, all training's end; the early listening."""
+    end = options.minutes * 60 - 165
+    if options.smoke:
+        return dict(gan=45.0, freeze=75.0, ready=40.0, fine=160.0, end=250.0, early=170.0)
+    return dict(
+        gan=100.0, freeze=300.0, ready=200.0, fine=300 + 0.45 * (end - 300), end=end, early=300 + 0.5 * (end - 300)
+    )
+
+
+class Work:
+    """What runs, and what is to be started when."""
+
+    def __init__(self, options, run, at):
+        self.options, self.run, self.at, self.out = options, run, at, run.out
+        self.teacher, self.model = self.out / "hibari_durations.onnx", self.out / "nano-bark"
+        self.assemble = ["assemble.py", self.out, options.semantic.resolve()]
+        self.started = set()
+        export = f"import teacher; teacher.export({str(self.teacher)!r})"
+        subprocess.run([sys.executable, "-c", export], cwd=HERE, check=True)
+        texts = [options.corpus.resolve(), self.teacher, self.out / "shards", options.workers, options.texts]
+        self.corpus = Part(run, "corpus", "corpus.py", *texts, restarts=0, cpu_only=True)
+        self.errands = [self.corpus]
+        codec = ["--gan", at["gan"], "--freeze", at["freeze"], "--end", at["end"], *self.small("codec")]
+        self.trainers = [Part(run, "codec", "codec.py", self.out / "shards", self.out, "--t0", run.t0, *codec)]
+
+    def small(self, name):
+        if not self.options.smoke:
+            return []
+        return dict(
+            codec=["--batch", 2, "--frames", 15, "--hours", 1, "--minimum-minutes", 1, "--warm", 5],
+            coarse=["--batch", 2],
+            fine=["--batch", 6, "--imitate-hours", 0.02],
+            early=["--text", 2, "--diagnosis", 2],
+            synthesize=["--text", 4, "--diagnosis", 2],
+        )[name]
+
+    def once(self, name, when, *command, needs=(), **more):
+        """Start a part if it is time, it was not started before and there is what it needs."""
+        if self.run.now() < when or name in self.started or not all((self.out / f).exists() for f in needs):
+            return []
+        self.started.add(name)
+        return [Part(self.run, name, *command, **more)]
+
+    def going(self):
+        busy = any(part.process.poll() is None for part in self.trainers)
+        return self.run.now() < self.at["end"] + (25 if busy else 0)
+
+    def tick(self):
+        self.trainers = [part for part in self.trainers if part.watch()]
+        self.errands = [part for part in self.errands if part.watch()]
+        if self.run.now() > self.at["freeze"]:
+            self.corpus.stop()  # if it is not done by now, it is long enough
+        for kind, end in (("coarse", self.at["end"]), ("fine", self.at["fine"])):
+            command = ["gpt.py", kind, self.out, "--t0", self.run.t0, "--end", end, *self.small(kind)]
+            self.trainers += self.once(kind, self.at["ready"], *command)
+        if not self.errands:
+            self.errands += self.errand()
+
+    def errand(self):
+        """Every three minutes the checkpoint as it is; once, how it sounds."""
+        listen = self.small("early") or ["--text", 24, "--diagnosis", 24]
+        command = ["synthesize.py", self.model, self.teacher, self.out / "early", *listen]
+        found = self.once("early", self.at["early"], *command, needs=["nano-bark"], restarts=0)
+        for n in range(1, 20):
+            when = self.at["freeze"] + n * (30 if self.options.smoke else 180)
+            if not found and when < self.at["end"] - 20:
+                needs = ["tokens", "codec.pt", "coarse.pt", "fine.pt"]
+                found = self.once(f"assemble-{n}", when, *self.assemble, needs=needs, restarts=0, cpu_only=True)
+        return found
+
+    def finish(self):
+        for part in [self.corpus, *self.trainers, *self.errands]:
+            part.stop()
+        self.run.log(event="trained")
+        wait(Part(self.run, "assemble-last", *self.assemble, cpu_only=True))
+        self.run.log(event="assembled", pieces=len(list(self.out.glob("pieces/*"))))
+        command = ["synthesize.py", self.model, self.teacher, self.out / "clips", *self.small("synthesize")]
+        wait(Part(self.run, "synthesize", *command))
+
+
+def wait(part):
+    while part.watch():
+        time.sleep(0.3)
+
+
+def main():
+    options = arguments()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": options.gpu, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    run, at = Run("driver", out, time.time(), options.minutes * 60), schedule(options)
+    run.log(event="begin", **at)
+    work = Work(options, run, at)
+    while work.going():
+        time.sleep(1)
+        work.tick()
+    work.finish()
+    run.log(event="finished")
+    (out / "finished").write_text(f"{run.now():.0f}\n")
+
+
+if __name__ == "__main__":
+    main()
