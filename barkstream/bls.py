@@ -23,9 +23,8 @@ import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
 from barkstream.engines import Chunk, Generation, Row, Window, check_chunk
-from barkstream.engines.hosted import HostedStage
-from barkstream.engines.open import CausalEngine, CausalStageName, Spec, StageName, open_stage
-from barkstream.engines.workers import Work
+from barkstream.engines.hosted import HostedStage, OwnStage
+from barkstream.engines.open import CausalStageName, Spec, StageName
 from barkstream.export.codec_state import state_size
 from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
@@ -146,45 +145,12 @@ class CausalStage:
         self._is_semantic = stage == "semantic"
         self._semantic = checkpoint.semantic
         self._size = (checkpoint.semantic if self._is_semantic else checkpoint.coarse).size
-        self._engine: CausalEngine | HostedStage = _opened(_open_engine, stage, args)
-        self._n_slots = 0
+        self._engine: HostedStage | OwnStage = _opened(_open_engine, stage, args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, stage)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Calls of several streams, decoded together. A bad call gets its error; the others their tokens."""
-        if isinstance(self._engine, HostedStage):
-            return self._execute_hosted(self._engine, requests)
-        rows: dict[int, Row] = {}
-        left: list[int] = []  # streams whose slots are free from now on
-        responses: list[Any] = [None] * len(requests)
-        for i, request in enumerate(requests):
-            try:
-                row = self._row(request)
-                if row.n_tokens:
-                    rows[i] = row
-                else:
-                    left.append(row.stream)
-                    responses[i] = self._response(NOTHING)
-            except ValueError as error:
-                responses[i] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
-        if left:
-            self._engine.release(*left)
-            self._count(self._engine)  # now, not after this batch
-        if not rows:
-            return responses
-        began = time.perf_counter()
-        for i, generation in zip(rows, self._engine.generate(list(rows.values())), strict=True):
-            responses[i] = self._response(generation)
-        self._count(self._engine, len(rows), time.perf_counter() - began)
-        return responses
-
-    def _execute_hosted(self, engine: HostedStage, requests: list[Any]) -> list[Any]:
-        return _answer_calls(requests, self._row, self._response, engine, self._metrics)
-
-    def _count(self, engine: CausalEngine, n_rows: int = 0, busy_s: float = 0.0) -> None:
-        more_slots = engine.n_owned_slots - self._n_slots
-        self._n_slots += more_slots
-        self._metrics.count(Work(int(n_rows > 0), n_rows, busy_s, more_slots))
+        return _answer_calls(requests, self._row, self._response, self._engine, self._metrics)
 
     def _row(self, request: Any) -> Row:
         call = _arrays(request)
@@ -213,7 +179,7 @@ class FineStage:
     def __init__(self, args: dict[str, str]):
         """args: what Triton passes to `initialize`."""
         self._layout = _checkpoint(_folder(args)).fine
-        self._engine: HostedStage = _opened(_open_engine, "fine", args)
+        self._engine: HostedStage | OwnStage = _opened(_open_engine, "fine", args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, "fine")
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -233,7 +199,7 @@ class CodecStage:
     def __init__(self, args: dict[str, str]):
         """args: what Triton passes to `initialize`."""
         self._layout = _checkpoint(_folder(args)).codec
-        self._engine: HostedStage = _opened(_open_engine, "codec", args)
+        self._engine: HostedStage | OwnStage = _opened(_open_engine, "codec", args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, "codec")
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -250,7 +216,7 @@ class CodecStage:
 
 
 def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
-    """As config.pbtxt's parameters ask for it. On a GPU: in the process that its stages share."""
+    """As config.pbtxt's parameters ask for it: in this process, or in the one that a GPU's stages share."""
     folder, parameters = _folder(args), _parameters(args)
     config = json.loads(args["model_config"])
     spec = Spec(
@@ -264,8 +230,8 @@ def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
         n_threads=int(parameters.get("n_threads", 0)),
         device=int(args["model_instance_device_id"]),
     )
-    if parameters.get("shares_process") != "true" and stage not in ("fine", "codec"):
-        return open_stage(spec)
+    if parameters.get("shares_process") != "true":
+        return OwnStage(spec)
     gpus = sorted({gpu for group in config["instance_group"] for gpu in group.get("gpus", [])})
     return HostedStage([replace(spec, device=gpu) for gpu in gpus or [spec.device]], first=spec.device)
 
@@ -274,10 +240,10 @@ def _answer_calls(
     requests: list[Any],
     parse: Callable[[Any], Row | Window | Chunk],
     response: Callable[[Any], Any],
-    engine: HostedStage,
+    engine: HostedStage | OwnStage,
     metrics: StageMetrics,
 ) -> list[Any]:
-    """A response for each request; those of other instances are under way at the same time. A bad call gets its error.
+    """A response for each request. A bad call gets its error.
 
     parse: raises ValueError for a bad call. (Triton 2.51 would let a model send each response when it is there, but one that was sent
     before `execute` had returned was lost: hence several instances in place of one.)
@@ -290,11 +256,13 @@ def _answer_calls(
             calls.append(error)
     if left := [call.stream for call in calls if _is_release(call)]:
         engine.release(*left)
+        metrics.count(engine.take_news())  # now, not after this batch
     good = [i for i, call in enumerate(calls) if not (isinstance(call, ValueError) or _is_release(call))]
     answers = [NOTHING if _is_release(call) else call for call in calls]
-    for i, answer in zip(good, engine.run([calls[i] for i in good]), strict=True):
-        answers[i] = answer
-    metrics.count(engine.take_news())
+    if good:
+        for i, answer in zip(good, engine.run([calls[i] for i in good]), strict=True):
+            answers[i] = answer
+        metrics.count(engine.take_news())
     return [_failure(answer) if isinstance(answer, Exception) else response(answer) for answer in answers]
 
 

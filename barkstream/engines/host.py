@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from barkstream.engines.open import EngineError, Spec, is_cpu, open_stage, prefix_lengths, use_gpu
+from barkstream.engines.open import VERBS, EngineError, Spec, is_cpu, open_stage, prefix_lengths, use_gpu
 from barkstream.engines.turns import Turns
 from barkstream.engines.workers import POLICIES, CausalWorker, Work, Worker, measure_steps
 
@@ -91,7 +91,7 @@ class Stage:
         spec, policy = self.spec, POLICIES[self.spec.stage]
         engine: Any = open_stage(spec)
         if spec.stage == "fine" or spec.stage == "codec":
-            return Worker(engine.fill if spec.stage == "fine" else engine.decode, spec.max_batch, self._turns, policy)
+            return Worker(getattr(engine, VERBS[spec.stage]), spec.max_batch, self._turns, policy)
         n_ids = 2 if spec.stage == "semantic" else 1
         prefix = np.zeros((prefix_lengths(spec.stage, spec.checkpoint)[-1] + 1, n_ids), np.int32)
         step_s = measure_steps(engine.generate, prefix, spec.max_batch)

@@ -1,4 +1,4 @@
-"""A stage's engine in another process, the one that its GPU's stages share (`host.py`): as its Triton model sees it."""
+"""A stage as its Triton model sees it: an engine of its own, or those in the processes that GPUs' stages share (`host.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,12 +22,39 @@ from typing import Any
 
 from barkstream.engines import Chunk, Row, Window
 from barkstream.engines.host import LISTENING
-from barkstream.engines.open import EngineError, Spec
+from barkstream.engines.open import VERBS, EngineError, Spec, open_stage
 from barkstream.engines.workers import Work
 
 N_TRIES = 3  # a process that is being killed may still accept the second
 ERRORS = (EngineError, ValueError, FileNotFoundError)  # what opening an engine raises
 FOLDER = "BARKSTREAM_SOCKETS"  # environment variable: where the processes of one server meet
+
+
+class OwnStage:
+    """An engine in this process. One thread at a time may use it."""
+
+    def __init__(self, spec: Spec):
+        """Raises what opening the engine raises."""
+        self._engine: Any = open_stage(spec)
+        self._run: Callable[[list[Any]], list[Any]] = getattr(self._engine, VERBS[spec.stage])
+        self._work, self._told = Work(), Work()
+
+    def run(self, calls: Sequence[Row | Window | Chunk]) -> list[Any]:
+        """Each call's result."""
+        began = time.perf_counter()
+        results = self._run(list(calls))
+        self._work += Work(1, len(calls), time.perf_counter() - began)
+        return results
+
+    def release(self, *streams: int) -> None:
+        """Free streams' KV slots; nothing happens for one that has none."""
+        self._engine.release(*streams)
+
+    def take_news(self) -> Work:
+        """What the stage did since this was last asked."""
+        now = self._work + Work(n_slots=getattr(self._engine, "n_owned_slots", 0))
+        news, self._told = now - self._told, now
+        return news
 
 
 class HostedStage:

@@ -17,6 +17,9 @@ from barkstream.tokens import Checkpoint
 CausalStageName = Literal["semantic", "coarse"]
 StageName = Literal["semantic", "coarse", "fine", "codec"]
 ENGINES = ("onnxruntime", "cuda")
+VERBS = dict(
+    semantic="generate", coarse="generate", fine="fill", codec="decode"
+)  # what a stage's engine does with a batch
 
 
 @dataclass(frozen=True)
