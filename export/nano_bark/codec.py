@@ -25,7 +25,7 @@ CONFIG = dict(
 )  # fmt: skip
 FRAME, N_BOOKS, N_UNITS = 320, 8, 768
 MEL_WINDOWS = {2048: 160, 1024: 80, 512: 40, 256: 20}  # samples: bands. No shorter ones: they would ask for phase
-WEIGHTS = dict(mel=15.0, wave=2.0, commit=0.2, unit=0.3, frame_mel=1.0, adversarial=1.0, features=2.0)
+WEIGHTS = dict(mel=15.0, wave=15.0, commit=0.2, unit=0.3, frame_mel=1.0, adversarial=1.0, features=2.0)
 
 
 # --- EnCodec's layers as matrix products ------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=22.0)
-    parser.add_argument("--gpu", default="0")
+    parser.add_argument("--gpu", default="0", help="one, or two as 0,1: coarse gets the second for itself")
     parser.add_argument("--workers", type=int, default=24)
     parser.add_argument("--texts", type=int, default=46_000)
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus.json.gz")
@@ -75,7 +75,7 @@ def schedule(options):
     if options.smoke:
         return dict(gan=45.0, freeze=75.0, ready=40.0, fine=160.0, end=250.0, early=170.0)
     return dict(
-        gan=100.0, freeze=300.0, ready=200.0, fine=300 + 0.45 * (end - 300), end=end, early=300 + 0.5 * (end - 300)
+        gan=100.0, freeze=360.0, ready=260.0, fine=360 + 0.45 * (end - 360), end=end, early=360 + 0.5 * (end - 360)
     )
 
 
@@ -124,7 +124,8 @@ class Work:
             self.corpus.stop()  # if it is not done by now, it is long enough
         for kind, end in (("coarse", self.at["end"]), ("fine", self.at["fine"])):
             command = ["gpt.py", kind, self.out, "--t0", self.run.t0, "--end", end, *self.small(kind)]
-            self.trainers += self.once(kind, self.at["ready"], *command)
+            gpu = self.options.gpu.split(",")[-1 if kind == "coarse" else 0]
+            self.trainers += self.once(kind, self.at["ready"], *command, CUDA_VISIBLE_DEVICES=gpu)
         if not self.errands:
             self.errands += self.errand()
 
@@ -159,7 +160,11 @@ def main():
     options = arguments()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"CUDA_VISIBLE_DEVICES": options.gpu, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": options.gpu.split(",")[0],
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     os.environ |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     run, at = Run("driver", out, time.time(), options.minutes * 60), schedule(options)
     run.log(event="begin", **at)
