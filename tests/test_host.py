@@ -78,6 +78,14 @@ def test_stages_share_the_process_and_a_bad_artifact_is_its_own_stages_error(spe
     assert len(coarse.run([coarse_row()])[0].tokens) == 24
 
 
+def test_a_call_that_an_engine_cannot_run_is_its_callers_error_and_the_process_goes_on(spec):
+    codec = HostedStage([spec("codec")])
+    process, state = process_of(codec), np.zeros(state_size_of(spec), np.float32)
+    bad, good = (np.zeros((3, 10), np.int32), state), (np.zeros((8, 10), np.int32), state)
+    assert isinstance(codec.run([bad])[0], EngineError)
+    assert len(codec.run([good])[0][0]) == 3200 and process_of(codec) == process
+
+
 def test_a_process_that_was_killed_is_replaced_and_the_call_made_again(spec):
     engine = HostedStage([spec("coarse")])
     before = engine.run([coarse_row()])[0].tokens
