@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -65,10 +65,15 @@ class Work:
     n_slots: int = 0  # KV slots that streams hold
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Work(
+            self.n_batches + other.n_batches,
+            self.n_rows + other.n_rows,
+            self.busy_s + other.busy_s,
+            self.n_slots + other.n_slots,
+        )
 
     def __sub__(self, other: Work) -> Work:
-        return Work(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return self + Work(-other.n_batches, -other.n_rows, -other.busy_s, -other.n_slots)
 
 
 class _Pending(Generic[Call, Result]):
