@@ -245,8 +245,7 @@ def _answer_calls(
 ) -> list[Any]:
     """A response for each request. A bad call gets its error.
 
-    parse: raises ValueError for a bad call. (Triton 2.51 would let a model send each response when it is there, but one that was sent
-    before `execute` had returned was lost: hence several instances in place of one.)
+    parse: raises ValueError for a bad call. (Why responses are not sent one by one, when they are there: docs/architecture.md.)
     """
     calls: list[Any] = []
     for request in requests:

@@ -52,9 +52,7 @@ N_TAIL_LINES = 30  # shown in them
 UP = ("Started GRPCInferenceService", "Started HTTPService", "Started Metrics Service")  # said once models are loaded
 NO_ENDPOINT = r'"failed to start \w+ service'
 METRICS_S = 0.05
-SOCKETS = (
-    "BARKSTREAM_SOCKETS"  # environment variable: where the stages meet the processes of their GPUs (engines/hosted.py)
-)
+SOCKETS = "BARKSTREAM_SOCKETS"  # environment variable: the folder where a server's processes meet (engines/hosted.py)
 STUCK = "Failed to preinitialize"  # no model.py, for one: Triton 2.51 then waits for that model for ever
 # What only an operator should reach, each a way to write files or memory of the server (CVE-2025-23319 and relatives).
 ADMIN_APIS = "shared-memory,model-repository,trace,logging"

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,17 +17,18 @@ import pytest
 
 from barkstream.clients import Client
 from barkstream.engines import Row
-from barkstream.engines.hosted import FOLDER, HostedStage, sockets_folder
+from barkstream.engines.hosted import HostedStage, sockets_folder
 from barkstream.engines.open import EngineError, Spec, open_stage
+from barkstream.export.codec_state import state_size
 from barkstream.sampling import Sampling
-from barkstream.server import Server
+from barkstream.server import SOCKETS, Server
 from barkstream.tokens import Checkpoint
 
 
 @pytest.fixture
 def spec(repository, tmp_path, monkeypatch):
     """Makes specs of stages; their process lives as long as a test's engines."""
-    monkeypatch.setenv(FOLDER, str(tmp_path / "s"))
+    monkeypatch.setenv(SOCKETS, str(tmp_path / "s"))
     (tmp_path / "s").mkdir(mode=0o700)
 
     def spec(stage, **options):
@@ -43,9 +46,6 @@ def coarse_row(n_tokens=24, seed=3, stream=7):
 
 def process_of(stage) -> int:
     """The id of the process at the other end of a stage, or of one of its engines."""
-    import socket
-    import struct
-
     engine = stage.engines[0] if isinstance(stage, HostedStage) else stage
     peer = socket.socket(fileno=os.dup(engine._connection.fileno()))
     with peer:
@@ -113,8 +113,6 @@ def hang_up(stage):
 
 
 def state_size_of(spec):
-    from barkstream.export.codec_state import state_size
-
     return state_size(spec("codec").checkpoint.codec)
 
 
@@ -135,7 +133,7 @@ def test_a_folder_that_others_can_look_into_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o755)
-    monkeypatch.setenv(FOLDER, str(folder))
+    monkeypatch.setenv(SOCKETS, str(folder))
     with pytest.raises(EngineError, match="must belong to this user alone"):
         sockets_folder()
 

@@ -21,7 +21,7 @@ from barkstream.tokens import FineLayout
 
 FRAME_STEP = 64  # windows are padded to a multiple of this many frames, so that few graphs serve all lengths
 GRAPH_FRAMES = 4096  # rows times frames: more than this keep the GPU busy without a graph
-FREE_FRAMES = 1024  # rows times frames: below this a batch takes hardly longer than a window (docs/performance.md)
+FREE_FRAMES = 1024  # rows times frames: up to here windows of any length go together (docs/performance.md)
 THREADS = 256  # of a block in fine.cu
 
 

@@ -24,10 +24,10 @@ from barkstream.engines import Chunk, Row, Window
 from barkstream.engines.host import LISTENING
 from barkstream.engines.open import VERBS, EngineError, Spec, open_stage
 from barkstream.engines.workers import Work
+from barkstream.server import SOCKETS
 
 N_TRIES = 3  # a process that is being killed may still accept the second
 ERRORS = (EngineError, ValueError, FileNotFoundError)  # what opening an engine raises
-FOLDER = "BARKSTREAM_SOCKETS"  # environment variable: where the processes of one server meet
 
 
 class OwnStage:
@@ -215,11 +215,11 @@ def start(path: Path, device: int) -> None:
 
 def sockets_folder() -> Path:
     """Where this server's processes meet; nobody else may look in."""
-    folder = Path(os.environ.get(FOLDER) or Path(tempfile.gettempdir(), f"barkstream-{os.getuid()}-{os.getppid()}"))
+    folder = Path(os.environ.get(SOCKETS) or Path(tempfile.gettempdir(), f"barkstream-{os.getuid()}-{os.getppid()}"))
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise EngineError(f"{folder} must belong to this user alone: remove it, or name another folder in {FOLDER}")
+        raise EngineError(f"{folder} must belong to this user alone: remove it, or name another folder in {SOCKETS}")
     return folder
 
 

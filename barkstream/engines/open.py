@@ -17,9 +17,8 @@ from barkstream.tokens import Checkpoint
 CausalStageName = Literal["semantic", "coarse"]
 StageName = Literal["semantic", "coarse", "fine", "codec"]
 ENGINES = ("onnxruntime", "cuda")
-VERBS = dict(
-    semantic="generate", coarse="generate", fine="fill", codec="decode"
-)  # what a stage's engine does with a batch
+# What a stage's engine does with a batch.
+VERBS = dict(semantic="generate", coarse="generate", fine="fill", codec="decode")
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,8 @@ def open_causal(
     use_gpu(device)
     from barkstream.engines.cuda import CudaEngine
 
-    size = replace(
-        layout.size, block_size=n_positions(stage, checkpoint)
-    )  # no cache for positions that nobody can reach
+    # No cache for positions that nobody can reach.
+    size = replace(layout.size, block_size=n_positions(stage, checkpoint))
     on_gpu = CudaEngine.load(path, size, head, n_slots, max_batch)
     on_gpu.warm_up(prefix_lengths(stage, checkpoint))
     give_back_memory()

@@ -438,13 +438,35 @@ def imitation(run, task, hours):
     run.log(event="imitation", hours=codes.shape[1] / 75 / 3600, took=run.now() - began)
 
 
+def fed_windows(model, config, units, prompt, true):
+    """What Hugging Face's coarse model feeds itself, window by window, while it says `true`: ids, and how many are new."""
+    from types import SimpleNamespace
+
+    from transformers import GenerationMixin
+
+    semantic, given = (SimpleNamespace(**config[k]) for k in ("semantic_config", "coarse_acoustics_config"))
+    fed = []
+
+    def say_the_truth(self, ids, max_new_tokens, **more):
+        new = true[sum(n for _, n in fed) :][:max_new_tokens]
+        fed.append((ids[0], len(new)))
+        return torch.cat([ids, new[None]], 1)
+
+    generate, GenerationMixin.generate = GenerationMixin.generate, say_the_truth
+    try:
+        model.generate(
+            units, history_prompt=prompt, semantic_generation_config=semantic, coarse_generation_config=given
+        )
+    finally:
+        GenerationMixin.generate = generate
+    return fed
+
+
 def check():
     """Our coarse windows against what BarkCoarseModel.generate feeds itself, for presets of several lengths. (Of presets
     under 4.2 s some get an odd number of history tokens; training leaves that case out.)"""
-    from types import SimpleNamespace
-
     from assemble import generation
-    from transformers import BarkCoarseConfig, BarkCoarseModel, GenerationMixin
+    from transformers import BarkCoarseConfig, BarkCoarseModel
 
     rng = np.random.default_rng(0)
     n_units = np.array([300, 265, 120, 180, 410])
@@ -456,9 +478,7 @@ def check():
     t.sem = torch.tensor(rng.integers(0, N_UNITS, n_units.sum()))
     t.codes = torch.tensor(rng.integers(0, 1024, (8, n_frames.sum())))
     sizes = dict(num_layers=1, num_heads=1, hidden_size=8, input_vocab_size=COARSE_IN, output_vocab_size=COARSE_OUT)
-    theirs, fed = BarkCoarseModel(BarkCoarseConfig(**sizes)), []
-    config = generation()
-    semantic, given = (SimpleNamespace(**config[k]) for k in ("semantic_config", "coarse_acoustics_config"))
+    theirs, config = BarkCoarseModel(BarkCoarseConfig(**sizes)), generation()
     for before, said in ((0, 1), (1, 4), (3, 2), (None, 4)):
         units = slice(t.unit_start[said], t.unit_start[said] + n_units[said])
         frames = slice(t.frame_start[said], t.frame_start[said] + n_frames[said])
@@ -469,28 +489,13 @@ def check():
             prompt = dict(
                 semantic_prompt=t.sem[a : a + n_units[before]], coarse_prompt=t.codes[:2, b : b + n_frames[before]]
             )
-        fed.clear()
-
-        def say_the_truth(self, ids, max_new_tokens, true=true, **more):
-            new = true[sum(n for _, n in fed) :][:max_new_tokens]
-            fed.append((ids[0], len(new)))
-            return torch.cat([ids, new[None]], 1)
-
-        generate, GenerationMixin.generate = GenerationMixin.generate, say_the_truth
-        theirs.generate(
-            t.sem[None, units].clone(),
-            history_prompt=prompt,
-            semantic_generation_config=semantic,
-            coarse_generation_config=given,
-        )
-        GenerationMixin.generate = generate
         most = (
             0
             if prompt is None
             else min(UNITS_BEFORE, n_units[before] // 2 * 2, int(2 * n_frames[before] / TOKENS_PER_UNIT))
         )
         past = max(0, round(most * TOKENS_PER_UNIT) // 2 * 2 - 2)
-        for i, (ids, n_new) in enumerate(fed):
+        for i, (ids, n_new) in enumerate(fed_windows(theirs, config, t.sem[None, units].clone(), prompt, true)):
             one = lambda x: torch.tensor([x])  # noqa: E731
             row = coarse.windows(
                 one(said), one(before or 0), one(most), one(past), one(2 * n_frames[said]), one(60 * i)

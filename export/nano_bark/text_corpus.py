@@ -17,35 +17,6 @@ WORK = os.environ.get("NANO_WORK", "work")
 DEB = os.environ.get(
     "NANO_DEB", "debs"
 )  # unpacked Debian packages: wordnet-base, fortunes, jargon-text, bible-kjv-text, word lists
-CHARS = "abcdefghijklmnopqrstuvwxyz0123456789"
-PUNCT = ".,!?;:'\"-()&$%/…—"
-
-
-def write_tokenizer(out):
-    os.makedirs(out, exist_ok=True)
-    v = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + list(CHARS) + list(PUNCT) + ["##" + c for c in CHARS]
-    open(os.path.join(out, "vocab.txt"), "w").write("\n".join(v) + "\n")
-    from transformers import BertTokenizerFast
-
-    try:
-        t = BertTokenizerFast(vocab={w: i for i, w in enumerate(v)}, do_lower_case=True, model_max_length=256)
-        assert len(t) == len(v)
-    except Exception:
-        t = BertTokenizerFast(vocab_file=os.path.join(out, "vocab.txt"), do_lower_case=True, model_max_length=256)
-    t.save_pretrained(out)
-    open(os.path.join(out, "vocab.txt"), "w").write("\n".join(v) + "\n")
-    json.dump(
-        {
-            "unk_token": "[UNK]",
-            "sep_token": "[SEP]",
-            "pad_token": "[PAD]",
-            "cls_token": "[CLS]",
-            "mask_token": "[MASK]",
-        },
-        open(os.path.join(out, "special_tokens_map.json"), "w"),
-        indent=2,
-    )
-    return v
 
 
 OK = re.compile(r"^[A-Za-z0-9 .,!?;:'\"\-()&$%/]+$")
@@ -374,14 +345,15 @@ def _init():
     from transformers import AutoTokenizer
 
     _h = Hibari()
-    _tok = AutoTokenizer.from_pretrained(os.path.join(WORK, "tok"))
+    _tok = AutoTokenizer.from_pretrained(HERE / "tokenizer")
 
 
 def prep(text):
     """-> dict or None. span[i] = text-token index the i-th phoneme id belongs to (word-level, interpolated), -1 unknown"""
     try:
         ps = " ".join(_h.phonemize(text))
-    except Exception:
+    except Exception as error:  # hibari does not say which; a text that it cannot read is named and left out
+        print(f"left out: {text!r}: {error!r}", file=sys.stderr)
         return None
     ids = _h.ids(ps)
     e = _tok(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -413,7 +385,6 @@ def prep(text):
 
 def main(scale=1.0):
     rng = random.Random(0)
-    write_tokenizer(os.path.join(WORK, "tok"))
     ex, defs = wordnet(rng)
     pr, bib = prose(rng), kjv(rng)
     print("wordnet examples", len(ex), "definitions", len(defs), "prose", len(pr), "kjv", len(bib))
