@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from barkstream.engines import Generation, Row, Window
-from barkstream.engines.turns import Turns
-from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, Policy, Worker
+from barkstream.engines.turns import HEAD_START_S, LONE, Turns
+from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, Policy, Worker, at_once
 from barkstream.sampling import Sampling
 
 
@@ -39,7 +39,7 @@ class FakeGPT:
         self.released += streams
 
 
-def row(n_tokens, stream=1, seed=0, n_ids=5, position=0):
+def row(n_tokens, stream=1, seed=0, n_ids=5, position=60):
     return Row(np.zeros((n_ids, 1), np.int32), n_tokens, position, Sampling(seed=seed), stream)
 
 
@@ -66,7 +66,9 @@ POLICY = Policy(lambda row: row.position == 0, hurried=2, urgency=3, company=4, 
 
 def causal(gpt, max_batch=4, turns=None):
     """Pieces of 16 tokens."""
-    return CausalWorker(gpt.generate, gpt.release, max_batch, turns or Turns(), POLICY, lambda n_rows: PIECE_S / 16)
+    return CausalWorker(
+        at_once(gpt.generate), gpt.release, max_batch, turns or Turns(), POLICY, lambda n_rows: PIECE_S / 16
+    )
 
 
 def test_a_call_in_pieces_says_what_it_says_in_one(start):
@@ -74,6 +76,13 @@ def test_a_call_in_pieces_says_what_it_says_in_one(start):
     generation = start(causal(gpt)).submit([row(60)])[0].result()
     assert generation.tokens.tolist() == list(range(5, 65)) and not generation.ended
     assert [n for ((_, _, n),) in gpt.batches] == [16, 16, 16, 12]
+
+
+def test_a_row_that_somebody_waits_for_is_not_cut(start):
+    gpt = FakeGPT()
+    for answer in start(causal(gpt)).submit([row(40, stream=1, position=0), row(60, stream=2)]):
+        answer.result()
+    assert [n for _, _, n in gpt.batches[0]] == [40, 40]
 
 
 def test_a_piece_ends_with_a_row_that_is_nearly_whole(start):
@@ -99,15 +108,15 @@ def test_a_row_that_comes_later_joins_at_the_next_piece(start):
 
 def test_more_rows_than_a_batch_holds_go_oldest_first(start):
     gpt = FakeGPT()
-    answers = start(causal(gpt, max_batch=6)).submit([row(16, stream=i, position=60) for i in range(1, 12)])
+    answers = start(causal(gpt, max_batch=6)).submit([row(16, stream=i) for i in range(1, 12)])
     assert [len(answer.result().tokens) for answer in answers] == [16] * 11
     assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
 
 
 def test_a_sentences_first_call_goes_before_the_rest_of_a_crowd(start):
     gpt = FakeGPT()
-    crowd = [row(16, stream=i, position=60) for i in range(1, 9)]
-    for answer in start(causal(gpt, max_batch=6)).submit([*crowd, row(16, stream=9)]):
+    crowd = [row(16, stream=i) for i in range(1, 9)]
+    for answer in start(causal(gpt, max_batch=6)).submit([*crowd, row(16, stream=9, position=0)]):
         answer.result()
     assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[9, 1, 2, 3, 4, 5], [6, 7, 8]]
 
@@ -144,7 +153,10 @@ def test_an_errand_runs_between_batches_and_its_failure_is_its_callers(start):
 def test_calls_that_came_during_anothers_turn_go_together(start):
     turns, batches = Turns(), []
     worker = Worker(
-        lambda calls: batches.append(calls) or calls, 8, turns, Policy(lambda call: False, hurried=0, urgency=0)
+        at_once(lambda calls: batches.append(calls) or calls),
+        8,
+        turns,
+        Policy(lambda call: False, hurried=0, urgency=0),
     )
     with turns.turn(lambda: 5):
         start(worker)
@@ -178,6 +190,64 @@ def test_a_turn_ends_with_an_exception_too():
         pass
 
 
+def test_the_next_turn_begins_before_the_work_is_over_and_no_third_one():
+    turns, began, over, time_s = Turns(), {}, {}, 0.05
+    first_runs = threading.Event()
+
+    def work(name):
+        if name != "first":
+            first_runs.wait()
+        with turns.turn(lambda: 1) as turn:
+            began[name] = time.monotonic()
+            turn.launched(time_s)
+            first_runs.set()
+            time.sleep(time_s if name == "first" else HEAD_START_S + time_s)
+            over[name] = time.monotonic()
+        assert turn.busy_s == pytest.approx(time_s, abs=0.02)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(work, name) for name in ("first", "second")]:
+            done.result()
+        time.sleep(0.01)
+    assert began["first"] + time_s / 2 < began["second"] < began["first"] + time_s - HEAD_START_S / 3
+    assert over["second"] > over["first"]
+
+
+def test_two_at_most_are_under_way():
+    turns, under_way, most = Turns(), [], []
+
+    def work(name):
+        with turns.turn(lambda: 1) as turn:
+            under_way.append(name)
+            most.append(len(under_way))
+            turn.launched(0.0)
+            time.sleep(0.002)
+            under_way.remove(name)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(30)))
+    assert max(most) == 2
+
+
+def test_those_who_let_others_go_first_do_not_slip_in_between_two_pieces():
+    turns, order = Turns(), []
+
+    def lone():
+        with turns.turn(lambda: LONE):
+            order.append("lone")
+
+    with ThreadPoolExecutor(1) as pool:
+        for piece in range(3):
+            with turns.turn(lambda: 4) as turn:
+                order.append(piece)
+                if not piece:
+                    pool.submit(lone)
+                    while not turns._waiting:
+                        pass
+                turn.launched(0.0)
+    assert order == [0, 1, 2, "lone"]
+
+
 def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_waited_long(start):
     """Against a stage that wants every turn (urgency 4): who has it next?"""
     turns, order = Turns(), []
@@ -185,7 +255,12 @@ def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_wa
     def next_turn(*rows, wait_s=0.0):
         gpt = FakeGPT()
         worker = CausalWorker(
-            lambda batch: order.append("patient") or gpt.generate(batch), gpt.release, 16, turns, POLICY, lambda n: 1.0
+            at_once(lambda batch: order.append("patient") or gpt.generate(batch)),
+            gpt.release,
+            16,
+            turns,
+            POLICY,
+            lambda n: 1.0,
         )
         order.clear()
         with ThreadPoolExecutor(1) as pool:
@@ -205,9 +280,9 @@ def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_wa
         with turns.turn(lambda: 4):
             order.append("other")
 
-    later = row(4, position=60)
+    later = row(4)
     assert next_turn(later) == "other"
-    assert next_turn(later, row(4, stream=2)) == "patient"  # a new stream
+    assert next_turn(later, row(4, stream=2, position=0)) == "patient"  # a new stream
     assert next_turn(*[replace(later, stream=i) for i in range(1, POLICY.company + 1)]) == "patient"
     assert next_turn(later, wait_s=2 * POLICY.patience_s) == "patient"
 
@@ -241,17 +316,17 @@ def test_many_streams_on_a_pretend_gpu_all_finish(start):
         return [Generation(np.zeros(row.n_tokens, np.int32), False) for row in rows]
 
     workers = {
-        name: CausalWorker(generate, lambda *streams: None, 8, turns, POLICIES[name], lambda n: PIECE_S / 30)
+        name: CausalWorker(at_once(generate), lambda *streams: None, 8, turns, POLICIES[name], lambda n: PIECE_S / 30)
         for name in ("semantic", "coarse")
     }
     for name in ("fine", "codec"):
-        workers[name] = Worker(lambda calls: time.sleep(0.0005) or calls, 4, turns, POLICIES[name])
+        workers[name] = Worker(at_once(lambda calls: time.sleep(0.0005) or calls), 4, turns, POLICIES[name])
     for worker in workers.values():
         start(worker)
 
     def speak(stream):
         wait = lambda name, call: workers[name].submit([call])[0].result(timeout=20)  # noqa: E731
-        wait("semantic", row(47, stream))
+        wait("semantic", row(47, stream, position=0))
         ahead = []
         for chunk in (24, 60, 120, 240):
             for position in range(60, 60 + chunk, 60):

@@ -7,7 +7,8 @@ logits, and sampling happens in one place. Up to 64 rows decode in one kernel la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from barkstream.engines.kernels.fused import FusedDecoder, RowArguments, pack_un
 from barkstream.engines.kernels.weights import load_weights, read_onnx
 from barkstream.engines.kernels.wide import ROW_COUNTS, WideDecoder
 from barkstream.engines.slots import Slot, Slots
+from barkstream.engines.transfers import download
 from barkstream.sampling import Ints, Sampling
 from barkstream.tokens import GPTSize
 
@@ -86,10 +88,30 @@ class CudaEngine:
 
     def generate(self, rows: list[Row]) -> list[Generation]:
         """Up to n_tokens new tokens for every row. Raises ValueError for a row that does not fit."""
+        batches = [rows[i : i + self.max_batch] for i in range(0, len(rows), self.max_batch)]
+        return [generation for batch in batches for generation in self.start(batch)()]
+
+    def start(self, rows: list[Row]) -> Callable[[], list[Generation]]:
+        """`generate` for at most max_batch rows: launches, and returns what waits for the results. To be called before the next start.
+
+        Raises ValueError for a row that does not fit.
+        """
         for row in rows:
             row.check(self.size)
-        batches = [rows[i : i + self.max_batch] for i in range(0, len(rows), self.max_batch)]
-        return [generation for batch in batches for generation in self._generate(batch)]
+        with ExitStack() as undo:
+            slots = undo.enter_context(self._slots.lease(rows))
+            wait = self._launch(rows, slots)
+            leased = undo.pop_all()
+
+        def finish() -> list[Generation]:
+            with leased:
+                tokens, results = wait()
+                generations = self._take(rows, tokens, results)
+                for row, slot, generation in zip(rows, slots, generations, strict=True):
+                    slot.ids = _held(row, generation)
+            return generations
+
+        return finish
 
     def warm_up(self, prefix_lengths: Sequence[int]) -> None:
         """Compile the kernels and capture the graphs of every batch size, and those of prefixes of these lengths."""
@@ -117,21 +139,16 @@ class CudaEngine:
             return self._fused
         return self._wide if self._wide is not None and n_rows <= ROW_COUNTS[-1] else self._batched
 
-    def _generate(self, rows: list[Row]) -> list[Generation]:
-        with self._slots.lease(rows) as slots:
-            new = [
-                (row, slot) for row, slot in zip(rows, slots, strict=True) if slot.n_known(row.ids) < len(row.ids) - 1
-            ]
-            for _, slot in new:
-                slot.ids = slot.ids[:0]
-            if new:
-                self.prefill([row.ids[:-1] for row, _ in new], [slot.index for _, slot in new])
-            tokens, results = self.decode([self._arguments(row, slot) for row, slot in zip(rows, slots, strict=True)])
-            tokens, results = tokens[: len(rows)].cpu().numpy(), results[: len(rows)].cpu().numpy()
-            generations = self._take(rows, tokens, results)
-            for row, slot, generation in zip(rows, slots, generations, strict=True):
-                slot.ids = _held(row, generation)
-        return generations
+    def _launch(self, rows: list[Row], slots: Sequence[GpuSlot]) -> Callable[[], tuple[Ints, Ints]]:
+        """Prefill what is new, decode; what is returned waits for tokens [B, block] and results [B, 2]."""
+        new = [(row, slot) for row, slot in zip(rows, slots, strict=True) if slot.n_known(row.ids) < len(row.ids) - 1]
+        for _, slot in new:
+            slot.ids = slot.ids[:0]
+        if new:
+            self.prefill([row.ids[:-1] for row, _ in new], [slot.index for _, slot in new])
+        tokens, results = self.decode([self._arguments(row, slot) for row, slot in zip(rows, slots, strict=True)])
+        tokens, results = download(tokens[: len(rows)]), download(results[: len(rows)])
+        return lambda: (tokens(), results())
 
     def _arguments(self, row: Row, slot: GpuSlot) -> RowArguments:
         ids = [*row.ids[-1], self.size.n_input_ids][:2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from barkstream.engines import Chunk, check_chunk
 from barkstream.engines.kernels.batched import capture
 from barkstream.engines.kernels.weights import read_initializers
+from barkstream.engines.transfers import download, upload
 from barkstream.export.codec_state import state_parts, state_size
 from barkstream.sampling import Floats, Ints
 from barkstream.tokens import CodecLayout
@@ -51,10 +52,16 @@ class CodecEngine:
         Chunks are decoded in pieces of the lengths that there are graphs for, equal pieces together: the state makes that
         exact, and a long chunk takes no more memory than a short one.
         """
+        return self.start(chunks)()
+
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[tuple[Floats, Floats]]]:
+        """`decode`: launches, and returns what waits for the results. Raises ValueError for a chunk that does not fit."""
         for chunk in chunks:
             check_chunk(chunk, self.layout)
-        states = [state for _, state in chunks]
-        heard: list[list[Floats]] = [[] for _ in chunks]
+        states = list(upload(np.stack([state for _, state in chunks])))
+        heard: list[list[tuple[Callable[[], Floats], int]]] = [
+            [] for _ in chunks
+        ]  # a batch's samples, which of its rows
         left = {i: self._pieces(codes) for i, (codes, _) in enumerate(chunks)}
         while left := {i: pieces for i, pieces in left.items() if pieces}:
             alike: dict[int, list[int]] = defaultdict(list)
@@ -63,11 +70,20 @@ class CodecEngine:
             for members in alike.values():
                 for start in range(0, len(members), self.max_batch):
                     batch = members[start : start + self.max_batch]
-                    decoded = self._decode([(left[i].pop(0), states[i]) for i in batch])
-                    for i, (audio, state) in zip(batch, decoded, strict=True):
-                        heard[i].append(audio)
-                        states[i] = state
-        return [(np.concatenate(audio), state) for audio, state in zip(heard, states, strict=True)]
+                    codes = np.stack([left[i].pop(0) for i in batch])
+                    samples, next_states = self._launch(codes, torch.stack([states[i] for i in batch]))
+                    for row, i in enumerate(batch):
+                        heard[i].append((samples, row))
+                        states[i] = next_states[row]
+        last = download(torch.stack(states))
+
+        def finish() -> list[tuple[Floats, Floats]]:
+            return [
+                (np.concatenate([samples()[row] for samples, row in parts]), state)
+                for parts, state in zip(heard, last(), strict=True)
+            ]
+
+        return finish
 
     def _pieces(self, codes: Ints) -> list[Ints]:
         """codes [K, n] cut into the longest pieces that there are graphs for; what is left over is a piece of its own."""
@@ -78,16 +94,13 @@ class CodecEngine:
             codes = codes[:, n:]
         return pieces
 
-    def _decode(self, chunks: list[Chunk]) -> list[tuple[Floats, Floats]]:
-        shape = 1 << (len(chunks) - 1).bit_length(), chunks[0][0].shape[1]
-        codes = torch.from_numpy(np.stack([codes for codes, _ in chunks]))
-        states = torch.from_numpy(np.stack([state for _, state in chunks]))
-        if shape in self._batches:
-            audio, next_states = self._batches[shape].run(codes, states)
-        else:
-            with torch.inference_mode():
-                audio, next_states = self._decoder(codes.cuda(), states.cuda())
-        return list(zip(audio.cpu().numpy(), next_states.cpu().numpy(), strict=False))[: len(chunks)]
+    def _launch(self, codes: Ints, states: Tensor) -> tuple[Callable[[], Floats], Tensor]:
+        """codes [B, K, n], states [B, N] -> what waits for samples [B, samples_per_frame n]; next states [B, N]."""
+        n_rows = len(codes)
+        batch = self._batches.get((1 << (n_rows - 1).bit_length(), codes.shape[2]))
+        with torch.inference_mode():
+            samples, next_states = batch.run(codes, states) if batch else self._decoder(upload(codes), states)
+            return download(samples[:n_rows]), next_states[:n_rows].clone()  # a graph's memory is its next run's, too
 
 
 class Decoder(nn.Module):
@@ -173,9 +186,9 @@ class _Batch:
     def _decode(self, decoder: Decoder) -> None:
         self.audio, self.next_states = decoder(self.codes, self.states)
 
-    def run(self, codes: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, codes: Ints, states: Tensor) -> tuple[Tensor, Tensor]:
         """Rows beyond those given decode what lies there from before."""
-        self.codes[: len(codes)].copy_(codes)
+        upload(codes, self.codes[: len(codes)])
         self.states[: len(states)].copy_(states)
         self.graph.replay()
         return self.audio, self.next_states

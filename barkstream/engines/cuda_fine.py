@@ -16,6 +16,7 @@ from barkstream.engines import Window
 from barkstream.engines.kernels import build
 from barkstream.engines.kernels.batched import capture
 from barkstream.engines.kernels.weights import read_onnx
+from barkstream.engines.transfers import download, upload
 from barkstream.sampling import Ints
 from barkstream.tokens import FineLayout
 
@@ -86,20 +87,30 @@ class FineEngine:
 
     def fill(self, windows: Sequence[Window]) -> list[Ints]:
         """Each window's codes [K, T] with the codebooks given.. of frames fill_from.. drawn anew, as `FineGPT.fill`."""
+        return self.start(windows)()
+
+    def start(self, windows: Sequence[Window]) -> Callable[[], list[Ints]]:
+        """`fill`: launches, and returns what waits for the results. Raises ValueError for a window that does not fit."""
         for window in windows:
             window.check(self.layout)
-        filled: list[Ints] = [np.zeros(0, np.int32)] * len(windows)
-        for n_frames, members in batches([_padded(window.n_frames) for window in windows], self.max_batch):
-            for i, codes in zip(members, self._fill([windows[i] for i in members], n_frames), strict=True):
-                filled[i] = codes
-        return filled
+        groups = batches([_padded(window.n_frames) for window in windows], self.max_batch)
+        launched = [(members, self._start([windows[i] for i in members], n)) for n, members in groups]
 
-    def _fill(self, windows: list[Window], n_frames: int) -> list[Ints]:
+        def finish() -> list[Ints]:
+            filled = {
+                i: codes[:, : windows[i].n_frames]
+                for members, wait in launched
+                for i, codes in zip(members, wait(), strict=False)  # rows beyond them fill the batch up
+            }
+            return [filled[i] for i in range(len(windows))]
+
+        return finish
+
+    def _start(self, windows: list[Window], n_frames: int) -> Callable[[], Ints]:
         shape = _rows(len(windows)), min(n_frames, self.layout.size.block_size)
         if shape not in self._batches:
             self._batches[shape] = self._new_batch(*shape)
-        codes = self._batches[shape].run(windows)
-        return [row[:, : window.n_frames] for row, window in zip(codes, windows, strict=False)]
+        return self._batches[shape].start(windows)
 
     def _new_batch(self, n_rows: int, n_frames: int) -> _Batch:
         batch = _Batch(self.layout, n_rows, n_frames)
@@ -164,8 +175,8 @@ class _Batch:
         self.work: Callable[[], None] = lambda: None
         self.mask = None if is_whole else torch.ones(n_rows, 1, 1, n_frames, dtype=torch.bool, device="cuda")
 
-    def run(self, windows: Sequence[Window]) -> Ints:
-        """Filled codes [B, K, T], padding included."""
+    def start(self, windows: Sequence[Window]) -> Callable[[], Ints]:
+        """What is returned waits for filled codes [B, K, T], padding included."""
         codes = np.full(tuple(self.codes.shape), self.layout.unknown, np.int32)
         uniforms = np.zeros(tuple(self.uniforms.shape), np.float32)
         n_valid = np.full(self.n_rows, 1, np.int32)
@@ -181,11 +192,11 @@ class _Batch:
             (self.fill_from, fill_from),
             (self.temperatures, temperatures),
         ):
-            place.copy_(torch.from_numpy(array))
+            upload(array, place)
         if self.mask is not None:
-            self.mask.copy_(torch.from_numpy(np.arange(self.n_frames) < n_valid[:, None])[:, None, None])
+            upload((np.arange(self.n_frames) < n_valid[:, None])[:, None, None], self.mask)
         self.work()
-        return self.codes.cpu().numpy()
+        return download(self.codes)
 
 
 class _Named:

@@ -34,7 +34,7 @@ import numpy as np
 
 from barkstream.engines.open import VERBS, EngineError, Spec, is_cpu, open_stage, prefix_lengths, use_gpu
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import POLICIES, CausalWorker, Work, Worker, measure_steps
+from barkstream.engines.workers import POLICIES, CausalWorker, Work, Worker, at_once, measure_steps
 
 SWITCH_S = 0.0005  # threads hand Python over after so long: the one that has the next piece to launch must not wait
 LISTENING = "listening"
@@ -90,15 +90,16 @@ class Stage:
     def _open(self) -> Worker[Any, Any]:
         spec, policy = self.spec, POLICIES[self.spec.stage]
         engine: Any = open_stage(spec)
+        start = at_once(getattr(engine, VERBS[spec.stage])) if is_cpu(spec.engine) else engine.start
         if spec.stage == "fine" or spec.stage == "codec":
-            return Worker(getattr(engine, VERBS[spec.stage]), spec.max_batch, self._turns, policy)
+            return Worker(start, spec.max_batch, self._turns, policy)
         n_ids = 2 if spec.stage == "semantic" else 1
         prefix = np.zeros((prefix_lengths(spec.stage, spec.checkpoint)[-1] + 1, n_ids), np.int32)
         step_s = measure_steps(engine.generate, prefix, spec.max_batch)
         engine.release(*(-1 - i for i in range(spec.max_batch)))
         self._n_slots, self._release = lambda: engine.n_owned_slots, engine.release
         return CausalWorker(
-            engine.generate,
+            start,
             engine.release,
             spec.max_batch,
             self._turns,

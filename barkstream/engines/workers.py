@@ -8,25 +8,36 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from barkstream.engines import Generation, Row
-from barkstream.engines.turns import Turns
+from barkstream.engines.turns import LONE, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
 PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
+HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
 MIN_PIECE = 8  # tokens: between two pieces the GPU idles for some milliseconds
 STEPS_TIMED = 8, 24
-LONE = 5  # the urgency of a stage whose calls can wait for company
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
+Finish = Callable[[], Sequence[Result]]  # waits for what was started
+Start = Callable[[list[Call]], Finish[Result]]
+
+
+def at_once(run: Callable[[list[Call]], Sequence[Result]]) -> Start[Call, Result]:
+    """For an engine whose results are there when it returns."""
+
+    def start(calls: list[Call]) -> Finish[Result]:
+        results = run(calls)
+        return lambda: results
+
+    return start
 
 
 @dataclass(frozen=True)
@@ -44,14 +55,15 @@ class Policy(Generic[Call]):
 
 
 # Short work goes first, then what a sentence begins with, then the rest. Chunks grow, so a short one belongs to a listener
-# who has little in hand. Semantic calls are made 60 tokens (1.2 s of speech) ahead.
+# who has little in hand. Semantic calls are made 60 tokens (1.2 s of speech) ahead. Two windows are a beginning: the first chunk,
+# which takes one, plays for .3 s, and by then the second must be there.
 POLICIES: dict[str, Policy[Any]] = {
     "codec": Policy(lambda chunk: chunk[0].shape[1] <= 60, hurried=0, urgency=1, company=4, patience_s=0.03),
     "fine": Policy(
         lambda window: window.n_frames - window.fill_from <= 96, hurried=1, urgency=1, company=4, patience_s=0.04
     ),
-    "semantic": Policy(lambda row: row.position == 0, hurried=2, urgency=3, company=16, patience_s=0.15),
-    "coarse": Policy(lambda row: row.position == 0, hurried=2, urgency=4),
+    "semantic": Policy(lambda row: row.position <= 60, hurried=2, urgency=3, company=16, patience_s=0.15),
+    "coarse": Policy(lambda row: row.position <= 60, hurried=2, urgency=4),
 }
 
 
@@ -87,15 +99,14 @@ class _Pending(Generic[Call, Result]):
 class Worker(Generic[Call, Result]):
     """Runs the calls that wait, up to max_batch together: first the hurried ones, then the oldest. Callers' threads share it."""
 
-    def __init__(
-        self, run: Callable[[list[Call]], Sequence[Result]], max_batch: int, turns: Turns, policy: Policy[Call]
-    ):
-        """run: used by one thread at a time, in its turn."""
-        self._run, self._max_batch, self._turns, self._policy = run, max_batch, turns, policy
+    def __init__(self, start: Start[Call, Result], max_batch: int, turns: Turns, policy: Policy[Call]):
+        """start: used by one thread at a time, in its turn."""
+        self._start, self._max_batch, self._turns, self._policy = start, max_batch, turns, policy
         self._changed = threading.Condition()
         self._waiting: list[_Pending[Call, Result]] = []
         self._errands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._is_closed = False
+        self._takes_s = 0.0  # a batch, of late
         self.work_done = Work()
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
@@ -123,26 +134,23 @@ class Worker(Generic[Call, Result]):
     def work(self) -> None:
         """Until closed. The thread that opened the engine."""
         while self._wait():
-            with self._turn():
+            with self._turns.turn(self._now_urgent) as turn:
                 batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
-                results = self._try(batch)
-            self.work_done += Work(1, len(batch))
+                results = self._try(batch, turn)
+            self._takes_s += (turn.busy_s - self._takes_s) / 4
+            self.work_done += Work(1, len(batch), turn.busy_s)
             self._settle(batch, results)
 
-    def _try(self, batch: Sequence[_Pending[Call, Result]]) -> Sequence[Result] | Exception:
+    def _try(self, batch: Sequence[_Pending[Call, Result]], turn: Turn) -> Sequence[Result] | Exception:
         try:
-            return self._run([each.call for each in batch])
+            finish = self._start_batch(batch)
+            turn.launched(self._takes_s)
+            return finish()
         except Exception as error:
             return error
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._turns.turn(self._now_urgent):
-            began = time.perf_counter()
-            try:
-                yield
-            finally:
-                self.work_done += Work(busy_s=time.perf_counter() - began)
+    def _start_batch(self, batch: Sequence[_Pending[Call, Result]]) -> Finish[Result]:
+        return self._start([each.call for each in batch])
 
     def _now_urgent(self) -> int:
         policy = self._policy
@@ -188,16 +196,16 @@ class CausalWorker(Worker[Row, Generation]):
 
     def __init__(
         self,
-        generate: Callable[[list[Row]], list[Generation]],
+        start: Start[Row, Generation],
         release: Callable[..., None],
         max_batch: int,
         turns: Turns,
         policy: Policy[Row],
         step_s: Callable[[int], float],
     ):
-        """generate, release: the engine's. step_s: what a decode step of so many rows takes."""
-        super().__init__(self._piece, max_batch, turns, policy)
-        self._generate, self._release, self._step_s = generate, release, step_s
+        """start, release: the engine's. step_s: what a decode step of so many rows takes."""
+        super().__init__(start, max_batch, turns, policy)
+        self._release, self._step_s = release, step_s
         self._drawn: dict[Future[Generation], list[Ints]] = {}
         self._n_nameless = 0
 
@@ -212,15 +220,21 @@ class CausalWorker(Worker[Row, Generation]):
             self._n_nameless += 1
             return Row(row.ids, row.n_tokens, row.position, row.sampling, -self._n_nameless)
 
-    def _piece(self, rows: list[Row]) -> list[Generation]:
-        n = self._piece_tokens([row.n_tokens for row in rows])
-        cut = [Row(row.ids, min(n, row.n_tokens), row.position, row.sampling, row.stream) for row in rows]
-        return self._generate(cut)
+    def _start_batch(self, batch: Sequence[_Pending[Row, Generation]]) -> Finish[Generation]:
+        n = self._piece_tokens(
+            [each.call.n_tokens for each in batch], [each.call.n_tokens for each in batch if each.is_hurried]
+        )
+        return self._start([replace(each.call, n_tokens=min(n, each.call.n_tokens)) for each in batch])
 
-    def _piece_tokens(self, n_wanted: list[int]) -> int:
-        """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than three quarters of that."""
-        most = max(MIN_PIECE, int(PIECE_S / self._step_s(len(n_wanted))))
-        return min(most, max(most * 3 // 4, min(n_wanted)), max(n_wanted))
+    def _piece_tokens(self, n_wanted: list[int], n_hurried: list[int]) -> int:
+        """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than three quarters of that.
+
+        All that a hurried row wants, up to HURRIED_PIECE_S: between two pieces of it others would have their turn.
+        """
+        step_s = self._step_s(len(n_wanted))
+        most = max(MIN_PIECE, int(PIECE_S / step_s))
+        n = min(most, max(most * 3 // 4, min(n_wanted)), max(n_wanted))
+        return max(n, min(max(n_hurried, default=0), int(HURRIED_PIECE_S / step_s)))
 
     def _settle(self, batch: list[_Pending[Row, Generation]], results: Sequence[Generation] | Exception) -> None:
         if isinstance(results, Exception):

@@ -16,6 +16,7 @@ from barkstream.engines import Head
 from barkstream.engines.kernels import Kernel, build
 from barkstream.engines.kernels.fused import RowArguments, kernel_constants
 from barkstream.engines.kernels.weights import GPTWeights
+from barkstream.engines.transfers import upload
 from barkstream.sampling import Ints
 from barkstream.tokens import GPTSize
 
@@ -77,13 +78,13 @@ class Prefill:
         states[:, :, 0], states[:, :, 1:3] = np.arange(n_tokens), size.n_input_ids
         for i, row in enumerate(ids):
             states[i, : len(row), 1 : 1 + row.shape[1]] = row
-        uploads = (torch.from_numpy(states.reshape(-1, STATE_FIELDS)), torch.tensor(slots, dtype=torch.int32))
+        arrays = states.reshape(-1, STATE_FIELDS), np.array(slots, np.int32)
         if n_rows * n_tokens > GRAPH_TOKENS:
-            self._forward(*(upload.cuda() for upload in uploads))
+            self._forward(*map(upload, arrays))
             return
         graph, *inputs = self._graphs.get((n_rows, n_tokens)) or self._capture(n_rows, n_tokens)
-        for place, upload in zip(inputs, uploads, strict=True):
-            place.copy_(upload)
+        for place, array in zip(inputs, arrays, strict=True):
+            upload(array, place)
         graph.replay()
 
     def _capture(self, n_rows: int, n_tokens: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
@@ -145,10 +146,9 @@ class _Step:
     def set(self, rows: Sequence[RowArguments]) -> None:
         rows = [*rows, *[RowArguments(slot=self._scratch, top_p=1)] * (self._n_rows - len(rows))]
         states = [[row.length, *row.ids, 0, row.n_tokens > 0, 0] for row in rows]
-        self.rows.copy_(
-            torch.frombuffer(bytearray((RowArguments * self._n_rows)(*rows)), dtype=torch.uint8).view_as(self.rows)
-        )
-        self.states.copy_(torch.tensor(states, dtype=torch.int32))
+        packed = np.frombuffer(bytearray((RowArguments * self._n_rows)(*rows)), np.uint8)
+        upload(packed.reshape(self.rows.shape), self.rows)
+        upload(np.array(states, np.int32), self.states)
 
     def _step(self, layers: Layers) -> None:
         size, _head, cache = layers.size, layers.head, layers.cache
