@@ -81,6 +81,7 @@ class Plan:
     max_requests: int | None
     max_seconds: float | None  # of one request's speech
     timeout_s: float  # longest wait for the next response
+    ramp_s: float = 0.0  # closed loop: the clients come one after the other, the last one after so long
 
     def requests(self, seed: int) -> Iterator[Request]:
         """Without end, due at once: texts and voices in turn, so that each text meets each voice."""
@@ -120,6 +121,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, nargs="+", default=[], help="open loop: requests a second; a run each")
     parser.add_argument("--clients", type=int, nargs="+", default=[], help="closed loop: clients; a run each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each run once with each (default: 0)")
+    parser.add_argument(
+        "--ramp", type=float, default=0.0, metavar="S", help="closed loop: clients come in turn over S seconds"
+    )
     add_plan_arguments(parser)
     arguments = parser.parse_args()
     if not arguments.rate and not arguments.clients:
@@ -156,6 +160,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         max_requests=arguments.requests,
         max_seconds=arguments.max_seconds,
         timeout_s=arguments.timeout,
+        ramp_s=getattr(arguments, "ramp", 0.0),
     )
 
 
@@ -199,22 +204,23 @@ async def open_loop(client: AsyncClient, requests: Sequence[Request], plan: Plan
 
 
 async def closed_loop(client: AsyncClient, n_clients: int, seed: int, plan: Plan) -> list[Outcome]:
-    """n clients, each with a request under way until the duration is over or max_requests have been sent.
+    """n clients, each with a request under way (from when it came) until the duration is over or max_requests have been sent.
 
     One who was refused waits as long as the server says, and asks for something else.
     """
     requests = itertools.islice(plan.requests(seed), plan.max_requests)
     began = perf_counter()
 
-    async def listen() -> list[Outcome]:
+    async def listen(client_index: int) -> list[Outcome]:
         outcomes: list[Outcome] = []
+        await asyncio.sleep(plan.ramp_s * client_index / n_clients)
         while (due_s := perf_counter() - began) < plan.duration_s and (request := next(requests, None)) is not None:
             outcomes.append(await ask(client, replace(request, due_s=due_s), plan, began))
             if outcomes[-1].status == "UNAVAILABLE":
                 await asyncio.sleep(outcomes[-1].retry_after_s or RETRY_S)
         return outcomes
 
-    heard = await asyncio.gather(*(listen() for _ in range(n_clients)))
+    heard = await asyncio.gather(*(listen(i) for i in range(n_clients)))
     return [outcome for outcomes in heard for outcome in outcomes]
 
 

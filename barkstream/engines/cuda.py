@@ -28,7 +28,7 @@ from barkstream.tokens import GPTSize
 
 WARM_UP = Sampling(temperature=0)
 FUSED_ROWS = 4  # up to here `decode.cu` is faster than `wide.cu`
-PREFILL_ROWS = 8  # at once: more are no faster, and their activations take 30 MB a row (large, 886 tokens)
+PREFILL_ROWS = 4  # at once, as one CUDA graph; their activations take 30 MB a row (large, 886 tokens)
 
 
 @dataclass

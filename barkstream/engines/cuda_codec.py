@@ -31,7 +31,6 @@ class CodecEngine:
         self.layout, self.max_batch = layout, max_batch
         self._decoder = Decoder(weights, layout)
         self._batches: dict[tuple[int, int], _Batch] = {}
-        self._pool = torch.cuda.graph_pool_handle()
 
     @classmethod
     def load(cls, path: Path, layout: CodecLayout, max_batch: int = 8) -> CodecEngine:
@@ -43,7 +42,7 @@ class CodecEngine:
         n_rows = 1
         while n_rows <= self.max_batch:
             for n_frames in sorted(set(frames)):
-                self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames, self._pool)
+                self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames)
             n_rows *= 2
 
     def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
@@ -176,12 +175,12 @@ class Decoder(nn.Module):
 class _Batch:
     """A graph that decodes n_rows chunks of n_frames, and the memory it works on."""
 
-    def __init__(self, decoder: Decoder, n_rows: int, n_frames: int, pool: object):
+    def __init__(self, decoder: Decoder, n_rows: int, n_frames: int):
         layout = decoder.layout
         self.codes = torch.zeros(n_rows, layout.n_codebooks, n_frames, dtype=torch.int32, device="cuda")
         self.states = torch.zeros(n_rows, state_size(layout), device="cuda")
         with torch.inference_mode():
-            self.graph = capture(lambda: self._decode(decoder), pool)
+            self.graph = capture(lambda: self._decode(decoder))
 
     def _decode(self, decoder: Decoder) -> None:
         self.audio, self.next_states = decoder(self.codes, self.states)

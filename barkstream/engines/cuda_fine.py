@@ -68,7 +68,6 @@ class FineEngine:
         module = build("fine.cu", f"sm_{major}{minor}", WIDTH=layout.size.width, BOOK_SIZE=layout.codebook_size)
         self._kernels = {name: module.kernel(name) for name in ("embed", "add_norm", "gelu", "draw")}
         self._batches: dict[tuple[int, int], _Batch] = {}
-        self._pool = torch.cuda.graph_pool_handle()
 
     @classmethod
     def load(cls, path: Path, layout: FineLayout, max_batch: int = 8) -> FineEngine:
@@ -115,7 +114,7 @@ class FineEngine:
     def _new_batch(self, n_rows: int, n_frames: int) -> _Batch:
         batch = _Batch(self.layout, n_rows, n_frames)
         if n_rows * n_frames <= GRAPH_FRAMES:
-            batch.work = capture(lambda: self._passes(batch), self._pool).replay
+            batch.work = capture(lambda: self._passes(batch)).replay
         else:
             batch.work = lambda: self._passes(batch)
         return batch

@@ -33,7 +33,6 @@ class Layers:
     def __init__(self, weights: GPTWeights, size: GPTSize, head: Head, cache: Tensor):
         """cache: [layers, 2, slots, heads, block, 64] bf16; the last slot is scratch."""
         self.weights, self.size, self.head, self.cache = weights, size, head, cache
-        self.pool = torch.cuda.graph_pool_handle()
         major, minor = torch.cuda.get_device_capability()
         module = build("batched.cu", f"sm_{major}{minor}", **kernel_constants(size, head))
         self.kernels: dict[str, Kernel] = {
@@ -90,7 +89,7 @@ class Prefill:
     def _capture(self, n_rows: int, n_tokens: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         states = torch.zeros(n_rows * n_tokens, STATE_FIELDS, dtype=torch.int32, device="cuda")
         slots = torch.full((n_rows,), self._layers.cache.shape[2] - 1, dtype=torch.int32, device="cuda")
-        graph = capture(lambda: self._forward(states, slots), self._layers.pool)
+        graph = capture(lambda: self._forward(states, slots))
         self._graphs[n_rows, n_tokens] = graph, states, slots
         return self._graphs[n_rows, n_tokens]
 
@@ -141,7 +140,7 @@ class _Step:
         self.rows = torch.zeros(n_rows, ctypes.sizeof(RowArguments), dtype=torch.uint8, device="cuda")
         self.states = torch.zeros(n_rows, STATE_FIELDS, dtype=torch.int32, device="cuda")
         self.tokens = torch.zeros(n_rows, layers.size.block_size, dtype=torch.int32, device="cuda")
-        self.graph = capture(lambda: self._step(layers), layers.pool)
+        self.graph = capture(lambda: self._step(layers))
 
     def set(self, rows: Sequence[RowArguments]) -> None:
         rows = [*rows, *[RowArguments(slot=self._scratch, top_p=1)] * (self._n_rows - len(rows))]
@@ -164,20 +163,27 @@ class _Step:
         layers.launch("sample", (self._n_rows, 1, 1), self.rows, self.states, self.logits, self.tokens, block=1024)
 
 
-def capture(work: Callable[[], None], pool: object) -> torch.cuda.CUDAGraph:
+def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """The work as a CUDA graph; it runs once before, so that libraries initialise outside of it.
 
-    pool: torch.cuda.graph_pool_handle(), the memory that an engine's graphs share: they run one after another.
+    All graphs on a GPU share the memory they work in, for they run one after another: what a graph leaves there is to be copied before
+    the next one is launched.
     """
-    stream = side_stream(torch.cuda.current_device())
+    device = torch.cuda.current_device()
+    stream = side_stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=graph_pool(device), stream=stream, capture_error_mode="thread_local"):
         work()
     return graph
+
+
+@functools.cache
+def graph_pool(device: int) -> object:
+    return torch.cuda.graph_pool_handle()
 
 
 @functools.cache
