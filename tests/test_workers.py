@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from barkstream.engines import Generation, Row, Window
-from barkstream.engines.turns import HEAD_START_S, LONE, Turns
+from barkstream.engines.turns import FOLLOW_S, HEAD_START_S, LONE, Turns
 from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, Policy, Worker, at_once
 from barkstream.sampling import Sampling
 
@@ -246,6 +246,35 @@ def test_those_who_let_others_go_first_do_not_slip_in_between_two_pieces():
                         pass
                 turn.launched(0.0)
     assert order == [0, 1, 2, "lone"]
+
+
+def test_who_is_not_waited_for_lets_a_listeners_next_call_go_first():
+    turns, order = Turns(), []
+
+    def crowd():
+        with turns.turn(lambda: 4):
+            order.append("crowd")
+
+    with ThreadPoolExecutor(1) as pool:
+        for stage in ("semantic", "coarse", "fine", "codec"):
+            with turns.turn(lambda: 1) as turn:
+                order.append(stage)
+                if stage == "semantic":
+                    pool.submit(crowd)
+                    while not turns._waiting:
+                        pass
+                turn.launched(0.0, is_followed=stage != "codec")
+            time.sleep(FOLLOW_S / 5)  # the way back and forth
+    assert order == ["semantic", "coarse", "fine", "codec", "crowd"]
+
+
+def test_a_next_call_that_does_not_come_is_not_waited_for_long():
+    turns = Turns()
+    with turns.turn(lambda: 1) as turn:
+        turn.launched(0.0, is_followed=True)
+    began = time.monotonic()
+    with turns.turn(lambda: 4):
+        assert FOLLOW_S / 2 < time.monotonic() - began < 20 * FOLLOW_S
 
 
 def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_waited_long(start):

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 HEAD_START_S = 0.003  # before the work that runs is over, the next may be prepared and launched behind it
-LONE = 5  # urgency of those who let all others go first:
-PATIENCE_S = 0.005  # urgencies are asked so often at least, for time changes them
+HURRIED = 2  # the highest urgency of those whom somebody waits for
+FOLLOW_S = 0.005  # so soon after such work the listener's next call comes, from another stage: others let it go first
+LONE = 5  # the urgency of those who let all others go first:
 GRACE_S = 0.002  # also those who come so soon after work was over, for most of them come again
+PATIENCE_S = 0.005  # urgencies are asked so often at least, for time changes them
 
 Urgency = Callable[[], int]  # the lowest goes first
 
@@ -27,6 +29,7 @@ class Turns:
         self._waiting: list[Turn] = []
         self._preparing: Turn | None = None
         self._running: list[Turn] = []  # launched: one on the GPU, and perhaps one behind it
+        self._followed_until_s = 0.0  # until then a hurried call is expected
         self._over_s = 0.0  # when the work that was over last was over
 
     @contextmanager
@@ -49,8 +52,9 @@ class Turns:
             with self._changed:
                 self._end(turn)
 
-    def _launched(self, turn: Turn, takes_s: float) -> None:
+    def _launched(self, turn: Turn, takes_s: float, is_followed: bool) -> None:
         with self._changed:
+            turn.is_followed = is_followed
             before_s = max((other.over_at_s for other in self._running), default=0.0)
             turn.over_at_s = max(before_s, time.monotonic()) + takes_s
             self._preparing = None
@@ -66,6 +70,8 @@ class Turns:
             self._preparing = None
         else:
             self._running.remove(turn)
+        if turn.is_followed:
+            self._followed_until_s = now_s + FOLLOW_S
         self._give_away()
         self._changed.notify_all()
 
@@ -77,18 +83,24 @@ class Turns:
         if not self._waiting or self._preparing is not None or len(self._running) > 1:
             return None
         next_up = min(self._waiting, key=lambda turn: turn.urgency())
-        is_lone = next_up.urgency() >= LONE
-        if is_lone and self._running:
+        urgency = next_up.urgency()
+        if self._running and (urgency >= LONE or (urgency > HURRIED and any(t.is_followed for t in self._running))):
             return PATIENCE_S
-        due_s = (
-            self._over_s + GRACE_S if is_lone else max((t.over_at_s for t in self._running), default=0.0) - HEAD_START_S
-        )
-        if (early_s := due_s - time.monotonic()) > 0:
+        if (early_s := self._due_s(urgency) - time.monotonic()) > 0:
             return early_s
+        if urgency <= HURRIED:
+            self._followed_until_s = 0.0
         self._waiting.remove(next_up)
         self._preparing = next_up
         self._changed.notify_all()
         return None
+
+    def _due_s(self, urgency: int) -> float:
+        """When a turn of this urgency may begin, on time.monotonic()'s clock."""
+        due_s = max((turn.over_at_s for turn in self._running), default=0.0) - HEAD_START_S
+        if urgency > HURRIED:
+            due_s = max(due_s, self._followed_until_s)
+        return max(due_s, self._over_s + GRACE_S) if urgency >= LONE else due_s
 
 
 class Turn:
@@ -97,8 +109,12 @@ class Turn:
     def __init__(self, turns: Turns, urgency: Urgency):
         self._turns, self.urgency = turns, urgency
         self.began_s = self.over_at_s = 0.0
+        self.is_followed = False
         self.busy_s = 0.0  # once it is over: the GPU's time that it took, as far as the host can tell
 
-    def launched(self, takes_s: float) -> None:
-        """The work is on its way to the GPU, where it takes about takes_s."""
-        self._turns._launched(self, takes_s)
+    def launched(self, takes_s: float, is_followed: bool = False) -> None:
+        """The work is on its way to the GPU, where it takes about takes_s.
+
+        is_followed: whoever waits for it will ask for more as soon as it is there.
+        """
+        self._turns._launched(self, takes_s, is_followed)

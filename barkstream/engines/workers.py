@@ -52,13 +52,16 @@ class Policy(Generic[Call]):
     urgency: int  # without, but with company
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
+    is_followed: bool = True  # a hurried call's listener calls another stage next
 
 
 # Short work goes first, then what a sentence begins with, then the rest. Chunks grow, so a short one belongs to a listener
 # who has little in hand. Semantic calls are made 60 tokens (1.2 s of speech) ahead. Two windows are a beginning: the first chunk,
 # which takes one, plays for .3 s, and by then the second must be there.
 POLICIES: dict[str, Policy[Any]] = {
-    "codec": Policy(lambda chunk: chunk[0].shape[1] <= 60, hurried=0, urgency=1, company=4, patience_s=0.03),
+    "codec": Policy(
+        lambda chunk: chunk[0].shape[1] <= 60, hurried=0, urgency=1, company=4, patience_s=0.03, is_followed=False
+    ),
     "fine": Policy(
         lambda window: window.n_frames - window.fill_from <= 96, hurried=1, urgency=1, company=4, patience_s=0.04
     ),
@@ -144,7 +147,7 @@ class Worker(Generic[Call, Result]):
     def _try(self, batch: Sequence[_Pending[Call, Result]], turn: Turn) -> Sequence[Result] | Exception:
         try:
             finish = self._start_batch(batch)
-            turn.launched(self._takes_s)
+            turn.launched(self._takes_s, self._policy.is_followed and any(each.is_hurried for each in batch))
             return finish()
         except Exception as error:
             return error
