@@ -1,6 +1,6 @@
 """Put what is trained so far into a stock Hugging Face Bark directory, and cut it into pieces that travel.
 
-    assemble.py OUT [DESTINATION]
+assemble.py OUT [DESTINATION]
 """
 
 import json
@@ -136,7 +136,9 @@ def main(out, destination=None):
 
 def pieces(model, folder):
     """The weights in pieces (join them with cat) and everything else in one archive."""
-    folder.mkdir(exist_ok=True)
+    whole, folder = folder, folder.with_name(".pieces")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     weights = (model / "model.safetensors").read_bytes()
     for i in range(0, len(weights), PIECE):
         (folder / f"model.safetensors.{i // PIECE}").write_bytes(weights[i : i + PIECE])
@@ -144,6 +146,8 @@ def pieces(model, folder):
         for file in sorted(model.rglob("*")):
             if file.is_file() and file.name != "model.safetensors":
                 archive.add(file, file.relative_to(model))
+    shutil.rmtree(whole, ignore_errors=True)
+    folder.rename(whole)
 
 
 if __name__ == "__main__":

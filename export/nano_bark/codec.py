@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from steps import DEVICE, Average, Corpus, Run, adamw, autocast, captured, learn, save, set_rate, settings
+from steps import DEVICE, Average, Corpus, Run, adamw, add_group, autocast, captured, learn, save, set_rate, settings
 from torch import nn
 from transformers import EncodecConfig, EncodecModel
 from transformers.models.encodec import modeling_encodec as hf
@@ -30,7 +30,7 @@ FRAME, N_BOOKS, N_UNITS = 320, 8, 768
 MEL_WINDOWS = {2048: 160, 1024: 80, 512: 40, 256: 20}  # samples: bands
 QUIET = 0.1  # magnitude under which differences hardly count. At .002 silent frames held 91% of the loss's gradient
 WAVE_WINDOWS = 2048, 512, 128
-WEIGHTS = dict(sound=15.0, commit=0.2, expected=1.0)
+WEIGHTS = dict(sound=15.0, commit=0.2, expected=5.0)
 
 
 # --- EnCodec's layers as matrix products ------------------------------------------------------------------------------
@@ -175,34 +175,35 @@ class Quantiser:
         return n, torch.zeros(size, rows.shape[1], device=rows.device).index_add_(0, chosen, rows)
 
     @torch.no_grad()
-    def _follow(self, book, chosen, rows, spares):
+    def _follow(self, book, chosen, rows):
         n, total = self._counts(chosen, rows, book.codebook_size)
         book.cluster_size.lerp_(n, 1 - self.decay)
         book.embed_avg.lerp_(total, 1 - self.decay)
         size = book.cluster_size.sum()
         smooth = (book.cluster_size + 1e-5) / (size + book.codebook_size * 1e-5) * size
         dead = (book.cluster_size < 0.1)[:, None]
-        spare = spares[torch.randint(0, len(rows), (book.codebook_size,), device=rows.device)]
+        spare = rows[torch.randint(0, len(rows), (book.codebook_size,), device=rows.device)]
         book.embed.copy_(torch.where(dead, spare, book.embed_avg / smooth[:, None]))
         book.embed_avg.copy_(torch.where(dead, spare, book.embed_avg))
         book.cluster_size.copy_(torch.where(dead[:, 0], torch.ones_like(smooth), book.cluster_size))
 
     def train(self, latents, expected):
-        """-> quantised, with straight-through gradients; commitment loss. Half of the rows keep only 2 to 7 codebooks."""
+        """-> quantised, with straight-through gradients; commitment loss; which rows hold more than codebook 1. A fifth
+        of the rows keep only that (it must say the words alone), a third 2 to 7 codebooks."""
         batch = len(latents)
-        keep = torch.randint(2, N_BOOKS, (batch,), device=latents.device)
-        keep = torch.where(torch.rand(batch, device=latents.device) < 0.5, keep, N_BOOKS)
+        keep, how = torch.randint(2, N_BOOKS, (batch,), device=latents.device), torch.rand(batch, device=latents.device)
+        keep = torch.where(how < 0.2, 1, torch.where(how < 0.55, keep, N_BOOKS))
         rest, out, commit = latents, 0.0, 0.0
         for i, book in enumerate(self.books):
-            rows = rest.detach().flatten(0, 1)
-            asked = rows if i else expected.detach().flatten(0, 1)
-            chosen = nearest(asked, book.embed)
+            rows = (rest if i else expected).detach().flatten(0, 1)
+            chosen = nearest(rows, book.embed)
             part = F.embedding(chosen, book.embed).view_as(rest)
             kept = (i < keep).float()[:, None, None]
             commit = commit + ((rest - part).pow(2) * kept).mean()
             out, rest = out + part * kept, rest - part
-            self._follow(book, chosen, rows, asked)
-        return latents + (out - latents).detach(), commit
+            self._follow(book, chosen, rows)
+        source = torch.where((keep == 1)[:, None, None], expected, latents)
+        return source + (out - source).detach(), commit, keep > 1
 
     @torch.no_grad()
     def codes(self, latents, expected):
@@ -252,14 +253,14 @@ class WaveLoss:
     def __init__(self):
         self.windows = [torch.hann_window(n, device=DEVICE) for n in WAVE_WINDOWS]
 
-    def __call__(self, y, x):
-        total = 0.0
+    def __call__(self, y, x, rows=None):
+        total, kept = 0.0, 1.0 if rows is None else rows[:, None, None, None].float()
         for window in self.windows:
             n = len(window)
             mine, true = (
                 torch.view_as_real(torch.stft(a, n, n // 4, window=window, return_complex=True)) for a in (y, x)
             )
-            total = total + (mine - true).abs().mean() / true.abs().mean().clamp(min=1e-3)
+            total = total + ((mine - true).abs() * kept).mean() / true.abs().mean().clamp(min=1e-3)
         return total
 
 
@@ -330,7 +331,8 @@ class Trainer:
         self.share = {k: torch.zeros((), device=DEVICE) for k in ("wave", "judged")}  # of the pull on the sound, mel: 1
         self.sound = [*self.model.encoder.parameters(), *self.model.decoder.parameters(), *self.expected.parameters()]
         self.decoder = list(self.model.decoder.parameters())
-        self.optimizer = adamw(self.sound, 5e-4, (0.8, 0.99), 1e-3)
+        self.optimizer = adamw([*self.model.encoder.parameters(), *self.decoder], 5e-4, (0.8, 0.99), 1e-3)
+        add_group(self.optimizer, self.expected.parameters(), times=3)
         self.judge_optimizer = adamw(self.judges.parameters(), 4e-4, (0.8, 0.99), 1e-3)
         self.average = Average(self.decoder)
         self.codes = self.spoken = self.n_spoken = None
@@ -363,11 +365,11 @@ class Trainer:
         ]
         return loss, verdict, sum(F.l1_loss(a.float(), b.float()) for a, b in pairs)
 
-    def pull(self, y, x, gan):
-        """-> a loss whose gradient at the sound y is the sum of mel's, wave's and the judges', each brought to mel's
-        size times its share (left as they are, waveform L1 is 12,000 times smaller than mel); metrics"""
+    def pull(self, y, x, gan, phased=None):
+        """-> a loss whose gradient at the sound y is the sum of mel's, wave's (of the rows `phased`) and the judges', each
+        brought to mel's size times its share (left as they are, waveform L1 is 12,000 times smaller than mel); metrics"""
         leaf = y.detach().requires_grad_()
-        losses = dict(mel=self.spectral_loss(leaf, x), wave=self.wave_loss(leaf, x))
+        losses = dict(mel=self.spectral_loss(leaf, x), wave=self.wave_loss(leaf, x, phased))
         metrics = dict(losses)
         if gan:
             judged, verdict, features = self.adversarial(leaf, x)
@@ -387,10 +389,14 @@ class Trainer:
         x = self.wave(frames)
         with autocast():
             z, expected = encode(self.model, x), self.expect(frames)
-        q, commit = self.quantiser.train(z, expected) if quantise else (z, z.pow(2).mean() * 0.01)
+        if quantise:
+            q, commit, phased = self.quantiser.train(z, expected)
+        else:
+            phased = torch.rand(len(z), device=DEVICE) > 0.2
+            q, commit = torch.where(phased[:, None, None], z, expected), z.pow(2).mean() * 0.01
         with autocast():
             y = decode(self.model, q)
-        sound, metrics = self.pull(y, x, gan)
+        sound, metrics = self.pull(y, x, gan, phased)
         surprise = (expected - z.detach()).pow(2).mean()
         metrics |= dict(commit=commit, surprise=surprise / z.detach().flatten(0, 1).var(0).mean())
         learn(sound + w["commit"] * commit + w["expected"] * surprise, self.sound, self.optimizer, 20.0)
@@ -417,7 +423,12 @@ class Trainer:
         if averaged:
             names = [n for n, _ in self.model.decoder.named_parameters()]
             codec |= {f"decoder.{n}": p.clone() for n, p in zip(names, self.average.mean, strict=True)}
-        return dict(codec=codec, raw=self.model.state_dict(), judges=self.judges.state_dict(), expected=self.expected.state_dict())
+        return dict(
+            codec=codec,
+            raw=self.model.state_dict(),
+            judges=self.judges.state_dict(),
+            expected=self.expected.state_dict(),
+        )
 
 
 def settle(run, trainer, step, optimizers, until, rates, tag, shares, averaged=False):

@@ -251,7 +251,9 @@ class Semantic:
         targets = torch.where(slot <= n, units, -100)  # the first padding is the end
         spoken = torch.where(slot < n, self.spoken[at].long(), -100)
         slot, kept = torch.arange(256, device=DEVICE), self.n[before, None].clamp(max=256)
-        preset = self.unit[(self.start[before, None] + self.n[before, None] - kept + slot).clamp(max=len(self.unit) - 1)]
+        preset = self.unit[
+            (self.start[before, None] + self.n[before, None] - kept + slot).clamp(max=len(self.unit) - 1)
+        ]
         given = (slot < kept) & (uniform(rows)[:, None] < 0.7)
         return self.texts[self.text[said]], torch.where(given, preset.long(), SEM_PAD), units, targets, spoken
 
@@ -266,7 +268,9 @@ class Semantic:
         logits = self.model.lm_head(final[:, 256:]).float()
         unit = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         where = F.cross_entropy(
-            self.head(middle[:, 256:]).float().flatten(0, 1), spoken.where(spoken >= 0, -100).flatten(), ignore_index=-100
+            self.head(middle[:, 256:]).float().flatten(0, 1),
+            spoken.where(spoken >= 0, -100).flatten(),
+            ignore_index=-100,
         )
         return unit + 0.2 * where, dict(unit=unit, where=where)
 

@@ -69,12 +69,20 @@ def adamw(params, lr, betas, weight_decay):
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=cuda, capturable=cuda)
 
 
+def add_group(optimizer, params, times):
+    """More parameters, learning faster than the others."""
+    rate = optimizer.param_groups[0]["lr"]
+    rate = rate.clone() if torch.is_tensor(rate) else rate
+    optimizer.add_param_group(dict(params=list(params), weight_decay=0.0, lr=rate, times=times))
+
+
 def set_rate(optimizer, lr):
     for group in optimizer.param_groups:
+        rate = lr * group.get("times", 1)
         if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def captured(step, optimizers, run, compiled=False):
