@@ -602,7 +602,7 @@ def main():
     for name in ("t0", "gan", "freeze", "end"):
         parser.add_argument(f"--{name}", type=float, required=True)
     parser.add_argument("--weights", help="safetensors to start from: codec_model.*")
-    parser.add_argument("--warm", type=float, default=30.0, help="seconds without codes")
+    parser.add_argument("--warm", type=float, default=40.0, help="seconds without codes")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--frames", type=int, default=75)
     parser.add_argument("--hours", type=float, default=62.0)
