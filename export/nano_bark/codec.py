@@ -151,11 +151,12 @@ class Quantiser:
     code is the nearest to what units and voice let one expect, not to the latent itself: so the coarse model can know it
     from its units alone, whatever it said before. The other codebooks hold what is left of the latent."""
 
-    def __init__(self, model, decay=0.99):
-        self.books, self.decay = [layer.codebook for layer in model.quantizer.layers], decay
+    def __init__(self, model):
+        self.books = [layer.codebook for layer in model.quantizer.layers]
+        self.decay = [0.95] + [0.99] * (len(self.books) - 1)  # the first follows a network that learns
 
     @torch.no_grad()
-    def start(self, latents, expected):
+    def start(self, latents, expected, rows_per_step):
         true, rest = latents.flatten(0, 1), expected.flatten(0, 1)
         for i, book in enumerate(self.books):
             size = book.codebook_size
@@ -165,7 +166,7 @@ class Quantiser:
                 n, total = self._counts(chosen, rest, size)
                 spare = rest[torch.randint(0, len(rest), (size,), device=rest.device)]
                 embed = torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], spare)
-            n = n.clamp(min=1)
+            n = n.clamp(min=1) * (rows_per_step / len(rest))
             book.embed.copy_(embed), book.cluster_size.copy_(n), book.embed_avg.copy_(embed * n[:, None])
             rest = (rest if i else true) - embed[nearest(rest, embed)]
 
@@ -175,10 +176,10 @@ class Quantiser:
         return n, torch.zeros(size, rows.shape[1], device=rows.device).index_add_(0, chosen, rows)
 
     @torch.no_grad()
-    def _follow(self, book, chosen, rows):
+    def _follow(self, book, decay, chosen, rows):
         n, total = self._counts(chosen, rows, book.codebook_size)
-        book.cluster_size.lerp_(n, 1 - self.decay)
-        book.embed_avg.lerp_(total, 1 - self.decay)
+        book.cluster_size.lerp_(n, 1 - decay)
+        book.embed_avg.lerp_(total, 1 - decay)
         size = book.cluster_size.sum()
         smooth = (book.cluster_size + 1e-5) / (size + book.codebook_size * 1e-5) * size
         dead = (book.cluster_size < 0.1)[:, None]
@@ -201,7 +202,7 @@ class Quantiser:
             kept = (i < keep).float()[:, None, None]
             commit = commit + ((rest - part).pow(2) * kept).mean()
             out, rest = out + part * kept, rest - part
-            self._follow(book, chosen, rows)
+            self._follow(book, self.decay[i], chosen, rows)
         source = torch.where((keep == 1)[:, None, None], expected, latents)
         return source + (out - source).detach(), commit, keep > 1
 
@@ -332,7 +333,7 @@ class Trainer:
         self.sound = [*self.model.encoder.parameters(), *self.model.decoder.parameters(), *self.expected.parameters()]
         self.decoder = list(self.model.decoder.parameters())
         self.optimizer = adamw([*self.model.encoder.parameters(), *self.decoder], 5e-4, (0.8, 0.99), 1e-3)
-        add_group(self.optimizer, self.expected.parameters(), times=3)
+        add_group(self.optimizer, self.expected.parameters(), times=2)
         self.judge_optimizer = adamw(self.judges.parameters(), 4e-4, (0.8, 0.99), 1e-3)
         self.average = Average(self.decoder)
         self.codes = self.spoken = self.n_spoken = None
@@ -471,6 +472,9 @@ def start_from(trainer, path):
     missing, unknown = trainer.model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
     missing = [k for k in missing if not k.startswith("quantizer")]
     assert not unknown and (not missing or not state), (missing[:5], unknown[:5])
+    expected = {k.removeprefix("expected."): v.float() for k, v in load_file(path).items() if k.startswith("expected.")}
+    if expected:
+        trainer.expected.load_state_dict(expected)
     if whole:  # what only training needs lies beside it
         more = torch.load(Path(path).with_name("training.pt"), map_location=DEVICE, weights_only=True)
         trainer.judges.load_state_dict(more["judges"]), trainer.expected.load_state_dict(more["expected"])
@@ -506,7 +510,8 @@ def train_all_parts(run, trainer, options):
         with torch.no_grad(), autocast():
             some = [trainer.crop(corpus.n_frames) for _ in range(8)]
             latents = torch.cat([encode(trainer.model, trainer.wave(frames)) for frames in some])
-            trainer.quantiser.start(latents, torch.cat([trainer.expect(frames) for frames in some]))
+            expected = torch.cat([trainer.expect(frames) for frames in some])
+            trainer.quantiser.start(latents, expected, trainer.batch * trainer.frames)
     go(True, False, options.gan, [(5e-4, 4e-4)], "codec")
     go(True, True, options.freeze, [(4e-4, 2e-4), (4e-4, 3e-4)], "codec, adversarial")
     corpus.grow()
@@ -588,7 +593,7 @@ def check():
         ours, theirs = decode(model, theirs), model.decoder(theirs.transpose(1, 2))[:, 0]
         assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
         quantiser, z = Quantiser(model), torch.randn(2, 40, 128)
-        quantiser.start(*[torch.randn(4, 600, 128)] * 2)
+        quantiser.start(*[torch.randn(4, 600, 128)] * 2, 2400)
         codes = quantiser.codes(z, z)
         all_books = torch.full((2,), N_BOOKS)
         theirs = model.quantizer.decode(model.quantizer.encode(z.transpose(1, 2), 6.0)).transpose(1, 2)
@@ -602,7 +607,7 @@ def main():
     for name in ("t0", "gan", "freeze", "end"):
         parser.add_argument(f"--{name}", type=float, required=True)
     parser.add_argument("--weights", help="safetensors to start from: codec_model.*")
-    parser.add_argument("--warm", type=float, default=40.0, help="seconds without codes")
+    parser.add_argument("--warm", type=float, default=25.0, help="seconds without codes")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--frames", type=int, default=75)
     parser.add_argument("--hours", type=float, default=62.0)
