@@ -30,7 +30,7 @@ FRAME, N_BOOKS, N_UNITS = 320, 8, 768
 MEL_WINDOWS = {2048: 160, 1024: 80, 512: 40, 256: 20}  # samples: bands
 QUIET = 0.1  # magnitude under which differences hardly count. At .002 silent frames held 91% of the loss's gradient
 WAVE_WINDOWS = 2048, 512, 128
-WEIGHTS = dict(sound=15.0, commit=0.2, expected=5.0)
+WEIGHTS = dict(sound=15.0, commit=0.5, expected=5.0)
 
 
 # --- EnCodec's layers as matrix products ------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ class Trainer:
             q, commit, phased = self.quantiser.train(z, expected)
         else:
             phased = torch.rand(len(z), device=DEVICE) > 0.2
-            q, commit = torch.where(phased[:, None, None], z, expected), z.pow(2).mean() * 0.01
+            q, commit = torch.where(phased[:, None, None], z, expected), (z - expected.detach()).pow(2).mean()
         with autocast():
             y = decode(self.model, q)
         sound, metrics = self.pull(y, x, gan, phased)
