@@ -1,8 +1,6 @@
 """Put what is trained so far into a stock Hugging Face Bark directory, and cut it into pieces that travel.
 
-    assemble.py OUT SEMANTIC_WEIGHTS [DESTINATION]
-
-SEMANTIC_WEIGHTS is a safetensors file with semantic.*: the semantic model is kept as it is.
+assemble.py OUT [DESTINATION]
 """
 
 import json
@@ -15,7 +13,6 @@ import codec
 import gpt
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from teacher import SEM_HZ
 from transformers import BarkConfig, BarkModel, EncodecConfig, GenerationConfig
 from transformers.models.bark import BarkCoarseConfig, BarkFineConfig, BarkSemanticConfig
@@ -81,15 +78,18 @@ def fill(module, state, absent=()):
     assert not missing and not unknown, (missing[:5], unknown[:5])
 
 
-def build(out, semantic):
-    load = lambda name: torch.load(out / f"{name}.pt", map_location="cpu", weights_only=True)  # noqa: E731
+def load(out, name):
+    return torch.load(out / f"{name}.pt", map_location="cpu", weights_only=True)
+
+
+def build(out):
     model = BarkModel(config())
-    fill(model.semantic, {k[9:]: v for k, v in load_file(semantic).items() if k.startswith("semantic.")})
-    fill(model.coarse_acoustics, load("coarse")["model"])
-    fill(model.fine_acoustics, load("fine")["model"], "lm_heads")
+    fill(model.semantic, load(out, "semantic")["model"])
+    fill(model.coarse_acoustics, load(out, "coarse")["model"])
+    fill(model.fine_acoustics, load(out, "fine")["model"], "lm_heads")
     for i in range(7):
         model.fine_acoustics.lm_heads[i].weight = model.fine_acoustics.input_embeds_layers[i + 1].weight
-    fill(model.codec_model, load("codec")["codec"])
+    fill(model.codec_model, load(out, "codec")["codec"])
     model.generation_config = GenerationConfig.from_dict(generation())
     return model.eval()
 
@@ -110,13 +110,13 @@ def presets(tokens, destination):
     (destination / "speaker_embeddings_path.json").write_text(json.dumps(paths, indent=2))
 
 
-def main(out, semantic, destination=None):
+def main(out, destination=None):
     out = Path(out)
     destination = Path(destination or out / "nano-bark")
     partial = destination.with_name(f".{destination.name}")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "speaker_embeddings").mkdir(parents=True)
-    model = build(out, semantic).half()
+    model = build(out).half()
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("attn.bias")}  # masks: rebuilt on load
     model.save_pretrained(partial, state_dict=state)
     (partial / "generation_config.json").write_text(json.dumps(generation(), indent=2))
@@ -127,13 +127,18 @@ def main(out, semantic, destination=None):
     assert size <= 64_000_000, size
     shutil.rmtree(destination, ignore_errors=True)
     partial.rename(destination)
+    codec = load(out, "codec")
+    more = {part: {k: v.half() for k, v in codec[part].items()} for part in ("judges", "expected")}
+    torch.save(more, destination / "training.pt")
     pieces(destination, out / "pieces")
     print(f"{destination}: model.safetensors {size / 1e6:.1f} MB", flush=True)
 
 
 def pieces(model, folder):
     """The weights in pieces (join them with cat) and everything else in one archive."""
-    folder.mkdir(exist_ok=True)
+    whole, folder = folder, folder.with_name(".pieces")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     weights = (model / "model.safetensors").read_bytes()
     for i in range(0, len(weights), PIECE):
         (folder / f"model.safetensors.{i // PIECE}").write_bytes(weights[i : i + PIECE])
@@ -141,6 +146,8 @@ def pieces(model, folder):
         for file in sorted(model.rglob("*")):
             if file.is_file() and file.name != "model.safetensors":
                 archive.add(file, file.relative_to(model))
+    shutil.rmtree(whole, ignore_errors=True)
+    folder.rename(whole)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """Train the codec: EnCodec's layout, so that Hugging Face's EncodecModel loads it.
 
-    codec.py SHARDS OUT --t0 UNIX --gan S --freeze S --end S [--only-decoder]
+    codec.py SHARDS OUT --t0 UNIX --gan S --freeze S --end S [--weights MODEL]
 
 Encoder, quantiser and decoder train together until --freeze (discriminators from --gan); then the corpus is turned into
-codes (OUT/tokens) and the decoder trains on alone, against the discriminators. Layers run as matrix products over
-[batch, time, channels]; tests of the equality with Hugging Face's own forward: `codec.py --check`.
+codes (OUT/tokens) and the decoder trains on alone, against the discriminators. They start from the encoder and decoder
+in --weights; if that has the codebooks too, codes stay its own and only the decoder trains. Layers run as matrix products
+over [batch, time, channels]; tests of the equality with Hugging Face's own forward: `codec.py --check`.
 """
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from steps import DEVICE, Average, Corpus, Run, adamw, autocast, captured, learn, save, set_rate, settings
+from safetensors.torch import load_file
+from steps import DEVICE, Average, Corpus, Run, adamw, add_group, autocast, captured, learn, save, set_rate, settings
 from torch import nn
 from transformers import EncodecConfig, EncodecModel
 from transformers.models.encodec import modeling_encodec as hf
@@ -24,8 +27,10 @@ CONFIG = dict(
     norm_type="weight_norm", normalize=False, chunk_length_s=None, overlap=None,
 )  # fmt: skip
 FRAME, N_BOOKS, N_UNITS = 320, 8, 768
-MEL_WINDOWS = {2048: 160, 1024: 80, 512: 40, 256: 20}  # samples: bands. No shorter ones: they would ask for phase
-WEIGHTS = dict(mel=15.0, wave=15.0, commit=0.2, unit=0.3, frame_mel=1.0, adversarial=1.0, features=2.0)
+MEL_WINDOWS = {2048: 160, 1024: 80, 512: 40, 256: 20}  # samples: bands
+QUIET = 0.1  # magnitude under which differences hardly count. At .002 silent frames held 91% of the loss's gradient
+WAVE_WINDOWS = 2048, 512, 128
+WEIGHTS = dict(sound=15.0, commit=0.5, expected=5.0)
 
 
 # --- EnCodec's layers as matrix products ------------------------------------------------------------------------------
@@ -125,16 +130,35 @@ def nearest(x, embed):
     return (x @ embed.t() * 2 - embed.pow(2).sum(1)).argmax(1)
 
 
-class Quantiser:
-    """Codebooks that follow the moving mean of what falls to them, over EncodecModel's buffers."""
+class Expected(nn.Module):
+    """What units and voice let one expect of the latents: [B, T] frames' units and voices -> [B, T, 128]."""
 
-    def __init__(self, model, decay=0.99):
-        self.books, self.decay = [layer.codebook for layer in model.quantizer.layers], decay
+    def __init__(self, width=256):
+        super().__init__()
+        self.unit, self.voice = nn.Embedding(N_UNITS, width), nn.Embedding(2, width)
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2) for _ in range(4))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, 128)
+
+    def forward(self, unit, voice):
+        x = (self.unit(unit) + self.voice(voice)).transpose(1, 2)
+        for conv in self.convs:
+            x = x + F.gelu(conv(x))
+        return self.out(self.norm(x.transpose(1, 2))).float()
+
+
+class Quantiser:
+    """Codebooks that follow the moving mean of what falls to them, over EncodecModel's buffers. The first codebook's
+    code is the nearest to what units and voice let one expect, not to the latent itself: so the coarse model can know it
+    from its units alone, whatever it said before. The other codebooks hold what is left of the latent."""
+
+    def __init__(self, model):
+        self.books = [layer.codebook for layer in model.quantizer.layers]
+        self.decay = [0.95] + [0.99] * (len(self.books) - 1)  # the first follows a network that learns
 
     @torch.no_grad()
-    def start(self, latents):
-        rest = latents.flatten(0, 1)
-        for book in self.books:
+    def start(self, latents, expected, rows_per_step):
+        true, rest = latents.flatten(0, 1), expected.flatten(0, 1)
+        for i, book in enumerate(self.books):
             size = book.codebook_size
             embed = rest[torch.randint(0, len(rest), (size,), device=rest.device)].clone()
             for _ in range(12):
@@ -142,9 +166,9 @@ class Quantiser:
                 n, total = self._counts(chosen, rest, size)
                 spare = rest[torch.randint(0, len(rest), (size,), device=rest.device)]
                 embed = torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], spare)
-            n = n.clamp(min=1)
+            n = n.clamp(min=1) * (rows_per_step / len(rest))
             book.embed.copy_(embed), book.cluster_size.copy_(n), book.embed_avg.copy_(embed * n[:, None])
-            rest = rest - embed[nearest(rest, embed)]
+            rest = (rest if i else true) - embed[nearest(rest, embed)]
 
     @staticmethod
     def _counts(chosen, rows, size):
@@ -152,10 +176,10 @@ class Quantiser:
         return n, torch.zeros(size, rows.shape[1], device=rows.device).index_add_(0, chosen, rows)
 
     @torch.no_grad()
-    def _follow(self, book, chosen, rows):
+    def _follow(self, book, decay, chosen, rows):
         n, total = self._counts(chosen, rows, book.codebook_size)
-        book.cluster_size.lerp_(n, 1 - self.decay)
-        book.embed_avg.lerp_(total, 1 - self.decay)
+        book.cluster_size.lerp_(n, 1 - decay)
+        book.embed_avg.lerp_(total, 1 - decay)
         size = book.cluster_size.sum()
         smooth = (book.cluster_size + 1e-5) / (size + book.codebook_size * 1e-5) * size
         dead = (book.cluster_size < 0.1)[:, None]
@@ -164,31 +188,30 @@ class Quantiser:
         book.embed_avg.copy_(torch.where(dead, spare, book.embed_avg))
         book.cluster_size.copy_(torch.where(dead[:, 0], torch.ones_like(smooth), book.cluster_size))
 
-    def train(self, latents):
-        """-> quantised, with straight-through gradients; the first codebook's part likewise; commitment loss.
-        Half of the rows keep only their first 2 to 7 codebooks."""
+    def train(self, latents, expected):
+        """-> quantised, with straight-through gradients; commitment loss; which rows hold more than codebook 1. A fifth
+        of the rows keep only that (it must say the words alone), a third 2 to 7 codebooks."""
         batch = len(latents)
-        keep = torch.randint(2, N_BOOKS, (batch,), device=latents.device)
-        keep = torch.where(torch.rand(batch, device=latents.device) < 0.5, keep, N_BOOKS)
-        rest, out, commit, first = latents, 0.0, 0.0, None
+        keep, how = torch.randint(2, N_BOOKS, (batch,), device=latents.device), torch.rand(batch, device=latents.device)
+        keep = torch.where(how < 0.2, 1, torch.where(how < 0.55, keep, N_BOOKS))
+        rest, out, commit = latents, 0.0, 0.0
         for i, book in enumerate(self.books):
-            rows = rest.detach().flatten(0, 1)
+            rows = (rest if i else expected).detach().flatten(0, 1)
             chosen = nearest(rows, book.embed)
             part = F.embedding(chosen, book.embed).view_as(rest)
             kept = (i < keep).float()[:, None, None]
             commit = commit + ((rest - part).pow(2) * kept).mean()
-            first = part if first is None else first
             out, rest = out + part * kept, rest - part
-            self._follow(book, chosen, rows)
-        straight = lambda q: latents + (q - latents).detach()  # noqa: E731
-        return straight(out), straight(first), commit
+            self._follow(book, self.decay[i], chosen, rows)
+        source = torch.where((keep == 1)[:, None, None], expected, latents)
+        return source + (out - source).detach(), commit, keep > 1
 
     @torch.no_grad()
-    def codes(self, latents):
-        """[B, T, 128] -> [8, B, T]"""
+    def codes(self, latents, expected):
+        """[B, T, 128] twice -> [8, B, T]; expected = latents: EncodecModel's own codes"""
         rest, out = latents, []
-        for book in self.books:
-            chosen = nearest(rest.flatten(0, 1), book.embed)
+        for i, book in enumerate(self.books):
+            chosen = nearest((rest if i else expected).flatten(0, 1), book.embed)
             out.append(chosen.view(latents.shape[:2]))
             rest = rest - F.embedding(out[-1], book.embed)
         return torch.stack(out)
@@ -222,7 +245,24 @@ class LogMel:
     def __call__(self, x):
         spectrum = torch.stft(x, self.n_fft, self.hop, window=self.window, return_complex=True)
         magnitude = torch.view_as_real(spectrum).pow(2).sum(-1).add(1e-9).sqrt()
-        return torch.log10(self.matrix @ magnitude + 2e-3)
+        return torch.log10(self.matrix @ magnitude + QUIET)
+
+
+class WaveLoss:
+    """Complex spectra compared, relative to how loud the speech is: it teaches harmonics and their phase."""
+
+    def __init__(self):
+        self.windows = [torch.hann_window(n, device=DEVICE) for n in WAVE_WINDOWS]
+
+    def __call__(self, y, x, rows=None):
+        total, kept = 0.0, 1.0 if rows is None else rows[:, None, None, None].float()
+        for window in self.windows:
+            n = len(window)
+            mine, true = (
+                torch.view_as_real(torch.stft(a, n, n // 4, window=window, return_complex=True)) for a in (y, x)
+            )
+            total = total + ((mine - true).abs() * kept).mean() / true.abs().mean().clamp(min=1e-3)
+        return total
 
 
 class SpectralDiscriminator(nn.Module):
@@ -286,12 +326,14 @@ class Trainer:
         self.model = build().to(DEVICE)
         self.quantiser = Quantiser(self.model)
         self.judges = Discriminators().to(DEVICE).to(memory_format=torch.channels_last)
-        self.heads = nn.ModuleDict(dict(unit=nn.Linear(128, N_UNITS), mel=nn.Linear(128, 80))).to(DEVICE)
+        self.expected = Expected().to(DEVICE)
         self.mels = [LogMel(n, n // 4, bands) for n, bands in MEL_WINDOWS.items()]
-        self.frame_mel = LogMel(1280, FRAME, 80)
-        self.sound = [*self.model.encoder.parameters(), *self.model.decoder.parameters(), *self.heads.parameters()]
+        self.wave_loss = WaveLoss()
+        self.share = {k: torch.zeros((), device=DEVICE) for k in ("wave", "judged")}  # of the pull on the sound, mel: 1
+        self.sound = [*self.model.encoder.parameters(), *self.model.decoder.parameters(), *self.expected.parameters()]
         self.decoder = list(self.model.decoder.parameters())
-        self.optimizer = adamw(self.sound, 5e-4, (0.8, 0.99), 1e-3)
+        self.optimizer = adamw([*self.model.encoder.parameters(), *self.decoder], 5e-4, (0.8, 0.99), 1e-3)
+        add_group(self.optimizer, self.expected.parameters(), times=2)
         self.judge_optimizer = adamw(self.judges.parameters(), 4e-4, (0.8, 0.99), 1e-3)
         self.average = Average(self.decoder)
         self.codes = self.spoken = self.n_spoken = None
@@ -303,6 +345,9 @@ class Trainer:
 
     def wave(self, frames):
         return self.corpus.wav[frames].flatten(1).float() / 32768
+
+    def expect(self, frames):
+        return self.expected(self.corpus.unit[frames].long(), self.corpus.voice[frames].long())
 
     def spectral_loss(self, y, x):
         return sum(F.l1_loss(mel(y), mel(x)) for mel in self.mels)
@@ -321,33 +366,45 @@ class Trainer:
         ]
         return loss, verdict, sum(F.l1_loss(a.float(), b.float()) for a, b in pairs)
 
+    def pull(self, y, x, gan, phased=None):
+        """-> a loss whose gradient at the sound y is the sum of mel's, wave's (of the rows `phased`) and the judges', each
+        brought to mel's size times its share (left as they are, waveform L1 is 12,000 times smaller than mel); metrics"""
+        leaf = y.detach().requires_grad_()
+        losses = dict(mel=self.spectral_loss(leaf, x), wave=self.wave_loss(leaf, x, phased))
+        metrics = dict(losses)
+        if gan:
+            judged, verdict, features = self.adversarial(leaf, x)
+            losses["judged"] = verdict + 2 * features
+            metrics |= dict(judges=judged, verdict=verdict, features=features)
+        pulls = {k: torch.autograd.grad(loss, leaf)[0].nan_to_num(0.0, 0.0, 0.0) for k, loss in losses.items()}
+        size = pulls["mel"].norm()
+        total = pulls["mel"]
+        for k in pulls.keys() & self.share.keys():
+            total = total + pulls[k] * (self.share[k] * size / pulls[k].norm().clamp(min=1e-12))
+        return WEIGHTS["sound"] * (y * total).sum(), metrics
+
     def step(self, quantise, gan):
         """Encoder, quantiser and decoder together."""
         w = WEIGHTS
         frames = self.crop(self.corpus.n_frames)
-        x, unit = self.wave(frames), self.corpus.unit[frames].long()
+        x = self.wave(frames)
         with autocast():
-            z = encode(self.model, x)
-        q, first, commit = self.quantiser.train(z) if quantise else (z, z, z.pow(2).mean() * 0.01)
+            z, expected = encode(self.model, x), self.expect(frames)
+        if quantise:
+            q, commit, phased = self.quantiser.train(z, expected)
+        else:
+            phased = torch.rand(len(z), device=DEVICE) > 0.2
+            q, commit = torch.where(phased[:, None, None], z, expected), (z - expected.detach()).pow(2).mean()
         with autocast():
             y = decode(self.model, q)
-        mel, wave = self.spectral_loss(y, x), F.l1_loss(y, x)
-        said = F.cross_entropy(self.heads["unit"](first).flatten(0, 1), unit.flatten())
-        target = self.frame_mel(x)
-        target = ((target[..., 1:] + target[..., :-1]) / 2).transpose(1, 2)
-        shape = F.l1_loss(self.heads["mel"](first), target)
-        loss = w["mel"] * mel + w["wave"] * wave + w["commit"] * commit + w["unit"] * said + w["frame_mel"] * shape
-        metrics = dict(mel=mel, wave=wave, commit=commit, unit=said, frame_mel=shape)
-        if gan:
-            judged, verdict, features = self.adversarial(y, x)
-            loss = loss + w["adversarial"] * verdict + w["features"] * features
-            metrics |= dict(judges=judged, verdict=verdict, features=features)
-        learn(loss, self.sound, self.optimizer, 20.0)
+        sound, metrics = self.pull(y, x, gan, phased)
+        surprise = (expected - z.detach()).pow(2).mean()
+        metrics |= dict(commit=commit, surprise=surprise / z.detach().flatten(0, 1).var(0).mean())
+        learn(sound + w["commit"] * commit + w["expected"] * surprise, self.sound, self.optimizer, 20.0)
         return {k: v.detach() for k, v in metrics.items()}
 
     def decoder_step(self):
         """The decoder alone, on the corpus's codes; where there are some, half of the rows on fine's own codes."""
-        w = WEIGHTS
         imitated = (torch.rand(self.batch, device=DEVICE) < 0.5) & (self.n_spoken > self.frames + 1)
         limit = torch.where(imitated, self.n_spoken, self.corpus.n_frames)
         frames = self.crop(limit)
@@ -357,12 +414,9 @@ class Trainer:
         x = self.wave(frames)
         with autocast():
             y = decode(self.model, self.quantiser.latents(codes, keep))
-        mel, wave = self.spectral_loss(y, x), F.l1_loss(y, x)
-        judged, verdict, features = self.adversarial(y, x)
-        loss = w["mel"] * mel + w["wave"] * wave + w["adversarial"] * verdict + w["features"] * features
+        loss, metrics = self.pull(y, x, True)
         learn(loss, self.decoder, self.decoder_optimizer, 20.0)
         self.average.update()
-        metrics = dict(mel=mel, wave=wave, judges=judged, verdict=verdict, features=features)
         return {k: v.detach() for k, v in metrics.items()}
 
     def state(self, averaged):
@@ -370,11 +424,19 @@ class Trainer:
         if averaged:
             names = [n for n, _ in self.model.decoder.named_parameters()]
             codec |= {f"decoder.{n}": p.clone() for n, p in zip(names, self.average.mean, strict=True)}
-        return dict(codec=codec, raw=self.model.state_dict(), judges=self.judges.state_dict())
+        return dict(
+            codec=codec,
+            raw=self.model.state_dict(),
+            judges=self.judges.state_dict(),
+            expected=self.expected.state_dict(),
+        )
 
 
-def settle(run, trainer, step, optimizers, until, rates, tag, averaged=False):
-    """Steps until a time; learning rates fall along a cosine."""
+def settle(run, trainer, step, optimizers, until, rates, tag, shares, averaged=False):
+    """Steps until a time; learning rates fall along a cosine. shares: of the waveform loss, of the judges, and for how
+    many steps these only learn (their share then rises for as many)."""
+    wave, judged, wait = shares
+    trainer.share["wave"].fill_(wave), trainer.share["judged"].fill_(0.0)
     began, n = run.now(), 0
     every, sync, metrics = (200, 20, {}) if DEVICE == "cuda" else (20, 1, {})
     for optimizer in optimizers:
@@ -385,6 +447,8 @@ def settle(run, trainer, step, optimizers, until, rates, tag, averaged=False):
         rise = min(1.0, (n + 1) / 200)
         for optimizer, (high, low) in zip(optimizers, rates, strict=True):
             set_rate(optimizer, rise * (low + (high - low) * 0.5 * (1 + np.cos(np.pi * share))))
+        if judged:
+            trainer.share["judged"].fill_(judged * min(1.0, max(0.0, n / wait - 1)))
         metrics = replay()
         n += 1
         if n == 300 and averaged:
@@ -401,6 +465,29 @@ def settle(run, trainer, step, optimizers, until, rates, tag, averaged=False):
     save(run.out / "codec.pt", trainer.state(averaged))
 
 
+def start_from(trainer, path):
+    """Weights made before: the encoder and the decoder; with codebooks, all that there is. -> were there codebooks?"""
+    state = {k.removeprefix("codec_model."): v for k, v in load_file(path).items() if k.startswith("codec_model.")}
+    whole = any(k.startswith("quantizer") for k in state)
+    missing, unknown = trainer.model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    missing = [k for k in missing if not k.startswith("quantizer")]
+    assert not unknown and (not missing or not state), (missing[:5], unknown[:5])
+    expected = {k.removeprefix("expected."): v.float() for k, v in load_file(path).items() if k.startswith("expected.")}
+    if expected:
+        trainer.expected.load_state_dict(expected)
+    if whole:  # what only training needs lies beside it
+        more = torch.load(Path(path).with_name("training.pt"), map_location=DEVICE, weights_only=True)
+        trainer.judges.load_state_dict(more["judges"]), trainer.expected.load_state_dict(more["expected"])
+    return whole
+
+
+def wait_for_corpus(run, corpus, until):
+    while not corpus.complete and run.now() < until:
+        time.sleep(0.5)
+    corpus.grow()
+    run.log(event="corpus", hours=corpus.n / 75 / 3600)
+
+
 def train_all_parts(run, trainer, options):
     corpus = trainer.corpus
     while corpus.grow() < 75 * 60 * options.minimum_minutes and not corpus.complete:
@@ -409,18 +496,22 @@ def train_all_parts(run, trainer, options):
 
     def go(quantise, gan, until, rates, tag):
         optimizers = [trainer.optimizer, trainer.judge_optimizer] if gan else [trainer.optimizer]
-        for n in settle(run, trainer, lambda: trainer.step(quantise, gan), optimizers, until, rates, tag):
+        step, shares = lambda: trainer.step(quantise, gan), (1.0, 1.0 if gan else 0.0, 300)
+        for n in settle(run, trainer, step, optimizers, until, rates, tag, shares):
             if n % 60 == 0:
                 corpus.grow()
 
     if (run.out / "codec.pt").exists():  # a crash before: not from the start
         state = torch.load(run.out / "codec.pt", map_location="cpu", weights_only=True)
-        trainer.model.load_state_dict(state["raw"]), trainer.judges.load_state_dict(state["judges"])
+        trainer.model.load_state_dict(state["raw"])
+        trainer.judges.load_state_dict(state["judges"]), trainer.expected.load_state_dict(state["expected"])
     if not trainer.model.quantizer.layers[0].codebook.embed.any():
         go(False, False, run.now() + options.warm, [(5e-4, 5e-4)], "autoencoder")
         with torch.no_grad(), autocast():
-            some = [encode(trainer.model, trainer.wave(trainer.crop(corpus.n_frames))) for _ in range(8)]
-        trainer.quantiser.start(torch.cat(some))
+            some = [trainer.crop(corpus.n_frames) for _ in range(8)]
+            latents = torch.cat([encode(trainer.model, trainer.wave(frames)) for frames in some])
+            expected = torch.cat([trainer.expect(frames) for frames in some])
+            trainer.quantiser.start(latents, expected, trainer.batch * trainer.frames)
     go(True, False, options.gan, [(5e-4, 4e-4)], "codec")
     go(True, True, options.freeze, [(4e-4, 2e-4), (4e-4, 3e-4)], "codec, adversarial")
     corpus.grow()
@@ -444,7 +535,9 @@ def tokenise(run, trainer, seconds_a_batch):
         real = torch.arange(longest, device=DEVICE) < torch.as_tensor(size[rows], device=DEVICE)[:, None]
         at = at.clamp(max=trainer.corpus.n - 1)
         wav = (trainer.corpus.wav[at].float() / 32768 * real[..., None]).flatten(1)
-        codes[:, at[real]] = trainer.quantiser.codes(encode(trainer.model, wav))[:, real].short()
+        last = torch.as_tensor(start[rows] + size[rows] - 1, device=DEVICE)[:, None]
+        expected = trainer.expect(torch.minimum(at, last))
+        codes[:, at[real]] = trainer.quantiser.codes(encode(trainer.model, wav), expected)[:, real].short()
     torch.backends.cudnn.benchmark = True
     used = [len(torch.unique(row)) for row in codes[:, : trainer.corpus.n]]
     folder = run.out / ".tokens"
@@ -467,9 +560,8 @@ def train_decoder(run, trainer, codes):
     trainer.average.reset()
     optimizers = [trainer.decoder_optimizer, trainer.judge_optimizer]
     imitation = run.out / "imitation.npy"  # fine's own codes of the corpus's first frames (gpt.py)
-    loop = settle(
-        run, trainer, trainer.decoder_step, optimizers, run.end, [(3e-4, 2e-5), (3e-4, 5e-5)], "decoder", True
-    )
+    rates, shares = [(3e-4, 2e-5), (3e-4, 5e-5)], (0.5, 2.0, 200)
+    loop = settle(run, trainer, trainer.decoder_step, optimizers, run.end, rates, "decoder", shares, True)
     for n in loop:
         if n % (100 if DEVICE == "cuda" else 1) == 0 and imitation.exists() and not float(trainer.n_spoken):
             spoken = torch.from_numpy(np.load(imitation)).to(DEVICE)
@@ -484,7 +576,7 @@ def resume(run, trainer):
     frozen = torch.load(run.out / "codec_frozen.pt", map_location="cpu", weights_only=True)
     decoder = {k: v for k, v in state["raw"].items() if k.startswith("decoder")}
     trainer.model.load_state_dict(frozen["raw"] | decoder)
-    trainer.judges.load_state_dict(state["judges"])
+    trainer.judges.load_state_dict(state["judges"]), trainer.expected.load_state_dict(frozen["expected"])
     trainer.corpus.grow((run.out / "tokens" / "shards.txt").read_text().split())
     codes = torch.zeros(N_BOOKS, len(trainer.corpus.wav), dtype=torch.int16, device=DEVICE)
     codes[:, : trainer.corpus.n] = torch.from_numpy(np.load(run.out / "tokens" / "codes.npy")).to(DEVICE)
@@ -501,8 +593,8 @@ def check():
         ours, theirs = decode(model, theirs), model.decoder(theirs.transpose(1, 2))[:, 0]
         assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
         quantiser, z = Quantiser(model), torch.randn(2, 40, 128)
-        quantiser.start(torch.randn(4, 600, 128))
-        codes = quantiser.codes(z)
+        quantiser.start(*[torch.randn(4, 600, 128)] * 2, 2400)
+        codes = quantiser.codes(z, z)
         all_books = torch.full((2,), N_BOOKS)
         theirs = model.quantizer.decode(model.quantizer.encode(z.transpose(1, 2), 6.0)).transpose(1, 2)
         assert torch.allclose(quantiser.latents(codes, all_books), theirs, atol=1e-4)  # two codes may be one vector
@@ -514,7 +606,8 @@ def main():
     parser.add_argument("shards"), parser.add_argument("out")
     for name in ("t0", "gan", "freeze", "end"):
         parser.add_argument(f"--{name}", type=float, required=True)
-    parser.add_argument("--warm", type=float, default=12.0)
+    parser.add_argument("--weights", help="safetensors to start from: codec_model.*")
+    parser.add_argument("--warm", type=float, default=25.0, help="seconds without codes")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--frames", type=int, default=75)
     parser.add_argument("--hours", type=float, default=62.0)
@@ -527,7 +620,10 @@ def main():
     if (run.out / "tokens").exists():
         codes = resume(run, trainer)
     else:
-        train_all_parts(run, trainer, options)
+        if options.weights and start_from(trainer, options.weights):
+            wait_for_corpus(run, trainer.corpus, options.freeze)
+        else:
+            train_all_parts(run, trainer, options)
         codes = tokenise(run, trainer, 1200 if DEVICE == "cuda" else 60)
     train_decoder(run, trainer, codes)
 

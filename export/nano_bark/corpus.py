@@ -2,7 +2,8 @@
 
     corpus.py CORPUS_JSON TEACHER_ONNX OUT WORKERS LIMIT
 
-A shard holds whole frames of 320 samples: wav int16, sem uint16 and, per utterance, meta = voice, frames, units, text.
+A shard holds whole frames of 320 samples: wav int16, sem uint16 and, as long, phone (which of the text's phones a unit
+belongs to) and, per utterance, meta = voice, frames, units, text.
 """
 
 import gzip
@@ -26,19 +27,20 @@ def say(texts, onnx, out, first, stride):
     os.nice(5)  # the trainers go first
     teacher, units = Teacher(onnx), Units()
     for shard in range(first, -(-len(texts) // TEXTS_PER_SHARD), stride):
-        wav, sem, meta = [], [], []
+        wav, sem, phone, meta = [], [], [], []
         for i in range(shard * TEXTS_PER_SHARD, min((shard + 1) * TEXTS_PER_SHARD, len(texts))):
             voice = i % 2
             audio, place, features = teacher(texts[i]["ids"], voice, i)
             if not 1.0 <= len(audio) / SR <= 14.0:
                 continue
-            unit, _ = units(texts[i]["ids"], place, features)
+            unit, spoken = units(texts[i]["ids"], place, features)
             n = min(len(audio) // FRAME, int(len(unit) * FRAMES_PER_UNIT))
             wav.append((np.clip(audio[: n * FRAME], -1, 1) * 32767).astype(np.int16))
-            sem.append(unit.astype(np.uint16))
+            sem.append(unit.astype(np.uint16)), phone.append(spoken.astype(np.uint16))
             meta.append((voice, n, len(unit), i))
         partial = out / f".s{shard:05d}.npz"
-        np.savez(partial, wav=np.concatenate(wav), sem=np.concatenate(sem), meta=np.array(meta, np.int64))
+        wav, sem, phone = (np.concatenate(x) for x in (wav, sem, phone))
+        np.savez(partial, wav=wav, sem=sem, phone=phone, meta=np.array(meta, np.int64))
         partial.rename(out / f"s{shard:05d}.npz")
 
 

@@ -1,19 +1,23 @@
-"""Train the coarse and the fine GPT on Bark's own input layouts; parameter names are Hugging Face's.
+"""Train the three GPTs on Bark's own input layouts; parameter names are Hugging Face's.
 
-    gpt.py coarse|fine OUT --t0 UNIX --end S [--imitate S]
+    gpt.py semantic|coarse|fine OUT --t0 UNIX --end S [--weights MODEL] [--corpus CORPUS_JSON]
 
 Every batch is drawn on the device, inside the captured step: no loader. `gpt.py --check` compares the windows with
 what Hugging Face's generate feeds the coarse model.
 """
 
 import argparse
+import gzip
+import json
 import math
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from steps import DEVICE, PLAIN, Average, Run, adamw, autocast, captured, learn, save, set_rate, settings
 from torch import nn
 
@@ -74,8 +78,8 @@ class GPT(nn.Module):
         if kind == "fine":
             self.input_embeds_layers = nn.ModuleList(nn.Embedding(FINE_IN, width) for _ in range(8))
         else:
-            self.input_embeds_layer = nn.Embedding(COARSE_IN, width)
-            self.lm_head = nn.Linear(width, COARSE_OUT, bias=False)
+            n_in, n_out = (SEM_IN, SEM_OUT) if kind == "semantic" else (COARSE_IN, COARSE_OUT)
+            self.input_embeds_layer, self.lm_head = nn.Embedding(n_in, width), nn.Linear(width, n_out, bias=False)
         self.position_embeds_layer = nn.Embedding(1024, width)
         self.layers = nn.ModuleList(Block(width, n_heads, kind != "fine") for _ in range(n_layers))
         self.layernorm_final = nn.LayerNorm(width, bias=kind == "fine")
@@ -150,12 +154,16 @@ class Tokens:
         self.of_voice = put(np.bincount(meta[:, 0], minlength=2))
         self.codes = put(np.load(folder / "codes.npy").astype(np.int16))
         self.sem = put(np.load(folder / "sem.npy").astype(np.int16))
-        self.cumulative = self.n_frames.cumsum(0).double()
+        self.cumulative = self.n_frames[self.order].cumsum(0).double()
+        first = self.cumulative[self.of_voice[0] - 1]
+        self.begin = torch.stack([torch.zeros_like(first), first, self.cumulative[-1]])  # of each voice, in frames
 
     def pick(self, n):
-        """Utterances, the longer the likelier."""
-        at = torch.rand(n, device=DEVICE, dtype=torch.double) * self.cumulative[-1]
-        return torch.searchsorted(self.cumulative, at, right=True).clamp(max=len(self.n_frames) - 1)
+        """Utterances, the longer the likelier; the two voices in turn."""
+        voice = torch.arange(n, device=DEVICE) % 2
+        share = torch.rand(n, device=DEVICE, dtype=torch.double)
+        at = self.begin[voice] + share * (self.begin[voice + 1] - self.begin[voice])
+        return self.order[torch.searchsorted(self.cumulative, at, right=True).clamp(max=len(self.order) - 1)]
 
     def pick_of(self, voice):
         n = self.of_voice[voice]
@@ -165,6 +173,106 @@ class Tokens:
 
 def uniform(n):
     return torch.rand(n, device=DEVICE)
+
+
+# --- Semantic ---------------------------------------------------------------------------------------------------------
+
+
+class Semantic:
+    """Text plus a preset's last units -> units, end. Utterances come as the teacher says them; most of the batches hold
+    only shorter ones. A training-only head in the middle layer says which text token is being spoken."""
+
+    tap, lengths = 3, (320, 704)  # units
+
+    def __init__(self, batch, folder=None, corpus=None):
+        self.rows = batch, max(1, batch * 3 // 8)
+        self.model = GPT("semantic").to(DEVICE)
+        self.head = nn.Linear(SHAPES["semantic"][2], 256).to(DEVICE)
+        self.params = [*self.model.parameters(), *self.head.parameters()]
+        self.shapes = [(rows, 257 + n - 1, True) for rows, n in zip(self.rows, self.lengths, strict=True)]
+        self.losses, self.turns = [lambda: self.loss(0), lambda: self.loss(1)], (0, 0, 0, 1)
+        self.folder, self.files = folder, set()
+        if corpus:
+            with gzip.open(corpus, "rt") as file:
+                texts = json.load(file)["train"]
+            self._allocate(texts)
+
+    def _allocate(self, texts):
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.long, device=DEVICE)  # noqa: E731
+        rows = np.full((len(texts), 256), TEXT_PAD, np.int64)
+        for row, text in zip(rows, texts, strict=True):
+            row[: len(text["tok"])] = np.array(text["tok"][:256]) + TEXT_OFFSET
+        self.texts, self.spans = torch.as_tensor(rows, device=DEVICE), [np.array(t["span"]) for t in texts]
+        self.unit, self.spoken = (torch.zeros(16_000_000, dtype=torch.int16, device=DEVICE) for _ in range(2))
+        self.start, self.n, self.voice, self.text = (zeros(len(texts)) for _ in range(4))
+        self.short_enough, self.n_short_enough = zeros(2, len(texts)), zeros(2)  # for each of the lengths
+        self.of_voice, self.n_of_voice = zeros(2, len(texts)), zeros(2)
+        self.n_units = self.n_texts = 0
+
+    def grow(self):
+        for file in sorted(self.folder.glob("s*.npz")):
+            if file.name not in self.files:
+                with np.load(file) as z:
+                    self._add(z["sem"], z["phone"], z["meta"])
+                self.files.add(file.name)
+        return self.n_texts
+
+    def _add(self, unit, phone, meta):
+        voice, _, n, text = meta.T
+        start = np.concatenate([[0], np.cumsum(n)])
+        spoken = [self.spans[t][phone[a : a + k]] for t, a, k in zip(text, start, n, strict=False)]
+        put = lambda x: torch.as_tensor(np.asarray(x, np.int64), device=DEVICE)  # noqa: E731
+        place = slice(self.n_units, self.n_units + len(unit))
+        self.unit[place], self.spoken[place] = put(unit).short(), put(np.concatenate(spoken)).short()
+        place = slice(self.n_texts, self.n_texts + len(n))
+        self.start[place], self.n[place] = put(start[:-1] + self.n_units), put(n)
+        self.voice[place], self.text[place] = put(voice), put(text)
+        number = np.arange(len(n)) + self.n_texts
+        fits = [n < self.lengths[0], (n >= self.lengths[0]) & (n < self.lengths[1])]
+        for i in (0, 1):
+            self._append(self.short_enough[i], self.n_short_enough[i], put(number[fits[i]]))
+            self._append(self.of_voice[i], self.n_of_voice[i], put(number[voice == i]))
+        self.n_units, self.n_texts = self.n_units + len(unit), self.n_texts + len(n)
+
+    @staticmethod
+    def _append(these, n, more):
+        these[int(n) : int(n) + len(more)] = more
+        n += len(more)
+
+    def draw(self, which):
+        """-> text [B, 256], preset's units [B, 256], units [B, L] (padded), targets [B, L], text token spoken [B, L]"""
+        rows, length = self.rows[which], self.lengths[which]
+        said = self.short_enough[which, (uniform(rows) * self.n_short_enough[which]).long()]
+        voice = self.voice[said]
+        before = self.of_voice[voice, (uniform(rows) * self.n_of_voice[voice]).long()]
+        slot, n = torch.arange(length, device=DEVICE), self.n[said, None]
+        at = (self.start[said, None] + slot).clamp(max=len(self.unit) - 1)
+        units = torch.where(slot < n, self.unit[at].long(), SEM_PAD)
+        targets = torch.where(slot <= n, units, -100)  # the first padding is the end
+        spoken = torch.where(slot < n, self.spoken[at].long(), -100)
+        slot, kept = torch.arange(256, device=DEVICE), self.n[before, None].clamp(max=256)
+        preset = self.unit[
+            (self.start[before, None] + self.n[before, None] - kept + slot).clamp(max=len(self.unit) - 1)
+        ]
+        given = (slot < kept) & (uniform(rows)[:, None] < 0.7)
+        return self.texts[self.text[said]], torch.where(given, preset.long(), SEM_PAD), units, targets, spoken
+
+    def loss(self, which):
+        text, preset, units, targets, spoken = self.draw(which)
+        wrong = torch.rand(units.shape, device=DEVICE) < 0.15 * uniform(len(units))[:, None]
+        units = torch.where(wrong, torch.randint(0, N_UNITS, units.shape, device=DEVICE), units)
+        embed = self.model.input_embeds_layer
+        infer = torch.full_like(text[:, :1], SEM_INFER)
+        x = torch.cat([embed(text) + embed(preset), embed(torch.cat([infer, units[:, :-1]], 1))], 1)
+        final, middle = self.model(x, self.tap)
+        logits = self.model.lm_head(final[:, 256:]).float()
+        unit = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        where = F.cross_entropy(
+            self.head(middle[:, 256:]).float().flatten(0, 1),
+            spoken.where(spoken >= 0, -100).flatten(),
+            ignore_index=-100,
+        )
+        return unit + 0.2 * where, dict(unit=unit, where=where)
 
 
 # --- Coarse -----------------------------------------------------------------------------------------------------------
@@ -178,6 +286,9 @@ class Coarse:
 
     def __init__(self, batch):
         self.batch, self.length = batch, WINDOW_UNITS + SLOTS
+        guessed = int(batch * 0.5) - int(batch * 0.15)  # rows, see corrupted()
+        self.shapes = [(batch, self.length, True), (guessed, self.length, False)]
+        self.losses, self.turns = [self.loss], (0,)
         self.model = GPT("coarse")
         start_aligned(self.model)
         width = SHAPES["coarse"][2]
@@ -239,21 +350,28 @@ class Coarse:
         return torch.stack([F.linear(hidden[:, book::2], head[book]) for book in (0, 1)])
 
     def corrupted(self, units, codes):
-        """What inference may find behind it in place of the true codes: a quarter of the rows stays true; others get
-        random tokens, the model's own guesses, or another utterance's past."""
+        """What inference may find behind it in place of the true codes. By row: true; the model's own guesses, made
+        from its own guesses; random tokens; another utterance's past, of the same voice; nothing but noise up to some point."""
         n = len(codes)
-        with torch.no_grad():
-            logits = self.logits(self.hidden(units, codes)[0]).float() / 0.85
-            noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-9, 1 - 1e-7)))
-            own = (logits + noise).argmax(-1).permute(1, 2, 0).flatten(1)
-        kind, rate, per_token = uniform(n)[:, None], uniform(n)[:, None], torch.rand(codes.shape, device=DEVICE)
-        random = torch.randint(0, 1024, codes.shape, device=DEVICE)
-        blank = torch.arange(SLOTS, device=DEVICE) < (uniform(n)[:, None] * SLOTS)
-        out = codes
-        out = torch.where((kind > 0.25) & (kind < 0.65) & (per_token < rate), own, out)
-        out = torch.where((kind > 0.65) & (kind < 0.85) & (per_token < 0.6 * rate), random, out)
-        out = torch.where((kind > 0.85) & (kind < 0.93) & blank, codes.roll(1, 0), out)
-        return torch.where((kind > 0.93) & blank, random, out)
+        own, random, other, noise = (int(n * share) for share in (0.15, 0.5, 0.7, 0.9))  # each kind's first row
+        rate, token = uniform(n)[:, None], torch.rand(codes.shape, device=DEVICE)
+        noisy = torch.randint(0, 1024, codes.shape, device=DEVICE)
+        blank = torch.arange(SLOTS, device=DEVICE) < rate * 1.2 * SLOTS
+        given = codes.clone()
+        rows = slice(own, random)
+        for _ in range(2):
+            guess = self.guessed(units[rows], given[rows])
+            given[rows] = torch.where(token[rows] < 1.5 * rate[rows], guess, codes[rows])
+        given[random:other] = torch.where(token < rate, noisy, codes)[random:other]
+        given[other:noise] = torch.where(blank, codes.roll(2, 0), codes)[other:noise]  # rows take turns in voice
+        given[noise:] = torch.where(blank, noisy, codes)[noise:]
+        return given
+
+    @torch.no_grad()
+    def guessed(self, units, codes, temperature=0.85):
+        logits = self.logits(self.hidden(units, codes)[0]).float() / temperature
+        noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-9, 1 - 1e-7)))
+        return (logits + noise).argmax(-1).permute(1, 2, 0).flatten(1)
 
     def loss(self):
         units, codes, real = self.draw()
@@ -285,6 +403,8 @@ class Fine:
     def __init__(self, batch):
         self.each, self.length = max(1, batch // 6), FINE_WINDOW
         self.batch = 6 * self.each
+        self.shapes = [(self.batch, self.length, True)]
+        self.losses, self.turns = [self.loss], (0,)
         self.model = GPT("fine").to(DEVICE)
         self.params = list(self.model.parameters())
 
@@ -363,15 +483,16 @@ def compile_blocks(task, run):
     if DEVICE == "cpu" or PLAIN:
         return False
     torch._dynamo.config.cache_size_limit = 64
-    x = torch.randn(task.batch, task.length, SHAPES[run.name][2], device=DEVICE, requires_grad=True)
     try:
         for block in task.model.layers:
             block.compile(dynamic=False)
-        for _ in range(2):
-            with autocast():
-                task.model(x * 1.0)[0].sum().backward()
-        with autocast(), torch.no_grad():
-            task.model(x * 1.0)
+        for rows, n, learns in task.shapes:
+            x = torch.randn(rows, n, SHAPES[run.name][2], device=DEVICE, requires_grad=True)
+            for _ in range(2):
+                with autocast(), torch.set_grad_enabled(learns):
+                    final = task.model(x * 1.0)[0].sum()
+                if learns:
+                    final.backward()
     except Exception as error:
         run.log(event="no compiled blocks", error=repr(error)[:300])
         for block in task.model.layers:
@@ -381,6 +502,12 @@ def compile_blocks(task, run):
         task.model.zero_grad(set_to_none=True)
     run.log(event="blocks compiled")
     return True
+
+
+def start_from(model, path, prefix):
+    state = {k.removeprefix(prefix): v.float() for k, v in load_file(path).items() if k.startswith(prefix)}
+    if state:
+        model.load_state_dict({k: v for k, v in state.items() if not k.startswith("lm_heads")})
 
 
 def wait_for(path, run):
@@ -394,9 +521,9 @@ def train(run, task, options, compiled):
     average = Average(task.model.parameters())
     optimizer = adamw(task.params, options.rate, (0.9, 0.98), 0.05)
 
-    def step():
+    def step(loss_of):
         with autocast():
-            loss, metrics = task.loss()
+            loss, metrics = loss_of()
         learn(loss, task.params, optimizer, 1.0)
         average.update()
         return {k: v.detach() for k, v in metrics.items()}
@@ -406,13 +533,15 @@ def train(run, task, options, compiled):
         return dict(model={k: v.half().cpu() for k, v in mean.items()}, raw=task.model.state_dict(), step=n)
 
     set_rate(optimizer, 1e-5)
-    replay = captured(step, [optimizer], run, compiled)
+    replays = [captured(partial(step, loss_of), [optimizer], run, compiled) for loss_of in task.losses]
     began, n, metrics, every = run.now(), 0, {}, 250 if DEVICE == "cuda" else 2
     while run.left() > 0:
         share = min(1.0, (run.now() - began) / max(1.0, run.end - began))
         set_rate(optimizer, options.rate * min(1, (n + 1) / 300) * max(0.02, 0.5 * (1 + math.cos(math.pi * share))))
-        metrics = replay()
+        metrics = replays[task.turns[n % len(task.turns)]]()
         n += 1
+        if n % 200 == 0 and hasattr(task, "grow"):
+            task.grow()
         if n == 500:
             average.reset()
         if n % 20 == 0 and DEVICE == "cuda":
@@ -510,9 +639,12 @@ def check():
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=("coarse", "fine")), parser.add_argument("out")
+    parser.add_argument("kind", choices=("semantic", "coarse", "fine")), parser.add_argument("out")
     for name in ("t0", "end"):
         parser.add_argument(f"--{name}", type=float, required=True)
+    parser.add_argument("--weights", help="safetensors to start from, if they have this model")
+    parser.add_argument("--corpus", help="for semantic: the texts")
+    parser.add_argument("--minimum-texts", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--imitate-hours", type=float, default=20.0, help="of the corpus, coded by fine at its end")
@@ -520,13 +652,23 @@ def main():
     settings()
     torch.manual_seed(1)
     run = Run(options.kind, options.out, options.t0, options.end)
-    task = dict(coarse=Coarse, fine=Fine)[options.kind](options.batch)
+    semantic = options.kind == "semantic"
+    if semantic:
+        task = Semantic(options.batch, run.out / "shards", options.corpus)
+    else:
+        task = dict(coarse=Coarse, fine=Fine)[options.kind](options.batch)
+    if options.weights:
+        start_from(task.model, options.weights, "semantic." if semantic else f"{options.kind}_acoustics.")
     checkpoint = run.out / f"{run.name}.pt"
     if checkpoint.exists():  # a crash before
         task.model.load_state_dict(torch.load(checkpoint, map_location=DEVICE, weights_only=True)["raw"])
     compiled = compile_blocks(task, run)
-    wait_for(run.out / "tokens", run)
-    task.tokens = Tokens(run.out / "tokens")
+    if semantic:
+        while task.grow() < options.minimum_texts:
+            time.sleep(1)
+    else:
+        wait_for(run.out / "tokens", run)
+        task.tokens = Tokens(run.out / "tokens")
     train(run, task, options, compiled)
     if options.kind == "fine":
         imitation(run, task, options.imitate_hours)

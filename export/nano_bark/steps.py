@@ -69,12 +69,20 @@ def adamw(params, lr, betas, weight_decay):
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=cuda, capturable=cuda)
 
 
+def add_group(optimizer, params, times):
+    """More parameters, learning faster than the others."""
+    rate = optimizer.param_groups[0]["lr"]
+    rate = rate.clone() if torch.is_tensor(rate) else rate
+    optimizer.add_param_group(dict(params=list(params), weight_decay=0.0, lr=rate, times=times))
+
+
 def set_rate(optimizer, lr):
     for group in optimizer.param_groups:
+        rate = lr * group.get("times", 1)
         if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def captured(step, optimizers, run, compiled=False):
@@ -134,13 +142,14 @@ class Average:
 
 
 class Corpus:
-    """Shards on the device: wav [frames, 320] int16, unit of every frame, and the utterances' sizes. Grows."""
+    """Shards on the device: wav [frames, 320] int16, unit and voice of every frame, and the utterances' sizes. Grows."""
 
     def __init__(self, folder, max_hours):
         n = int(max_hours * 3600 * 75)
         self.folder, self.files, self.n = Path(folder), [], 0
         self.wav = torch.zeros(n, 320, dtype=torch.int16, device=DEVICE)
         self.unit = torch.zeros(n, dtype=torch.int16, device=DEVICE)
+        self.voice = torch.zeros(n, dtype=torch.int8, device=DEVICE)
         self.n_frames = torch.zeros((), device=DEVICE)  # self.n, where a captured step can read it
         self.sem, self.meta = [], []
 
@@ -158,6 +167,7 @@ class Corpus:
             place = slice(self.n, self.n + len(wav))
             self.wav[place] = wav.to(DEVICE)
             self.unit[place] = torch.from_numpy(frame_units(z["sem"], meta)).to(DEVICE)
+            self.voice[place] = torch.from_numpy(np.repeat(meta[:, 0], meta[:, 1]).astype(np.int8)).to(DEVICE)
             self.sem.append(z["sem"]), self.meta.append(meta), self.files.append(file)
             self.n += len(wav)
         self.n_frames.fill_(float(self.n))

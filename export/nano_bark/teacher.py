@@ -70,10 +70,10 @@ class Teacher:
 
         o = self.s.run(None, {"ids": np.asarray([ids], np.int64), "speed": np.ones(1, np.float32)})
         lh, th, ln, lr, phi, f0 = (x[0] for x in o[:6])
-        dur = o[6].reshape(-1).astype(np.int64)
+        dur = o[6].reshape(-1).astype(np.int64) * 2  # the graph counts them in frames of 25 ms
         pos = np.repeat(np.arange(len(dur)), dur)
         F = lh.shape[1]
-        pos = np.pad(pos, (0, max(0, F - len(pos))), mode="edge")[:F]
+        assert len(pos) == F, (len(pos), F)
         # features are taken before the voice change, so the units do not depend on the voice
         p = dsp.ex(2 * lh) * (f0 > 40) + dsp.ex(2 * ln) + dsp.ex(2 * lr)
         cep = np.log(p.T @ FB.T + 1e-5) @ DCT.T

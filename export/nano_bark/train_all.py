@@ -1,11 +1,15 @@
 """Make nano-bark again, by the clock: one GPU, one command.
 
-    train_all.py --out /tmp/nano --minutes 22 --gpu 0 --workers 24 --corpus corpus.json.gz --semantic semantic.safetensors
+    train_all.py --out /tmp/nano --minutes 22 --gpu 0 --workers 24 --corpus corpus.json.gz --weights start.safetensors
+
+--weights: where training starts: semantic.*, the codec's encoder and decoder. A whole checkpoint's model.safetensors, with
+training.pt beside it: the codec's codes stay, all else trains on.
 
 Starts everything, watches it, restarts what falls (once, from its checkpoint, with plain eager steps), assembles the
-checkpoint every three minutes and says the held-out sentences at the end. OUT/progress.log has a JSON line per event,
+checkpoint every two minutes and says the held-out sentences at the end. OUT/progress.log has a JSON line per event,
 OUT/*.txt what each part printed, OUT/pieces the newest checkpoint, OUT/clips the final speech, OUT/early an earlier one,
-OUT/finished appears last. --smoke does the same with hardly any steps, in minutes, on a CPU.
+OUT/finished appears last. --no-listening: nothing is said, all the time is training. --smoke does the same with hardly
+any steps, in minutes, on a CPU.
 """
 
 import argparse
@@ -60,23 +64,25 @@ def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=22.0)
-    parser.add_argument("--gpu", default="0", help="one, or two as 0,1: coarse gets the second for itself")
+    parser.add_argument("--gpu", default="0", help="one, or two as 0,1: the second is for semantic and coarse")
     parser.add_argument("--workers", type=int, default=24)
     parser.add_argument("--texts", type=int, default=46_000)
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus.json.gz")
-    parser.add_argument("--semantic", type=Path, default=HERE / "semantic.safetensors")
+    parser.add_argument("--weights", type=Path, default=HERE / "start.safetensors")
+    parser.add_argument("--no-listening", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     return parser.parse_args()
 
 
 def schedule(options):
     """Seconds since the start: discriminators, codec frozen, fine's end, all training's end; the early listening."""
-    end = options.minutes * 60 - 165
+    end = options.minutes * 60 - (40 if options.no_listening else 165)
     if options.smoke:
-        return dict(gan=45.0, freeze=75.0, ready=40.0, fine=160.0, end=250.0, early=170.0)
-    return dict(
-        gan=100.0, freeze=360.0, ready=260.0, fine=360 + 0.45 * (end - 360), end=end, early=360 + 0.5 * (end - 360)
-    )
+        return dict(first=20.0, gan=35.0, freeze=55.0, ready=30.0, fine=230.0, end=290.0, early=240.0)
+    two = "," in options.gpu
+    gan, freeze = (170.0, 300.0) if two else (230.0, 345.0)
+    fine, early = freeze + (0.4 if two else 0.32) * (end - freeze), freeze + 0.5 * (end - freeze)
+    return dict(first=10.0, gan=gan, freeze=freeze, ready=freeze - 90, fine=fine, end=end, early=early)
 
 
 class Work:
@@ -85,14 +91,15 @@ class Work:
     def __init__(self, options, run, at):
         self.options, self.run, self.at, self.out = options, run, at, run.out
         self.teacher, self.model = self.out / "hibari_durations.onnx", self.out / "nano-bark"
-        self.assemble = ["assemble.py", self.out, options.semantic.resolve()]
+        self.assemble = ["assemble.py", self.out]
         self.started = set()
         export = f"import teacher; teacher.export({str(self.teacher)!r})"
         subprocess.run([sys.executable, "-c", export], cwd=HERE, check=True)
         texts = [options.corpus.resolve(), self.teacher, self.out / "shards", options.workers, options.texts]
         self.corpus = Part(run, "corpus", "corpus.py", *texts, restarts=0, cpu_only=True)
         self.errands = [self.corpus]
-        codec = ["--gan", at["gan"], "--freeze", at["freeze"], "--end", at["end"], *self.small("codec")]
+        self.start = ["--weights", options.weights.resolve()]
+        codec = ["--gan", at["gan"], "--freeze", at["freeze"], "--end", at["end"], *self.start, *self.small("codec")]
         self.trainers = [Part(run, "codec", "codec.py", self.out / "shards", self.out, "--t0", run.t0, *codec)]
 
     def small(self, name):
@@ -100,6 +107,7 @@ class Work:
             return []
         return dict(
             codec=["--batch", 2, "--frames", 15, "--hours", 1, "--minimum-minutes", 1, "--warm", 5],
+            semantic=["--batch", 2, "--minimum-texts", 20],
             coarse=["--batch", 2],
             fine=["--batch", 6, "--imitate-hours", 0.02],
             early=["--text", 2, "--diagnosis", 2],
@@ -122,22 +130,27 @@ class Work:
         self.errands = [part for part in self.errands if part.watch()]
         if self.run.now() > self.at["freeze"]:
             self.corpus.stop()  # if it is not done by now, it is long enough
-        for kind, end in (("coarse", self.at["end"]), ("fine", self.at["fine"])):
-            command = ["gpt.py", kind, self.out, "--t0", self.run.t0, "--end", end, *self.small(kind)]
-            gpu = self.options.gpu.split(",")[-1 if kind == "coarse" else 0]
-            self.trainers += self.once(kind, self.at["ready"], *command, CUDA_VISIBLE_DEVICES=gpu)
+        ends = dict(semantic=self.at["end"], coarse=self.at["end"], fine=self.at["fine"])
+        for kind, end in ends.items():
+            command = ["gpt.py", kind, self.out, "--t0", self.run.t0, "--end", end, *self.start, *self.small(kind)]
+            command += ["--corpus", self.options.corpus.resolve()] if kind == "semantic" else []
+            gpu = self.options.gpu.split(",")[0 if kind == "fine" else -1]
+            when = self.at["first"] if kind == "semantic" else self.at["ready"]
+            self.trainers += self.once(kind, when, *command, CUDA_VISIBLE_DEVICES=gpu)
         if not self.errands:
             self.errands += self.errand()
 
     def errand(self):
-        """Every three minutes the checkpoint as it is; once, how it sounds."""
+        """Every two minutes the checkpoint as it is; once, how it sounds."""
         listen = self.small("early") or ["--text", 24, "--diagnosis", 24]
         command = ["synthesize.py", self.model, self.teacher, self.out / "early", *listen]
-        found = self.once("early", self.at["early"], *command, needs=["nano-bark"], restarts=0)
+        found = []
+        if not self.options.no_listening:
+            found = self.once("early", self.at["early"], *command, needs=["nano-bark"], restarts=0)
         for n in range(1, 20):
-            when = self.at["freeze"] + n * (30 if self.options.smoke else 180)
+            when = self.at["freeze"] + n * (30 if self.options.smoke else 110)
             if not found and when < self.at["end"] - 20:
-                needs = ["tokens", "codec.pt", "coarse.pt", "fine.pt"]
+                needs = ["tokens", "codec.pt", "semantic.pt", "coarse.pt", "fine.pt"]
                 found = self.once(f"assemble-{n}", when, *self.assemble, needs=needs, restarts=0, cpu_only=True)
         return found
 
@@ -147,8 +160,9 @@ class Work:
         self.run.log(event="trained")
         wait(Part(self.run, "assemble-last", *self.assemble, cpu_only=True))
         self.run.log(event="assembled", pieces=len(list(self.out.glob("pieces/*"))))
-        command = ["synthesize.py", self.model, self.teacher, self.out / "clips", *self.small("synthesize")]
-        wait(Part(self.run, "synthesize", *command))
+        if not self.options.no_listening:
+            command = ["synthesize.py", self.model, self.teacher, self.out / "clips", *self.small("synthesize")]
+            wait(Part(self.run, "synthesize", *command))
 
 
 def wait(part):
