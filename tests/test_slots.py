@@ -71,9 +71,12 @@ def test_a_slot_knows_the_prefix_that_it_shares():
 
 
 @pytest.fixture
-def engine():
+def engine(monkeypatch):
     """A CudaEngine whose decode draws code 0 of each codebook and whose prefills are noted."""
+    from barkstream.engines import cuda
     from barkstream.engines.cuda import CudaEngine, GpuSlot
+
+    monkeypatch.setattr(cuda, "download", lambda tensor: tensor.numpy)  # this machine has no pinned memory
 
     made = object.__new__(CudaEngine)
     made.size = GPTSize(n_layers=2, n_heads=1, width=64, block_size=64, n_input_ids=5000, n_output_ids=5000)

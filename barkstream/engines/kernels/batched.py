@@ -176,14 +176,18 @@ def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_pool(device), stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=graph_pool(device).pool(), stream=stream, capture_error_mode="thread_local"):
         work()
     return graph
 
 
 @functools.cache
-def graph_pool(device: int) -> object:
-    return torch.cuda.graph_pool_handle()
+def graph_pool(device: int) -> torch.cuda.CUDAGraph:
+    """A graph that keeps the memory which all share: PyTorch gives a pool up with its last graph, for good."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
+    return graph
 
 
 @functools.cache
