@@ -75,14 +75,17 @@ def arguments():
 
 
 def schedule(options):
-    """Seconds since the start: discriminators, codec frozen, fine's end, all training's end; the early listening."""
+    """Seconds since the start: discriminators, codec frozen, semantic's and fine's end, all training's end; the early listening."""
     end = options.minutes * 60 - (40 if options.no_listening else 165)
     if options.smoke:
-        return dict(first=20.0, gan=35.0, freeze=55.0, ready=30.0, fine=230.0, end=290.0, early=240.0)
+        return dict(first=20.0, gan=35.0, freeze=55.0, ready=30.0, semantic=200.0, fine=230.0, end=290.0, early=240.0)
     two = "," in options.gpu
     gan, freeze = (170.0, 300.0) if two else (230.0, 345.0)
     fine, early = freeze + (0.4 if two else 0.32) * (end - freeze), freeze + 0.5 * (end - freeze)
-    return dict(first=10.0, gan=gan, freeze=freeze, ready=freeze - 90, fine=fine, end=end, early=early)
+    semantic = freeze + (120 if two else 300)
+    return dict(
+        first=10.0, gan=gan, freeze=freeze, ready=freeze - 90, semantic=semantic, fine=fine, end=end, early=early
+    )
 
 
 class Work:
@@ -130,7 +133,7 @@ class Work:
         self.errands = [part for part in self.errands if part.watch()]
         if self.run.now() > self.at["freeze"]:
             self.corpus.stop()  # if it is not done by now, it is long enough
-        ends = dict(semantic=self.at["end"], coarse=self.at["end"], fine=self.at["fine"])
+        ends = dict(semantic=self.at["semantic"], coarse=self.at["end"], fine=self.at["fine"])
         for kind, end in ends.items():
             command = ["gpt.py", kind, self.out, "--t0", self.run.t0, "--end", end, *self.start, *self.small(kind)]
             command += ["--corpus", self.options.corpus.resolve()] if kind == "semantic" else []
