@@ -38,6 +38,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from barkstream.awake import keep_awake
+
 PACKAGE = Path(__file__).resolve().parent
 MODEL_REPOSITORY = PACKAGE.parent / "model_repository"
 OUR_BACKENDS = PACKAGE / "triton_backends"
@@ -446,16 +448,18 @@ def serve(
     grpc_port: int = 8001,
     http_port: int = 8000,
     metrics_port: int = 8002,
+    busy_cpus: bool = False,
 ) -> int:
     """Run in the foreground until Ctrl-C or SIGTERM (returns 0), or until the server ends by itself (its status).
 
-    ServerError if it does not become ready.
+    busy_cpus: keep CPUs from sleeping, see awake.py. ServerError if it does not become ready.
     """
     server = Server(
         repository, profile=profile, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port,
         log=sys.stderr, drain_s=DRAIN_S,
     )  # fmt: skip
-    with contextlib.suppress(KeyboardInterrupt), sigterm_as_interrupt(), server:
+    awake = keep_awake() if busy_cpus else contextlib.nullcontext()
+    with contextlib.suppress(KeyboardInterrupt), sigterm_as_interrupt(), awake, server:
         print(f"ready: gRPC {server.grpc_url}, health {server.http_url}/v2/health/ready, metrics {server.metrics_url}")
         print("Ctrl-C stops it", flush=True)
         return server.wait()
