@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SEMANTIC_HEAD = Head(SEMANTIC, first_id=0, n_codebooks=1, size=769, end=768)
 COARSE_HEAD = Head(COARSE, first_id=768, n_codebooks=2, size=1024, end=None)
 NANO_SEMANTIC = GPTSize(n_layers=8, n_heads=5, width=320, block_size=1024, n_input_ids=896, n_output_ids=832)
-NANO_COARSE = GPTSize(n_layers=6, n_heads=4, width=256, block_size=1024, n_input_ids=2880, n_output_ids=2816)
+NANO_COARSE = GPTSize(n_layers=8, n_heads=4, width=256, block_size=1024, n_input_ids=2880, n_output_ids=2816)
 SMALL_COARSE = GPTSize(n_layers=12, n_heads=12, width=768, block_size=1024, n_input_ids=2880, n_output_ids=2816)
 LARGE_SEMANTIC = GPTSize(n_layers=24, n_heads=16, width=1024, block_size=1024, n_input_ids=12_000, n_output_ids=10_048)
 LARGE_HEAD = Head(SEMANTIC, first_id=0, n_codebooks=1, size=10_001, end=10_000)
