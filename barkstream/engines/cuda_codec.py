@@ -58,9 +58,8 @@ class CodecEngine:
         for chunk in chunks:
             check_chunk(chunk, self.layout)
         states = list(upload(np.stack([state for _, state in chunks])))
-        heard: list[list[tuple[Callable[[], Floats], int]]] = [
-            [] for _ in chunks
-        ]  # a batch's samples, which of its rows
+        # Of each chunk's pieces: what waits for a batch's samples, and which of its rows is the piece's
+        heard: list[list[tuple[Callable[[], Floats], int]]] = [[] for _ in chunks]
         left = {i: self._pieces(codes) for i, (codes, _) in enumerate(chunks)}
         while left := {i: pieces for i, pieces in left.items() if pieces}:
             alike: dict[int, list[int]] = defaultdict(list)
