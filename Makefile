@@ -1,7 +1,7 @@
-# make say TEXT="Hello, my dog is cute" [VOICE=...] [OUT=hello.wav] [PLOT=out.png]
+# make say TEXT="Hello, my dog is cute." [VOICE=...] [OUT=hello.wav] [PLOT=out.png]
 # Every verb makes what it needs first: virtual environment, dependencies, exported models.
 PYTHON ?= python3
-TEXT   ?= Hello, my dog is cute
+TEXT   ?= Hello, my dog is cute.
 # The embedded checkpoint's clearer voice; another checkpoint picks one itself. VOICE= lets this one do so, too.
 VOICE  ?= $(if $(filter checkpoints/nano-bark,$(CHECKPOINT)),heart_0)
 OUT    ?= hello.wav
