@@ -297,7 +297,7 @@ class Speaker:
             )
         self._tokenizer = TextTokenizer(folder / "tokenizer.json", self._checkpoint.semantic)
         self._voices = load_voices(folder / "voices", self._checkpoint)
-        self._schedule = Schedule.parse(parameters)
+        self._schedule = _opened(_schedule, parameters, self._checkpoint)
         self._admission = Admission(int(parameters["max_streams"]))
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
         self._stream_keys = itertools.count(secrets.randbits(48) << 14 | 1)
@@ -431,11 +431,17 @@ def _parameters(args: dict[str, str]) -> dict[str, str]:
 
 
 def _opened(open_engine: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """An engine; one that cannot be opened stops the server with its own sentence."""
+    """An engine, or a schedule; one that cannot be opened stops the server with its own sentence."""
     try:
         return open_engine(*arguments, **options)
     except (FileNotFoundError, RuntimeError, ValueError) as error:  # EngineError among them
         raise pb_utils.TritonModelException(str(error)) from None
+
+
+def _schedule(parameters: dict[str, str], checkpoint: Checkpoint) -> Schedule:
+    schedule = Schedule.parse(parameters)
+    schedule.check(checkpoint)  # now, not when somebody wants to hear something
+    return schedule
 
 
 def _checkpoint(folder: Path) -> Checkpoint:

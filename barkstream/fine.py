@@ -25,23 +25,24 @@ def generate_fine(
     """Codes [8, n] in chunks of schedule.chunk(0), (1), ... frames while coarse codes [2, t] come in.
 
     A chunk [a, b) is filled in one window: up to schedule.fine_context frames that are filled already (the preset's, then
-    our own), the chunk, and up to schedule.fine_lookahead coarse frames after it.
+    our own), the chunk, and up to schedule.lookahead(index) coarse frames after it. The next
+    chunks fill those anew. What a chunk sees depends on its place alone, not on how many coarse frames have come already.
     """
     filled = _history(history, layout)
     known = np.zeros((layout.n_given, 0), np.int32)  # coarse frames not yet filled
     ended, index, a = False, 0, 0
     while True:
         n_chunk = schedule.chunk(index)
-        while not ended and known.shape[1] < n_chunk + schedule.fine_lookahead:
+        n_seen = n_chunk + schedule.lookahead(index)
+        while not ended and known.shape[1] < n_seen:
             piece = next(coarse, None)
             ended = piece is None
             known = known if piece is None else np.concatenate([known, piece], axis=1)
-        ahead = min(known.shape[1], n_chunk + schedule.fine_lookahead)
         n_chunk = min(n_chunk, known.shape[1])
         if n_chunk == 0:
             return
-        n_context = min(schedule.fine_context, filled.shape[1], layout.window - ahead)
-        window = np.concatenate([filled[:, filled.shape[1] - n_context :], _unknown(known[:, :ahead], layout)], axis=1)
+        n_context = min(schedule.fine_context, filled.shape[1])
+        window = np.concatenate([filled[:, filled.shape[1] - n_context :], _unknown(known[:, :n_seen], layout)], axis=1)
         codes = stages.fine(window, n_context, _draws(seed, a - n_context, window.shape[1], layout), temperature)
         chunk = codes[:, n_context : n_context + n_chunk]
         yield chunk

@@ -9,6 +9,7 @@ from typing import Any
 
 from barkstream.languages import LANGUAGES
 from barkstream.sampling import Sampling
+from barkstream.tokens import Checkpoint
 
 MAX_TEMPERATURE = 5.0
 MAX_SEED = 2**63 - 1
@@ -113,7 +114,7 @@ class Schedule:
 
     chunk_frames: tuple[int, ...] = (24, 30, 30, 60, 60, 90, 120)  # sizes of a sentence's chunks; the last one repeats
     fine_context: int = 128  # frames already filled, to the left of a chunk
-    fine_lookahead: int = 6  # coarse frames after the chunk
+    fine_lookahead: tuple[int, ...] = (6, 6, 6, 6, 6, 6, 36)  # coarse frames after each chunk; the last one repeats
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
     semantic_call: int = 64  # semantic tokens asked for in one call, at most
     semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
@@ -124,26 +125,63 @@ class Schedule:
 
     def __post_init__(self) -> None:
         counts = (*self.chunk_frames, self.coarse_call, self.semantic_call, self.semantic_least)
-        extents = (self.fine_context, self.fine_lookahead, self.coarse_ahead, self.semantic_ahead)
-        if not self.chunk_frames or min(counts) < 1 or min(extents) < 0:
+        extents = (self.fine_context, *self.fine_lookahead, self.coarse_ahead, self.semantic_ahead)
+        if not (self.chunk_frames and self.fine_lookahead):
+            raise ValueError(f"chunk_frames and fine_lookahead must have at least one value: {self}")
+        if min(counts) < 1 or min(extents) < 0:
             raise ValueError(f"chunks and calls must be at least 1, context and what is ahead at least 0: {self}")
 
     def chunk(self, index: int) -> int:
         """Frames of a sentence's chunk number `index`."""
         return self.chunk_frames[min(index, len(self.chunk_frames) - 1)]
 
+    def lookahead(self, index: int) -> int:
+        """Coarse frames that a sentence's chunk number `index` sees after its end, where the sentence has so many."""
+        return self.fine_lookahead[min(index, len(self.fine_lookahead) - 1)]
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises ValueError for a schedule that the checkpoint's stages cannot follow."""
+        if self.chunk(0) < checkpoint.codec.min_first_chunk:
+            raise ValueError(
+                f"the first chunk must have at least {checkpoint.codec.min_first_chunk} frames: the codec reads that many"
+            )
+        if self.coarse_call % checkpoint.coarse.n_codebooks:
+            raise ValueError(f"coarse_call must be a multiple of {checkpoint.coarse.n_codebooks}: whole frames")
+        for index in range(max(len(self.chunk_frames), len(self.fine_lookahead))):
+            extents = self.fine_context, self.chunk(index), self.lookahead(index)
+            if sum(extents) > checkpoint.fine.window:
+                raise ValueError(
+                    "fine_context, a chunk and its fine_lookahead must fit the fine stage's window of "
+                    f"{checkpoint.fine.window} frames; chunk {index} takes {' + '.join(map(str, extents))} = {sum(extents)}"
+                )
+
     @classmethod
     def parse(cls, given: dict[str, str]) -> Schedule:
-        """A schedule from config.pbtxt parameters ("30, 45, 60" for chunk_frames); unknown names are ignored, they are Triton's."""
+        """A schedule from config.pbtxt parameters; unknown names are ignored, they are Triton's.
+
+        chunk_frames and fine_lookahead are lists ("24, 30, 60"); one number holds for all chunks. Raises ValueError that
+        names the parameter.
+        """
         parsed: dict[str, Any] = {}
         for field in fields(cls):
             if field.name in given:
-                parsed[field.name] = _PARSERS.get(field.name, int)(given[field.name])
+                try:
+                    parsed[field.name] = _PARSERS.get(field.name, int)(given[field.name])
+                except (ValueError, KeyError):
+                    example = str(field.default).strip("()").lower()
+                    raise ValueError(
+                        f"{field.name} must be written like {example!r}, got {given[field.name]!r}"
+                    ) from None
         return replace(cls(), **parsed)
 
 
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(","))
+
+
 _PARSERS: dict[str, Any] = {
-    "chunk_frames": lambda text: tuple(int(n) for n in text.split(",")),
+    "chunk_frames": _whole_numbers,
+    "fine_lookahead": _whole_numbers,
     "sentence_pause_s": float,
     "ahead_at_once": lambda text: {"true": True, "false": False}[text],
 }  # the rest are integers

@@ -74,12 +74,7 @@ class Pipeline:
     on_guard: Callable[[str, str], None] = lambda action, fault: None  # told of what a guard did, and why
 
     def __post_init__(self) -> None:
-        if self.schedule.chunk(0) < self.checkpoint.codec.min_first_chunk:
-            raise ValueError(
-                f"the first chunk must have at least {self.checkpoint.codec.min_first_chunk} frames: the codec reads that many"
-            )
-        if self.schedule.coarse_call % self.checkpoint.coarse.n_codebooks:
-            raise ValueError(f"coarse_call must be a multiple of {self.checkpoint.coarse.n_codebooks}: whole frames")
+        self.schedule.check(self.checkpoint)
 
     def stream(
         self,

@@ -4,7 +4,10 @@ The fine stage is non-causal over 1,024 frames, so filling a chunk before the re
 same coarse codes are filled offline and by each schedule with the same random numbers, and compared: codes of codebooks
 2 to 7 that are equal at temperature 0, and the distance of the audio in log mel bands at the default temperature. The
 yardstick is the distance between two offline fillings with different random numbers ("reseeded"). With --listen,
-Whisper's character errors and DNSMOS too.
+Whisper's character errors and DNSMOS too. What waiting costs is computed: `least_coarse_hz`, the coarse frames a second
+below which playback runs dry, if they come at an even pace.
+
+    python perf/fine_schedule.py --schedule "fine_lookahead=6, 6, 36" --schedule "chunk_frames=60, 120; fine_lookahead=24"
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,15 +31,20 @@ from barkstream.local import open_pipeline
 from barkstream.options import Schedule, SpeechOptions
 from barkstream.pipeline import Pipeline, Speech
 from barkstream.sampling import Ints
+from barkstream.tokens import Checkpoint, exact_div
 from barkstream.voices import HistoryPrompt
 
 DEFAULT = Schedule()
 SCHEDULES = {
     "default": DEFAULT,
-    **{f"look-ahead {n}": replace(DEFAULT, fine_lookahead=n) for n in (0, 6, 12, 48, 96)},
+    **{f"look-ahead {n}": replace(DEFAULT, fine_lookahead=(n,)) for n in (0, 6, 12, 48, 96)},
+    "look-ahead 6, 36, 66, 96": replace(DEFAULT, fine_lookahead=(6, 36, 66, 96)),
     **{f"context {n}": replace(DEFAULT, fine_context=n) for n in (0, 32, 64, 256, 512)},
     "chunks 15, 30, 60, 120": replace(DEFAULT, chunk_frames=(15, 30, 60, 120)),
     "chunks 60, 120, 240": replace(DEFAULT, chunk_frames=(60, 120, 240)),
+    "the cuda profile's": replace(
+        DEFAULT, chunk_frames=(24, 30, 60, 60, 60, 90), fine_lookahead=(6, 6, 36, 66, 66, 36)
+    ),
 }
 TEMPERATURE = SpeechOptions().fine_temperature
 
@@ -120,6 +128,38 @@ def measure(filler: Filler, utterances: list[Utterance], schedule: Schedule | No
     return row
 
 
+def least_coarse_hz(schedule: Schedule, checkpoint: Checkpoint) -> float:
+    """Coarse frames a second, made at an even pace and by whole windows, that keep playback from running dry.
+
+    A chunk must be sent before the one before it has been played, by a player that starts at the first. Fine stage and
+    codec are taken to need the same time for every chunk.
+    """
+    window, end, needed, hz = exact_div(checkpoint.coarse.window, checkpoint.coarse.n_codebooks), 0, [], []
+    for index in range(max(len(schedule.chunk_frames), len(schedule.fine_lookahead)) + 1):
+        start, end = end, end + schedule.chunk(index)
+        needed.append(-(-(end + schedule.lookahead(index)) // window) * window)  # frames
+        if index:
+            hz.append((needed[-1] - needed[0]) / (start / checkpoint.coarse.rate_hz))
+    return max(hz)
+
+
+def parse_schedule(text: str) -> Schedule:
+    """The default schedule but for what `text` says: "name=value; name=value", values as in config.pbtxt."""
+    given = {name.strip(): value for name, _, value in (each.partition("=") for each in text.split(";"))}
+    if unknown := set(given) - {field.name for field in fields(Schedule)}:
+        raise argparse.ArgumentTypeError(f"a schedule has no {min(unknown)!r}")
+    try:
+        return Schedule.parse(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def in_words(schedule: Schedule) -> str:
+    """What it has in place of the default's, as `parse_schedule` reads it."""
+    names = (field.name for field in fields(Schedule) if getattr(schedule, field.name) != getattr(DEFAULT, field.name))
+    return "; ".join(f"{name}={str(getattr(schedule, name)).strip('(,)')}" for name in names) or "default"
+
+
 def audio_seconds(utterances: list[Utterance]) -> float:
     return sum(u.coarse.shape[1] for u in utterances) / 75
 
@@ -129,17 +169,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository")
     parser.add_argument("--sentences", type=int, default=12)
     parser.add_argument("--listen", action="store_true")
+    parser.add_argument(
+        "--schedule", type=parse_schedule, action="append", dest="schedules", metavar="NAME=VALUE;...",
+        help="one to measure beside the default, in place of the usual ones; may be repeated",
+    )  # fmt: skip
     options = parser.parse_args(argv)
+    schedules = {"default": DEFAULT, **{in_words(s): s for s in options.schedules}} if options.schedules else SCHEDULES
     pipeline, voices = open_pipeline(options.repository)
+    for schedule in schedules.values():
+        schedule.check(pipeline.checkpoint)
     utterances = say(pipeline, voices, SENTENCES.read_text().splitlines()[: options.sentences])
     filler, listener = Filler(pipeline), Listener() if options.listen else None
     for u in utterances:
         u.greedy, u.mel = filler.offline(u, 0.0), log_mel(filler.audio(filler.offline(u, TEMPERATURE)))
-    columns = ("equal_codes_greedy", "mel_distance", "fine_s_per_audio_s", "cer", "ovrl")
+    columns = ("equal_codes_greedy", "mel_distance", "fine_s_per_audio_s", "least_coarse_hz", "cer", "ovrl")
     print(f"| schedule | {' | '.join(columns)} |\n|" + " --- |" * (1 + len(columns)))
     rows = {}
-    for name, schedule in {"offline, reseeded": None, **SCHEDULES}.items():
+    for name, schedule in {"offline, reseeded": None, **schedules}.items():
         rows[name] = measure(filler, utterances, schedule, listener)
+        if schedule is not None:
+            rows[name]["least_coarse_hz"] = least_coarse_hz(schedule, pipeline.checkpoint)
         print(f"| {name} | {' | '.join(f'{rows[name][key]:.3f}' if key in rows[name] else '' for key in columns)} |")
     sentences = {"sentences": len(utterances), "audio_s": audio_seconds(utterances)}
     print(json.dumps({"schedules": rows, **sentences, "machine": machine("numpy", "onnxruntime")}))

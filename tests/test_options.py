@@ -52,10 +52,33 @@ def test_a_bad_value_is_refused_with_what_would_be_right(name, value, said):
 def test_a_schedule_reads_triton_parameters():
     schedule = Schedule.parse({"chunk_frames": "15, 30", "fine_lookahead": "8", "sample_rate": "24000"})
     assert [schedule.chunk(i) for i in range(3)] == [15, 30, 30]
-    assert schedule.fine_lookahead == 8
+    assert [schedule.lookahead(i) for i in range(3)] == [8, 8, 8]  # one number holds for all chunks
 
 
-@pytest.mark.parametrize("wrong", [{"chunk_frames": "0"}, {"chunk_frames": "30,x"}, {"fine_context": "-1"}])
-def test_a_schedule_that_cannot_work_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"at least|invalid literal"):
+def test_the_lookahead_is_a_list_as_the_chunks_are():
+    schedule = Schedule.parse({"fine_lookahead": "6, 6,36"})
+    assert [schedule.lookahead(i) for i in range(5)] == [6, 6, 36, 36, 36]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"chunk_frames": "0"}, "chunks and calls must be at least 1"),
+        ({"fine_context": "-1"}, "context and what is ahead at least 0"),
+        ({"fine_lookahead": "6, -1"}, "context and what is ahead at least 0"),
+        ({"chunk_frames": "30,x"}, "chunk_frames must be written like '24, 30, 30, 60, 60, 90, 120', got '30,x'"),
+        ({"fine_lookahead": "6 36"}, "fine_lookahead must be written like '6, 6, 6, 6, 6, 6, 36', got '6 36'"),
+        ({"fine_lookahead": ""}, "fine_lookahead must be written like"),
+        ({"ahead_at_once": "yes"}, "ahead_at_once must be written like 'true', got 'yes'"),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_refused_with_what_would_be_right(wrong, said):
+    with pytest.raises(ValueError, match=r".*") as refused:
         Schedule.parse(wrong)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["chunk_frames", "fine_lookahead"])
+def test_a_schedule_without_a_value_is_refused(name):
+    with pytest.raises(ValueError, match="must have at least one value"):
+        Schedule(**{name: ()})

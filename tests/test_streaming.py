@@ -48,14 +48,65 @@ def test_one_chunk_with_everything_known_is_one_fine_window(pipeline, voices):
     """Chunks are an approximation of fine's window only through context and look-ahead: give it all, and cuts vanish."""
     stages, layout = pipeline.stages, pipeline.checkpoint.fine
     coarse = voices["heart_0"].coarse[:, :120]
-    whole = replace(pipeline.schedule, chunk_frames=(120,), fine_lookahead=0)
-    late = replace(pipeline.schedule, chunk_frames=(200,), fine_lookahead=500)
+    whole = replace(pipeline.schedule, chunk_frames=(120,), fine_lookahead=(0,))
+    late = replace(pipeline.schedule, chunk_frames=(200,), fine_lookahead=(500,))
     a = np.concatenate(list(generate_fine(iter([coarse]), None, layout, 1, 0.5, whole, stages)), axis=1)
     b = np.concatenate(
         list(generate_fine(iter([coarse[:, :50], coarse[:, 50:]]), None, layout, 1, 0.5, late, stages)), axis=1
     )
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a[:2], coarse)
+
+
+class CountingFill:
+    """A fine stage that fills with the number of frames that a frame's window has from it on, and remembers its windows."""
+
+    def __init__(self):
+        self.windows = []  # (frames known before, frames from there on)
+
+    def fine(self, codes, fill_from, uniforms, temperature):
+        n_ahead = codes.shape[1] - np.arange(codes.shape[1])
+        self.windows.append((fill_from, codes.shape[1] - fill_from))
+        filled = codes.copy()
+        filled[2:, fill_from:] = n_ahead[fill_from:]
+        return filled
+
+
+def fill(pipeline, schedule, coarse, n_piece):
+    """Codes [8, t], the windows that were filled, and for each chunk how many pieces of coarse codes had been taken."""
+    stages, n_taken, taken, codes = CountingFill(), 0, [], []
+
+    def pieces():
+        nonlocal n_taken
+        for a in range(0, coarse.shape[1], n_piece):
+            n_taken += 1
+            yield coarse[:, a : a + n_piece]
+
+    for chunk in generate_fine(pieces(), None, pipeline.checkpoint.fine, 1, 0.5, schedule, stages):
+        codes.append(chunk)
+        taken.append(n_taken)
+    return np.concatenate(codes, axis=1), stages.windows, taken
+
+
+def test_every_chunk_has_its_own_lookahead_and_waits_for_no_more(pipeline, voices):
+    coarse = np.tile(voices["heart_0"].coarse, 3)[:, :300]
+    schedule = replace(pipeline.schedule, chunk_frames=(24, 30, 60), fine_lookahead=(6, 36, 66, 12), fine_context=40)
+    codes, windows, taken = fill(pipeline, schedule, coarse, n_piece=6)
+    assert windows == [(0, 24 + 6), (24, 30 + 36), (40, 60 + 66), (40, 60 + 12), (40, 60 + 12), (40, 60 + 6), (40, 6)]
+    assert [n * 6 for n in taken] == [30, 90, 180, 186, 246, 300, 300]
+    np.testing.assert_array_equal(codes[:2], coarse)
+    assert codes[2, :24].min() == 6 + 1 and codes[2, 24:54].min() == 36 + 1  # a look-ahead's frames were filled anew
+
+
+@pytest.mark.parametrize("n_piece", [1, 30, 300])
+def test_a_chunk_sees_the_same_however_much_has_come(pipeline, voices, n_piece):
+    """A look-ahead that shrinks leaves more known than the next chunk may see: under load it must not see it either."""
+    coarse = np.tile(voices["heart_0"].coarse, 3)[:, :300]
+    schedule = replace(pipeline.schedule, chunk_frames=(24, 30), fine_lookahead=(6, 96, 0, 36))
+    codes, windows, _ = fill(pipeline, schedule, coarse, n_piece)
+    expected, expected_windows, _ = fill(pipeline, schedule, coarse, n_piece=7)
+    assert windows == expected_windows
+    np.testing.assert_array_equal(codes, expected)
 
 
 def test_chunks_grow_as_scheduled(pipeline, voices):
@@ -168,11 +219,26 @@ def test_blank_text_is_refused_before_any_work(pipeline):
         next(pipeline.stream("  ", SpeechOptions.parse({})))
 
 
-def test_a_schedule_that_the_codec_cannot_stream_is_refused(pipeline):
-    with pytest.raises(ValueError, match="first chunk must have at least 7 frames"):
-        Pipeline(
-            pipeline.checkpoint, pipeline.tokenizer, pipeline.stages, replace(pipeline.schedule, chunk_frames=(3,))
-        )
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(chunk_frames=(3,)), "first chunk must have at least 7 frames"),
+        (dict(coarse_call=7), "coarse_call must be a multiple of 2"),
+        (
+            dict(chunk_frames=(24, 300), fine_context=512, fine_lookahead=(6, 96, 213)),
+            r"fine stage's window of 1024 frames; chunk 2 takes 512 \+ 300 \+ 213 = 1025",
+        ),
+    ],
+)
+def test_a_schedule_that_the_stages_cannot_follow_is_refused(pipeline, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Pipeline(pipeline.checkpoint, pipeline.tokenizer, pipeline.stages, replace(pipeline.schedule, **wrong))
+
+
+def test_a_window_as_wide_as_the_model_is_allowed(pipeline):
+    replace(pipeline.schedule, chunk_frames=(24, 300), fine_context=512, fine_lookahead=(6, 212)).check(
+        pipeline.checkpoint
+    )
 
 
 # --- the engine's batches --------------------------------------------------------------------------------------------
