@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,46 @@ def test_every_stage_of_the_cuda_profile_runs_on_gpus_and_has_its_model(path):
     assert [group.kind for group in c.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_GPU]
 
 
+def parameters(model: str, path: str) -> dict[str, str]:
+    return {key: value.string_value for key, value in config(MODEL_REPOSITORY / model / path).parameters.items()}
+
+
 def test_the_cuda_profiles_schedule_is_one_that_can_be_kept():
-    parameters = config(MODEL_REPOSITORY / "bark/configs/cuda.pbtxt").parameters
-    schedule = Schedule.parse({key: value.string_value for key, value in parameters.items()})
+    schedule = Schedule.parse(parameters("bark", "configs/cuda.pbtxt"))
     assert not schedule.ahead_at_once
+
+
+def test_without_a_profile_the_schedule_is_the_librarys():
+    assert Schedule.parse(parameters("bark", "config.pbtxt")) == Schedule()
+
+
+def silences_s(schedule: Schedule, coarse_hz: float, n_chunks: int = 40) -> list[float]:
+    """Seconds that a player who starts at the first chunk waits before each of the next ones.
+
+    Coarse codes come at an even pace, 30 frames at a time; a chunk is sent when those up to its look-ahead's end are there.
+    """
+    end, played_s, silences = 0, 0.0, []
+    for index in range(n_chunks):
+        end += schedule.chunk(index)
+        sent_s = -(-(end + schedule.lookahead(index)) // 30) * 30 / coarse_hz
+        silences.append(max(0.0, sent_s - played_s))
+        played_s = max(played_s, sent_s) + schedule.chunk(index) / 75
+    return silences[1:]
+
+
+@pytest.mark.parametrize(("profile", "coarse_hz"), [("config.pbtxt", 75 / 0.68), ("configs/cuda.pbtxt", 75 / 0.4)])
+def test_no_lookahead_grows_faster_than_the_speed_that_its_profile_is_for(profile, coarse_hz):
+    schedule = Schedule.parse(parameters("bark", profile))
+    assert sum(silences_s(schedule, coarse_hz)) == 0
+    assert schedule.lookahead(40) > schedule.lookahead(0)
+    hasty = replace(schedule, fine_lookahead=(schedule.lookahead(0), 66))
+    assert sum(silences_s(hasty, coarse_hz)) > 0  # the claim is not an empty one
+
+
+def test_the_cuda_profiles_fine_windows_have_their_graphs():
+    """One that has none is captured while a listener waits."""
+    schedule = Schedule.parse(parameters("bark", "configs/cuda.pbtxt"))
+    warm = [int(n) for n in parameters("bark_fine", "configs/cuda.pbtxt")["warm_frames"].split(",")]
+    widest = max(schedule.fine_context + schedule.chunk(i) + schedule.lookahead(i) for i in range(10))
+    assert set(range(64, widest + 64, 64)) <= set(warm)
+    assert 4 * -(-widest // 64) * 64 <= 1024  # four windows of any length go together (cuda_fine.FREE_FRAMES)

@@ -55,9 +55,10 @@ class Policy(Generic[Call]):
     is_followed: bool = True  # a hurried call's listener calls another stage next
 
 
-# Short work goes first, then what a sentence begins with, then the rest. Chunks grow, so a short one belongs to a listener
-# who has little in hand. Semantic calls are made 60 tokens (1.2 s of speech) ahead. Two windows are a beginning: the first chunk,
-# which takes one, plays for .3 s, and by then the second must be there.
+# Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
+# listener who has little in hand (in the cuda profile: the first three of a sentence, and its end). Semantic calls are made 60 tokens
+# (1.2 s of speech) ahead. Two windows are a beginning: the first chunk, which takes one, plays for .3 s, and by then the second must
+# be there.
 POLICIES: dict[str, Policy[Any]] = {
     "codec": Policy(
         lambda chunk: chunk[0].shape[1] <= 60, hurried=0, urgency=1, company=4, patience_s=0.03, is_followed=False
