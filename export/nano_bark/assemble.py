@@ -86,6 +86,8 @@ def build(out):
     model = BarkModel(config())
     fill(model.semantic, load(out, "semantic")["model"])
     fill(model.coarse_acoustics, load(out, "coarse")["model"])
+    with torch.no_grad():
+        model.coarse_acoustics.lm_head.weight *= gpt.COARSE_SHARPNESS
     fill(model.fine_acoustics, load(out, "fine")["model"], "lm_heads")
     for i in range(7):
         model.fine_acoustics.lm_heads[i].weight = model.fine_acoustics.input_embeds_layers[i + 1].weight

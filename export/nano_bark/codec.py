@@ -2,13 +2,15 @@
 
     codec.py SHARDS OUT --t0 UNIX --gan S --freeze S --end S [--weights MODEL]
 
-Encoder, quantiser and decoder train together until --freeze (discriminators from --gan); then the corpus is turned into
-codes (OUT/tokens) and the decoder trains on alone, against the discriminators. They start from the encoder and decoder
-in --weights; if that has the codebooks too, codes stay its own and only the decoder trains. Layers run as matrix products
-over [batch, time, channels]; tests of the equality with Hugging Face's own forward: `codec.py --check`.
+Encoder, quantiser and decoder train together until --freeze (with discriminators from --gan, if that is earlier); then the
+corpus is turned into codes (OUT/tokens) and the decoder trains on alone, against the discriminators. They start from the
+encoder and decoder in --weights; if that has the codebooks too, codes stay its own and only the decoder trains, or, with
+--new-codes, all of them. Layers run as matrix products over [batch, time, channels]; tests of the equality with Hugging
+Face's own forward: `codec.py --check`.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -28,7 +30,8 @@ CONFIG = dict(
 )  # fmt: skip
 FRAME, N_BOOKS, N_UNITS = 320, 8, 768
 MEL_WINDOWS = {2048: 160, 1024: 80, 512: 40, 256: 20}  # samples: bands
-QUIET = 0.1  # magnitude under which differences hardly count. At .002 silent frames held 91% of the loss's gradient
+QUIET = 0.01  # magnitude under which differences hardly count. With .1 consonants and all above 2 kHz came out 3 to 10 dB too low
+SILENT, SPOKEN = 0.025, 0.1  # a frame's loudest band: below the first it counts a tenth, above the second in full
 WAVE_WINDOWS = 2048, 512, 128
 WEIGHTS = dict(sound=15.0, commit=0.5, expected=5.0)
 
@@ -189,11 +192,13 @@ class Quantiser:
         book.cluster_size.copy_(torch.where(dead[:, 0], torch.ones_like(smooth), book.cluster_size))
 
     def train(self, latents, expected):
-        """-> quantised, with straight-through gradients; commitment loss; which rows hold more than codebook 1. A fifth
-        of the rows keep only that (it must say the words alone), a third 2 to 7 codebooks."""
+        """-> quantised, with straight-through gradients; commitment loss; which rows hold more than codebook 1. A tenth
+        of the rows keep only that, a third what coarse says, codebooks 1 and 2: what one of fine's frames says does not
+        know of its neighbours, so that all that must fit together has to be in these."""
         batch = len(latents)
         keep, how = torch.randint(2, N_BOOKS, (batch,), device=latents.device), torch.rand(batch, device=latents.device)
-        keep = torch.where(how < 0.2, 1, torch.where(how < 0.55, keep, N_BOOKS))
+        keep = torch.where(how < 0.6, keep, N_BOOKS)
+        keep = torch.where(how < 0.1, 1, torch.where(how < 0.45, 2, keep))
         rest, out, commit = latents, 0.0, 0.0
         for i, book in enumerate(self.books):
             rows = (rest if i else expected).detach().flatten(0, 1)
@@ -247,21 +252,29 @@ class LogMel:
         magnitude = torch.view_as_real(spectrum).pow(2).sum(-1).add(1e-9).sqrt()
         return torch.log10(self.matrix @ magnitude + QUIET)
 
+    def loss(self, y, x):
+        """Mean distance, frames where x is silent counting little: they would hold most of the gradient."""
+        mine, true = self(y), self(x)
+        loudest, low, high = true.amax(1, keepdim=True), math.log10(SILENT + QUIET), math.log10(SPOKEN + QUIET)
+        return ((mine - true).abs() * ((loudest - low) / (high - low)).clamp(0.1, 1.0)).mean()
+
 
 class WaveLoss:
-    """Complex spectra compared, relative to how loud the speech is: it teaches harmonics and their phase."""
+    """Complex spectra compared, relative to how loud the speech is: it teaches harmonics and their phase. Of the sound's
+    differences y[t] - .9 y[t - 1], so that high harmonics count beside the far louder low ones."""
 
     def __init__(self):
         self.windows = [torch.hann_window(n, device=DEVICE) for n in WAVE_WINDOWS]
 
     def __call__(self, y, x, rows=None):
+        y, x = (a[:, 1:] - 0.9 * a[:, :-1] for a in (y, x))
         total, kept = 0.0, 1.0 if rows is None else rows[:, None, None, None].float()
         for window in self.windows:
             n = len(window)
             mine, true = (
                 torch.view_as_real(torch.stft(a, n, n // 4, window=window, return_complex=True)) for a in (y, x)
             )
-            total = total + ((mine - true).abs() * kept).mean() / true.abs().mean().clamp(min=1e-3)
+            total = total + ((mine - true).abs() * kept).mean() / true.abs().mean().clamp(min=1e-4)
         return total
 
 
@@ -350,16 +363,13 @@ class Trainer:
         return self.expected(self.corpus.unit[frames].long(), self.corpus.voice[frames].long())
 
     def spectral_loss(self, y, x):
-        return sum(F.l1_loss(mel(y), mel(x)) for mel in self.mels)
+        return sum(mel.loss(y, x) for mel in self.mels)
 
-    def adversarial(self, y, x):
-        """The judges learn; -> what the generator pays them: verdicts and features."""
+    def verdicts(self, y, x):
+        """-> the judges' loss, and what the generator pays them: verdicts and features."""
         with autocast():
-            real, fake = self.judges(x), self.judges(y.detach())
+            real, fake = self.judges(x), self.judges(y)
         loss = sum((1 - r).pow(2).mean() + f.pow(2).mean() for (r, _), (f, _) in zip(real, fake, strict=True))
-        learn(loss, list(self.judges.parameters()), self.judge_optimizer, 10.0)
-        with autocast():
-            fake = self.judges(y)
         verdict = sum((1 - f).pow(2).mean() for f, _ in fake)
         pairs = [
             (a, b.detach()) for (_, fa), (_, fb) in zip(fake, real, strict=True) for a, b in zip(fa, fb, strict=True)
@@ -368,15 +378,21 @@ class Trainer:
 
     def pull(self, y, x, gan, phased=None):
         """-> a loss whose gradient at the sound y is the sum of mel's, wave's (of the rows `phased`) and the judges', each
-        brought to mel's size times its share (left as they are, waveform L1 is 12,000 times smaller than mel); metrics"""
+        brought to mel's size times its share (left as they are, waveform L1 is 12,000 times smaller than mel); metrics.
+        The judges learn."""
         leaf = y.detach().requires_grad_()
         losses = dict(mel=self.spectral_loss(leaf, x), wave=self.wave_loss(leaf, x, phased))
         metrics = dict(losses)
         if gan:
-            judged, verdict, features = self.adversarial(leaf, x)
+            judged, verdict, features = self.verdicts(leaf, x)
             losses["judged"] = verdict + 2 * features
             metrics |= dict(judges=judged, verdict=verdict, features=features)
-        pulls = {k: torch.autograd.grad(loss, leaf)[0].nan_to_num(0.0, 0.0, 0.0) for k, loss in losses.items()}
+        pulls = {
+            k: torch.autograd.grad(loss, leaf, retain_graph=k == "judged")[0].nan_to_num(0.0, 0.0, 0.0)
+            for k, loss in losses.items()
+        }
+        if gan:
+            learn(judged, list(self.judges.parameters()), self.judge_optimizer, 10.0)
         size = pulls["mel"].norm()
         total = pulls["mel"]
         for k in pulls.keys() & self.share.keys():
@@ -404,13 +420,13 @@ class Trainer:
         return {k: v.detach() for k, v in metrics.items()}
 
     def decoder_step(self):
-        """The decoder alone, on the corpus's codes; where there are some, half of the rows on fine's own codes."""
-        imitated = (torch.rand(self.batch, device=DEVICE) < 0.5) & (self.n_spoken > self.frames + 1)
+        """The decoder alone, on the corpus's codes; where there are some, 60% of the rows on fine's own codes. A fifth of
+        the rows hold what coarse says alone."""
+        imitated = (torch.rand(self.batch, device=DEVICE) < 0.6) & (self.n_spoken > self.frames + 1)
         limit = torch.where(imitated, self.n_spoken, self.corpus.n_frames)
         frames = self.crop(limit)
         codes = torch.where(imitated[:, None], self.spoken[:, frames], self.codes[:, frames]).long()
-        keep = torch.randint(2, N_BOOKS, (self.batch,), device=DEVICE)
-        keep = torch.where(torch.rand(self.batch, device=DEVICE) < 0.15, keep, N_BOOKS)
+        keep = torch.where(torch.rand(self.batch, device=DEVICE) < 0.2, 2, N_BOOKS)
         x = self.wave(frames)
         with autocast():
             y = decode(self.model, self.quantiser.latents(codes, keep))
@@ -512,8 +528,9 @@ def train_all_parts(run, trainer, options):
             latents = torch.cat([encode(trainer.model, trainer.wave(frames)) for frames in some])
             expected = torch.cat([trainer.expect(frames) for frames in some])
             trainer.quantiser.start(latents, expected, trainer.batch * trainer.frames)
-    go(True, False, options.gan, [(5e-4, 4e-4)], "codec")
-    go(True, True, options.freeze, [(4e-4, 2e-4), (4e-4, 3e-4)], "codec, adversarial")
+    go(True, False, options.gan, [(5e-4, 1e-4 if options.gan == options.freeze else 4e-4)], "codec")
+    if options.gan < options.freeze:
+        go(True, True, options.freeze, [(4e-4, 2e-4), (4e-4, 3e-4)], "codec, adversarial")
     corpus.grow()
     run.log(event="frozen", hours=corpus.n / 75 / 3600)
 
@@ -607,6 +624,7 @@ def main():
     for name in ("t0", "gan", "freeze", "end"):
         parser.add_argument(f"--{name}", type=float, required=True)
     parser.add_argument("--weights", help="safetensors to start from: codec_model.*")
+    parser.add_argument("--new-codes", action="store_true", help="codebooks in --weights are where they start")
     parser.add_argument("--warm", type=float, default=25.0, help="seconds without codes")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--frames", type=int, default=75)
@@ -620,7 +638,7 @@ def main():
     if (run.out / "tokens").exists():
         codes = resume(run, trainer)
     else:
-        if options.weights and start_from(trainer, options.weights):
+        if options.weights and start_from(trainer, options.weights) and not options.new_codes:
             wait_for_corpus(run, trainer.corpus, options.freeze)
         else:
             train_all_parts(run, trainer, options)

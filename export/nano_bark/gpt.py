@@ -25,6 +25,7 @@ N_UNITS, N_TEXT = 768, 94  # semantic units; character pieces of the tokenizer
 SEM_PAD = N_UNITS  # also the end token
 TEXT_OFFSET = N_UNITS + 1
 TEXT_PAD, SEM_INFER = TEXT_OFFSET + N_TEXT, TEXT_OFFSET + N_TEXT + 1
+FULL_STOP = TEXT_OFFSET + 41
 SEM_IN, SEM_OUT = (SEM_INFER + 1 + 63) // 64 * 64, (N_UNITS + 1 + 63) // 64 * 64
 COARSE_PAD, COARSE_INFER = N_UNITS + 2048, N_UNITS + 2049
 COARSE_IN, COARSE_OUT = (N_UNITS + 2050 + 63) // 64 * 64, N_UNITS + 2048
@@ -32,6 +33,7 @@ TOKENS_PER_UNIT = 75 / 49.9 * 2
 WINDOW_UNITS, UNITS_BEFORE, PAST, NEW = 256, 209, 630, 60
 SLOTS = PAST + NEW  # coarse tokens of a window
 FINE_IN, FINE_PAD, FINE_WINDOW, FINE_PAST = 1056, 1024, 1024, 512
+COARSE_SHARPNESS = 1.4  # checkpoints have coarse's logits times this: said at Bark's .7 they are sampled at .5, see README.md
 SHAPES = dict(semantic=(8, 5, 320), coarse=(8, 4, 256), fine=(5, 4, 256))  # layers, heads, width
 
 
@@ -255,7 +257,14 @@ class Semantic:
             (self.start[before, None] + self.n[before, None] - kept + slot).clamp(max=len(self.unit) - 1)
         ]
         given = (slot < kept) & (uniform(rows)[:, None] < 0.7)
-        return self.texts[self.text[said]], torch.where(given, preset.long(), SEM_PAD), units, targets, spoken
+        return self.unstopped(self.texts[self.text[said]]), torch.where(given, preset.long(), SEM_PAD), units, targets, spoken
+
+    @staticmethod
+    def unstopped(text):
+        """One in five texts loses its full stop: users leave it away."""
+        last = (text != TEXT_PAD).sum(1, keepdim=True) - 1
+        lost = (text.gather(1, last) == FULL_STOP) & (uniform(len(text))[:, None] < 0.2)
+        return text.scatter(1, last, torch.where(lost, TEXT_PAD, text.gather(1, last)))
 
     def loss(self, which):
         text, preset, units, targets, spoken = self.draw(which)
@@ -506,6 +515,8 @@ def compile_blocks(task, run):
 
 def start_from(model, path, prefix):
     state = {k.removeprefix(prefix): v.float() for k, v in load_file(path).items() if k.startswith(prefix)}
+    if "coarse" in prefix and state:
+        state["lm_head.weight"] /= COARSE_SHARPNESS
     if state:
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith("lm_heads")})
 

@@ -3,7 +3,7 @@
     train_all.py --out /tmp/nano --minutes 22 --gpu 0 --workers 24 --corpus corpus.json.gz --weights start.safetensors
 
 --weights: where training starts: semantic.*, the codec's encoder and decoder. A whole checkpoint's model.safetensors, with
-training.pt beside it: the codec's codes stay, all else trains on.
+training.pt beside it: the codec's codes stay, all else trains on; with --new-codes these too.
 
 Starts everything, watches it, restarts what falls (once, from its checkpoint, with plain eager steps), assembles the
 checkpoint every two minutes and says the held-out sentences at the end. OUT/progress.log has a JSON line per event,
@@ -64,11 +64,12 @@ def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=22.0)
-    parser.add_argument("--gpu", default="0", help="one, or two as 0,1: the second is for semantic and coarse")
+    parser.add_argument("--gpu", default="0", help="one, or two as 0,1: the second is for the three GPTs")
     parser.add_argument("--workers", type=int, default=24)
     parser.add_argument("--texts", type=int, default=46_000)
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus.json.gz")
     parser.add_argument("--weights", type=Path, default=HERE / "start.safetensors")
+    parser.add_argument("--new-codes", action="store_true", help="the codec in --weights is only where training starts")
     parser.add_argument("--no-listening", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     return parser.parse_args()
@@ -80,9 +81,9 @@ def schedule(options):
     if options.smoke:
         return dict(first=20.0, gan=35.0, freeze=55.0, ready=30.0, semantic=200.0, fine=230.0, end=290.0, early=240.0)
     two = "," in options.gpu
-    gan, freeze = (170.0, 300.0) if two else (230.0, 345.0)
-    fine, early = freeze + (0.4 if two else 0.32) * (end - freeze), freeze + 0.5 * (end - freeze)
-    semantic = freeze + (120 if two else 300)
+    gan = freeze = 390.0 if two else 345.0
+    fine, early = freeze + (0.25 if two else 0.32) * (end - freeze), freeze + 0.5 * (end - freeze)
+    semantic = freeze if two else freeze + 300
     return dict(
         first=10.0, gan=gan, freeze=freeze, ready=freeze - 90, semantic=semantic, fine=fine, end=end, early=early
     )
@@ -103,6 +104,7 @@ class Work:
         self.errands = [self.corpus]
         self.start = ["--weights", options.weights.resolve()]
         codec = ["--gan", at["gan"], "--freeze", at["freeze"], "--end", at["end"], *self.start, *self.small("codec")]
+        codec += ["--new-codes"] if options.new_codes else []
         self.trainers = [Part(run, "codec", "codec.py", self.out / "shards", self.out, "--t0", run.t0, *codec)]
 
     def small(self, name):
@@ -137,7 +139,7 @@ class Work:
         for kind, end in ends.items():
             command = ["gpt.py", kind, self.out, "--t0", self.run.t0, "--end", end, *self.start, *self.small(kind)]
             command += ["--corpus", self.options.corpus.resolve()] if kind == "semantic" else []
-            gpu = self.options.gpu.split(",")[0 if kind == "fine" else -1]
+            gpu = self.options.gpu.split(",")[-1]
             when = self.at["first"] if kind == "semantic" else self.at["ready"]
             self.trainers += self.once(kind, when, *command, CUDA_VISIBLE_DEVICES=gpu)
         if not self.errands:
