@@ -50,7 +50,9 @@ class Model:
         self.size, self.head, self.way = size, head, way
         self.weights = random_weights(size, head.n_codebooks * head.size)
         n_rows = 64 if way == "wide" else 8 if way == "fused" else 16
-        self.engine = CudaEngine(self.weights, size, head, n_slots=16, max_batch=n_rows, fused=way != "batched")
+        self.engine = CudaEngine(
+            self.weights, size, head, n_slots=16, max_batch=n_rows, fused=way != "batched", one_copy=way == "wide"
+        )
         decoder = {"fused": self.engine._fused, "wide": self.engine._wide, "batched": self.engine._batched}[way]
         if decoder is None:
             pytest.skip("this GPU does not fit the kernel")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from barkstream.engines import Generation, Head, Row
 from barkstream.engines.kernels.batched import BatchedDecoder, Layers, Prefill
-from barkstream.engines.kernels.fused import FusedDecoder, RowArguments, pack_units
+from barkstream.engines.kernels.fused import FusedDecoder, PackedLayers, RowArguments, pack_units
 from barkstream.engines.kernels.weights import load_weights, read_onnx
 from barkstream.engines.kernels.wide import ROW_COUNTS, WideDecoder
 from barkstream.engines.slots import Slot, Slots
@@ -49,10 +49,12 @@ class CudaEngine:
         n_slots: int = 32,
         max_batch: int = 32,
         fused: bool = True,
+        one_copy: bool = False,
     ):
         """weights: by Hugging Face name, see `load_weights`. n_slots: streams whose KV cache is kept; max_batch: rows decoded together.
+        one_copy: keep the weights in the fused kernels' order only; every prefill then unpacks them, layer by layer.
 
-        GPU memory: 2 copies of the weights in bf16 (one in the fused kernels' order), and
+        GPU memory: 2 copies of the weights in bf16 (1 with one_copy), and
         (max(n_slots, max_batch) + 1) * 4 * layers * width * block bytes of cache (large: 100 MB a slot).
         """
         if size.head_width != 64:
@@ -62,19 +64,23 @@ class CudaEngine:
         on_gpu = load_weights(weights, size, head)
         shape = (size.n_layers, 2, n_slots + 1, size.n_heads, size.block_size, 64)
         self.cache = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
-        layers = Layers(on_gpu, size, head, self.cache)
-        self._prefill, self._batched = Prefill(layers), BatchedDecoder(layers)
         self._fused = self._wide = None
         if fused and FusedDecoder.fits(size):
             units = pack_units(on_gpu, size, head)
+            if one_copy:
+                on_gpu = replace(on_gpu, layers=PackedLayers(units, size))
             self._fused = FusedDecoder(on_gpu, units, size, head, self.cache)
             self._wide = WideDecoder(on_gpu, units, size, head, self.cache)
+        layers = Layers(on_gpu, size, head, self.cache)
+        self._prefill, self._batched = Prefill(layers), BatchedDecoder(layers)
         self._slots = Slots([GpuSlot(np.zeros((0, 1), np.int32), i) for i in range(n_slots)])
 
     @classmethod
-    def load(cls, path: Path, size: GPTSize, head: Head, n_slots: int = 32, max_batch: int = 32) -> CudaEngine:
+    def load(
+        cls, path: Path, size: GPTSize, head: Head, n_slots: int = 32, max_batch: int = 32, one_copy: bool = False
+    ) -> CudaEngine:
         """path: a stage's model.onnx, of which only the weights are read."""
-        return cls(read_onnx(path), size, head, n_slots, max_batch)
+        return cls(read_onnx(path), size, head, n_slots, max_batch, one_copy=one_copy)
 
     @property
     def n_owned_slots(self) -> int:

@@ -99,7 +99,8 @@ def open_causal(
 
     # No cache for positions that nobody can reach.
     size = replace(layout.size, block_size=n_positions(stage, checkpoint))
-    on_gpu = CudaEngine.load(path, size, head, n_slots, max_batch)
+    # The semantic stage prefills once a sentence, coarse 2.5 times a second of speech.
+    on_gpu = CudaEngine.load(path, size, head, n_slots, max_batch, one_copy=stage == "semantic")
     on_gpu.warm_up(prefix_lengths(stage, checkpoint))
     give_back_memory()
     return on_gpu

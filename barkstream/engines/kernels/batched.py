@@ -44,7 +44,8 @@ class Layers:
         x = torch.empty(len(states), self.size.width, dtype=torch.float32, device="cuda")
         normed = torch.empty_like(x, dtype=torch.bfloat16)
         self.launch("embed", (len(x), 1, 1), states, self.weights.embedding, self.weights.positions, x, normed)
-        for i, layer in enumerate(self.weights.layers[:n_layers]):
+        for i in range(n_layers):
+            layer = self.weights.layers[i]
             attended = attend(i, normed @ layer.qkv.t())
             self._add_norm(x, torch.mm(attended, layer.out.t(), out_dtype=torch.float32), normed)
             hidden = normed @ layer.up.t()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_uint, c_uint64, c_void_p
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from barkstream.engines import Head
 from barkstream.engines.kernels import Kernel, build
-from barkstream.engines.kernels.weights import GPTWeights
+from barkstream.engines.kernels.weights import GPTWeights, LayerWeights
 from barkstream.tokens import GPTSize
 
 N_WARPS, COPIES = 8, 8
@@ -154,6 +155,11 @@ def n_head_tiles(size: GPTSize, head: Head) -> int:
     return -(-head.size // (8 * size.n_heads * 16))
 
 
+UNITS_A_LAYER = (
+    12  # of a block: 3 of queries, keys and values, 1 of the output projection, 4 of either of the MLP's matrices
+)
+
+
 def pack_units(weights: GPTWeights, size: GPTSize, head: Head) -> Tensor:
     """Every block's weights in the order in which it uses them: [blocks, units, width / 32, 32 lanes, 8] bf16.
 
@@ -174,3 +180,32 @@ def pack_units(weights: GPTWeights, size: GPTSize, head: Head) -> Tensor:
         parts.append(padded.view(n_blocks, -1, 8, width))
     units = torch.cat(parts, 1)
     return units.view(n_blocks, -1, 8, width // 32, 32).transpose(2, 3).reshape(n_blocks, -1, width // 32, 32, 8)
+
+
+class PackedLayers(Sequence[LayerWeights]):
+    """The layers' matrices out of packed units, each made anew whenever it is asked for: so that no second copy stays in memory."""
+
+    def __init__(self, units: Tensor, size: GPTSize):
+        """units: see `pack_units`."""
+        n_blocks, width = len(units), size.width
+        self._n_layers, self._width = size.n_layers, width
+        self._rows = units.view(n_blocks, -1, width // 32, 8, 32).transpose(2, 3)  # [blocks, units, 8, width / 32, 32]
+
+    def __len__(self) -> int:
+        return self._n_layers
+
+    @overload
+    def __getitem__(self, index: int) -> LayerWeights: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LayerWeights]: ...
+    def __getitem__(self, index: int | slice) -> LayerWeights | list[LayerWeights]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        width, first = self._width, UNITS_A_LAYER * index
+        qkv, out, up, down = self._rows[:, first : first + UNITS_A_LAYER].split((3, 1, 4, 4), 1)
+        return LayerWeights(
+            qkv=qkv.transpose(0, 1).reshape(3 * width, width),
+            out=out.reshape(width, width),
+            up=up.reshape(4 * width, width),
+            down=down.transpose(1, 2).reshape(width, 4 * width),
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class LayerWeights:
 class GPTWeights:
     embedding: Tensor  # [ids + 1, width] bf16; the last row is zero
     positions: Tensor  # [block, width] float32
-    layers: list[LayerWeights]
+    layers: Sequence[LayerWeights]
     head: Tensor  # [codebooks * size, width] bf16
 
 
