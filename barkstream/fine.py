@@ -25,8 +25,8 @@ def generate_fine(
     """Codes [8, n] in chunks of schedule.chunk(0), (1), ... frames while coarse codes [2, t] come in.
 
     A chunk [a, b) is filled in one window: up to schedule.fine_context frames that are filled already (the preset's, then
-    our own), the chunk, and up to schedule.lookahead(index) coarse frames after it. The next
-    chunks fill those anew. What a chunk sees depends on its place alone, not on how many coarse frames have come already.
+    our own), the chunk, and up to schedule.lookahead(index) coarse frames after it, which the next chunks' windows fill
+    anew. What a chunk sees depends on its place alone, not on how many coarse frames have come already.
     """
     filled = _history(history, layout)
     known = np.zeros((layout.n_given, 0), np.int32)  # coarse frames not yet filled

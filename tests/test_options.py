@@ -1,6 +1,7 @@
 """What a request may ask for, and what it hears otherwise."""
 
 import math
+import re
 
 import pytest
 
@@ -73,9 +74,8 @@ def test_the_lookahead_is_a_list_as_the_chunks_are():
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused_with_what_would_be_right(wrong, said):
-    with pytest.raises(ValueError, match=r".*") as refused:
+    with pytest.raises(ValueError, match=re.escape(said)):
         Schedule.parse(wrong)
-    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["chunk_frames", "fine_lookahead"])

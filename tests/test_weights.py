@@ -29,7 +29,7 @@ def test_packed_layers_are_the_layers(n_heads):
     weights = GPTWeights(matrix(11, width), torch.zeros(1024, width), layers, matrix(200, width))
     packed = PackedLayers(pack_units(weights, size, head), size)
     assert len(packed) == n_layers
-    for found, expected in zip(packed[:], layers, strict=True):
+    for found, expected in zip(packed, layers, strict=True):
         for name in ("qkv", "out", "up", "down"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
             assert getattr(found, name).is_contiguous()

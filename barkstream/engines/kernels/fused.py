@@ -155,9 +155,7 @@ def n_head_tiles(size: GPTSize, head: Head) -> int:
     return -(-head.size // (8 * size.n_heads * 16))
 
 
-UNITS_A_LAYER = (
-    12  # of a block: 3 of queries, keys and values, 1 of the output projection, 4 of either of the MLP's matrices
-)
+UNITS = (3, 1, 4, 4)  # of a block and a layer: queries, keys and values; output projection; the MLP's matrices
 
 
 def pack_units(weights: GPTWeights, size: GPTSize, head: Head) -> Tensor:
@@ -199,10 +197,11 @@ class PackedLayers(Sequence[LayerWeights]):
     @overload
     def __getitem__(self, index: slice) -> list[LayerWeights]: ...
     def __getitem__(self, index: int | slice) -> LayerWeights | list[LayerWeights]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        width, first = self._width, UNITS_A_LAYER * index
-        qkv, out, up, down = self._rows[:, first : first + UNITS_A_LAYER].split((3, 1, 4, 4), 1)
+        which = range(len(self))[index]
+        if isinstance(which, range):
+            return [self[i] for i in which]
+        width, n_units = self._width, sum(UNITS)
+        qkv, out, up, down = self._rows[:, n_units * which : n_units * (which + 1)].split(UNITS, 1)
         return LayerWeights(
             qkv=qkv.transpose(0, 1).reshape(3 * width, width),
             out=out.reshape(width, width),
