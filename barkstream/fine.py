@@ -26,7 +26,8 @@ def generate_fine(
 
     A chunk [a, b) is filled in one window: up to schedule.fine_context frames that are filled already (the preset's, then
     our own), the chunk, and up to schedule.lookahead(index) coarse frames after it, which the next chunks' windows fill
-    anew. What a chunk sees depends on its place alone, not on how many coarse frames have come already.
+    anew. Behind that come unknown frames, as the reference has them behind the end of speech, up to schedule.fine_window.
+    What a chunk sees depends on its place alone, not on how many coarse frames have come already.
     """
     filled = _history(history, layout)
     known = np.zeros((layout.n_given, 0), np.int32)  # coarse frames not yet filled
@@ -43,6 +44,7 @@ def generate_fine(
             return
         n_context = min(schedule.fine_context, filled.shape[1])
         window = np.concatenate([filled[:, filled.shape[1] - n_context :], _unknown(known[:, :n_seen], layout)], axis=1)
+        window = _at_least(schedule.fine_window, window, layout)
         codes = stages.fine(window, n_context, _draws(seed, a - n_context, window.shape[1], layout), temperature)
         chunk = codes[:, n_context : n_context + n_chunk]
         yield chunk
@@ -57,8 +59,7 @@ def fill_offline(
     past = _history(history, layout)
     n_past, n_new = past.shape[1], coarse.shape[1]
     codes = np.concatenate([past, _unknown(coarse, layout)], axis=1)
-    n_padding = max(0, layout.window - codes.shape[1])
-    codes = np.pad(codes, ((0, 0), (0, n_padding)), constant_values=layout.unknown)
+    codes = _at_least(layout.window, codes, layout)
     n_windows = max(0, -(-(n_new - (layout.window - n_past)) // layout.hop)) + 1
     for i in range(n_windows):
         start = min(i * layout.hop, codes.shape[1] - layout.window)
@@ -80,6 +81,12 @@ def _unknown(coarse: Ints, layout: FineLayout) -> Ints:
     codes = np.full((layout.n_codebooks, coarse.shape[1]), layout.unknown, np.int32)
     codes[: layout.n_given] = coarse
     return codes
+
+
+def _at_least(n_frames: int, codes: Ints, layout: FineLayout) -> Ints:
+    """The codes [8, t], and unknown frames behind them if there are fewer than n_frames."""
+    n_padding = max(0, n_frames - codes.shape[1])
+    return np.pad(codes, ((0, 0), (0, n_padding)), constant_values=layout.unknown)
 
 
 def _draws(seed: int, first_frame: int, n_frames: int, layout: FineLayout) -> Floats:

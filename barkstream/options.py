@@ -115,6 +115,7 @@ class Schedule:
     chunk_frames: tuple[int, ...] = (24, 30, 30, 60, 60, 90, 120)  # sizes of a sentence's chunks; the last one repeats
     fine_context: int = 128  # frames already filled, to the left of a chunk
     fine_lookahead: tuple[int, ...] = (6, 6, 6, 6, 6, 6, 36)  # coarse frames after each chunk; the last one repeats
+    fine_window: int = 0  # a shorter window is filled up to so many frames, with unknown ones behind its end
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
     semantic_call: int = 64  # semantic tokens asked for in one call, at most
     semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
@@ -125,11 +126,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         counts = (*self.chunk_frames, self.coarse_call, self.semantic_call, self.semantic_least)
-        extents = (self.fine_context, *self.fine_lookahead, self.coarse_ahead, self.semantic_ahead)
+        extents = (self.fine_context, *self.fine_lookahead, self.fine_window, self.coarse_ahead, self.semantic_ahead)
         if not (self.chunk_frames and self.fine_lookahead):
             raise ValueError(f"chunk_frames and fine_lookahead must have at least one value: {self}")
         if min(counts) < 1 or min(extents) < 0:
-            raise ValueError(f"chunks and calls must be at least 1, context and what is ahead at least 0: {self}")
+            raise ValueError(f"chunks and calls must be at least 1, windows and what is ahead at least 0: {self}")
 
     def chunk(self, index: int) -> int:
         """Frames of a sentence's chunk number `index`."""
@@ -147,6 +148,8 @@ class Schedule:
             )
         if self.coarse_call % checkpoint.coarse.n_codebooks:
             raise ValueError(f"coarse_call must be a multiple of {checkpoint.coarse.n_codebooks}: whole frames")
+        if self.fine_window > checkpoint.fine.window:
+            raise ValueError(f"fine_window must be at most the fine stage's {checkpoint.fine.window} frames, got {self.fine_window}")
         for index in range(max(len(self.chunk_frames), len(self.fine_lookahead))):
             extents = self.fine_context, self.chunk(index), self.lookahead(index)
             if sum(extents) > checkpoint.fine.window:

@@ -65,8 +65,9 @@ def test_the_lookahead_is_a_list_as_the_chunks_are():
     ("wrong", "said"),
     [
         ({"chunk_frames": "0"}, "chunks and calls must be at least 1"),
-        ({"fine_context": "-1"}, "context and what is ahead at least 0"),
-        ({"fine_lookahead": "6, -1"}, "context and what is ahead at least 0"),
+        ({"fine_context": "-1"}, "windows and what is ahead at least 0"),
+        ({"fine_window": "-1"}, "windows and what is ahead at least 0"),
+        ({"fine_lookahead": "6, -1"}, "windows and what is ahead at least 0"),
         ({"chunk_frames": "30,x"}, "chunk_frames must be written like '24, 30, 30, 60, 60, 90, 120', got '30,x'"),
         ({"fine_lookahead": "6 36"}, "fine_lookahead must be written like '6, 6, 6, 6, 6, 6, 36', got '6 36'"),
         ({"fine_lookahead": ""}, "fine_lookahead must be written like"),

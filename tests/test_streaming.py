@@ -72,9 +72,10 @@ class CountingFill:
         return filled
 
 
-def fill(pipeline, schedule, coarse, n_piece):
+def fill(pipeline, schedule, coarse, n_piece, stages=None):
     """Codes [8, t], the windows that were filled, and for each chunk how many pieces of coarse codes had been taken."""
-    stages, n_taken, taken, codes = CountingFill(), 0, [], []
+    stages = stages or CountingFill()
+    n_taken, taken, codes = 0, [], []
 
     def pieces():
         nonlocal n_taken
@@ -96,6 +97,28 @@ def test_every_chunk_has_its_own_lookahead_and_waits_for_no_more(pipeline, voice
     assert [n * 6 for n in taken] == [30, 90, 180, 186, 246, 300, 300]
     np.testing.assert_array_equal(codes[:2], coarse)
     assert codes[2, :24].min() == 6 + 1 and codes[2, 24:54].min() == 36 + 1  # a look-ahead's frames were filled anew
+
+
+def test_short_windows_end_in_unknown_frames(pipeline, voices):
+    """As the reference's do; a window that is long enough stays as it is, and chunks are the same length."""
+    coarse = np.tile(voices["heart_0"].coarse, 3)[:, :200]
+    schedule = replace(
+        pipeline.schedule, chunk_frames=(24, 60), fine_lookahead=(6, 36), fine_context=40, fine_window=100
+    )
+    seen = []
+
+    class Filling(CountingFill):
+        def fine(self, codes, fill_from, uniforms, temperature):
+            seen.append((codes, uniforms.shape[1]))
+            return super().fine(codes, fill_from, uniforms, temperature)
+
+    codes, windows, _ = fill(pipeline, schedule, coarse, n_piece=10, stages=Filling())
+    assert windows == [(0, 100), (24, 96), (40, 96), (40, 60)]
+    assert codes.shape == (8, 200)
+    for (window, n_draws), n_real in zip(seen, [30, 120, 136, 40 + 56], strict=True):
+        assert n_draws == window.shape[1]
+        assert (window[:, n_real:] == pipeline.checkpoint.fine.unknown).all()
+        assert (window[:2, :n_real] != pipeline.checkpoint.fine.unknown).all()
 
 
 @pytest.mark.parametrize("n_piece", [1, 30, 300])
@@ -228,6 +251,7 @@ def test_blank_text_is_refused_before_any_work(pipeline):
             dict(chunk_frames=(24, 300), fine_context=512, fine_lookahead=(6, 96, 213)),
             r"fine stage's window of 1024 frames; chunk 2 takes 512 \+ 300 \+ 213 = 1025",
         ),
+        (dict(fine_window=1025), "fine_window must be at most the fine stage's 1024 frames, got 1025"),
     ],
 )
 def test_a_schedule_that_the_stages_cannot_follow_is_refused(pipeline, wrong, said):

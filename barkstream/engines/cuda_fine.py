@@ -67,7 +67,7 @@ class FineEngine:
         major, minor = torch.cuda.get_device_capability()
         module = build("fine.cu", f"sm_{major}{minor}", WIDTH=layout.size.width, BOOK_SIZE=layout.codebook_size)
         self._kernels = {name: module.kernel(name) for name in ("embed", "add_norm", "gelu", "draw")}
-        self._batches: dict[tuple[int, int], _Batch] = {}
+        self._batches: dict[tuple[int, int, bool], _Batch] = {}
 
     @classmethod
     def load(cls, path: Path, layout: FineLayout, max_batch: int = 8) -> FineEngine:
@@ -106,13 +106,14 @@ class FineEngine:
         return finish
 
     def _start(self, windows: list[Window], n_frames: int) -> Callable[[], Ints]:
-        shape = _rows(len(windows)), min(n_frames, self.layout.size.block_size)
+        n_frames = min(n_frames, self.layout.size.block_size)
+        shape = _rows(len(windows)), n_frames, all(window.n_frames == n_frames for window in windows)
         if shape not in self._batches:
             self._batches[shape] = self._new_batch(*shape)
         return self._batches[shape].start(windows)
 
-    def _new_batch(self, n_rows: int, n_frames: int) -> _Batch:
-        batch = _Batch(self.layout, n_rows, n_frames)
+    def _new_batch(self, n_rows: int, n_frames: int, are_whole: bool) -> _Batch:
+        batch = _Batch(self.layout, n_rows, n_frames, are_whole)
         if n_rows * n_frames <= GRAPH_FRAMES:
             batch.work = capture(lambda: self._passes(batch)).replay
         else:
@@ -162,17 +163,16 @@ class FineEngine:
 class _Batch:
     """The memory that windows of one shape are filled in, and how: a graph's replay, or the work itself."""
 
-    def __init__(self, layout: FineLayout, n_rows: int, n_frames: int):
+    def __init__(self, layout: FineLayout, n_rows: int, n_frames: int, are_whole: bool):
+        """are_whole: every window has n_frames frames. Attention is faster without a mask."""
         self.layout, self.n_rows, self.n_frames, self.n_tokens = layout, n_rows, n_frames, n_rows * n_frames
         self.codes = torch.zeros(n_rows, layout.n_codebooks, n_frames, dtype=torch.int32, device="cuda")
         self.uniforms = torch.zeros(n_rows, layout.n_codebooks - layout.n_given, n_frames, device="cuda")
         self.temperatures = torch.ones(n_rows, device="cuda")
         self.fill_from = torch.zeros(n_rows, dtype=torch.int32, device="cuda")
         self.n_valid = torch.full((n_rows,), n_frames, dtype=torch.int32, device="cuda")
-        # A window of the whole block is never padded: attention without a mask is faster.
-        is_whole = n_frames == layout.size.block_size
         self.work: Callable[[], None] = lambda: None
-        self.mask = None if is_whole else torch.ones(n_rows, 1, 1, n_frames, dtype=torch.bool, device="cuda")
+        self.mask = None if are_whole else torch.ones(n_rows, 1, 1, n_frames, dtype=torch.bool, device="cuda")
 
     def start(self, windows: Sequence[Window]) -> Callable[[], Ints]:
         """What is returned waits for filled codes [B, K, T], padding included."""
