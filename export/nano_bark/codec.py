@@ -192,13 +192,13 @@ class Quantiser:
         book.cluster_size.copy_(torch.where(dead[:, 0], torch.ones_like(smooth), book.cluster_size))
 
     def train(self, latents, expected):
-        """-> quantised, with straight-through gradients; commitment loss; which rows hold more than codebook 1. A tenth
-        of the rows keep only that, a third what coarse says, codebooks 1 and 2: what one of fine's frames says does not
+        """-> quantised, with straight-through gradients; commitment loss; which rows hold more than codebook 1. A twelfth
+        of the rows keep only that, half what coarse says, codebooks 1 and 2: what one of fine's frames says does not
         know of its neighbours, so that all that must fit together has to be in these."""
         batch = len(latents)
         keep, how = torch.randint(2, N_BOOKS, (batch,), device=latents.device), torch.rand(batch, device=latents.device)
-        keep = torch.where(how < 0.6, keep, N_BOOKS)
-        keep = torch.where(how < 0.1, 1, torch.where(how < 0.45, 2, keep))
+        keep = torch.where(how < 0.65, keep, N_BOOKS)
+        keep = torch.where(how < 0.08, 1, torch.where(how < 0.55, 2, keep))
         rest, out, commit = latents, 0.0, 0.0
         for i, book in enumerate(self.books):
             rows = (rest if i else expected).detach().flatten(0, 1)

@@ -33,6 +33,7 @@ TOKENS_PER_UNIT = 75 / 49.9 * 2
 WINDOW_UNITS, UNITS_BEFORE, PAST, NEW = 256, 209, 630, 60
 SLOTS = PAST + NEW  # coarse tokens of a window
 FINE_IN, FINE_PAD, FINE_WINDOW, FINE_PAST = 1056, 1024, 1024, 512
+SHORT_CONTEXT, SHORT_WINDOWS = 128, (158, 218)  # what streaming fills: chunks of 24 and 84 frames with 6 after them
 COARSE_SHARPNESS = 1.4  # checkpoints have coarse's logits times this: said at Bark's .7 they are sampled at .5, see README.md
 SHAPES = dict(semantic=(8, 5, 320), coarse=(8, 4, 256), fine=(5, 4, 256))  # layers, heads, width
 
@@ -407,13 +408,15 @@ class Coarse:
 
 class Fine:
     """Windows of 1,024 frames: up to 512 of a preset, then speech, then padding. Each sixth of a batch predicts one
-    codebook; from that codebook on, frames after the known ones are hidden."""
+    codebook; from that codebook on, frames after the known ones are hidden. Every other batch is of short windows as
+    streaming asks for them: SHORT_CONTEXT known frames, then speech up to the window's end."""
 
     def __init__(self, batch):
-        self.each, self.length = max(1, batch // 6), FINE_WINDOW
+        self.each = max(1, batch // 6)
         self.batch = 6 * self.each
-        self.shapes = [(self.batch, self.length, True)]
-        self.losses, self.turns = [self.loss], (0,)
+        self.shapes = [(self.batch, FINE_WINDOW, True), *((self.batch, n, True) for n in SHORT_WINDOWS)]
+        self.losses = [partial(self.loss, self.draw), *(partial(self.loss, partial(self.draw_short, n)) for n in SHORT_WINDOWS)]
+        self.turns = (0, 1, 0, 2)
         self.model = GPT("fine").to(DEVICE)
         self.params = list(self.model.parameters())
 
@@ -438,6 +441,20 @@ class Fine:
         codes = torch.where(real, t.codes[:, at].long(), FINE_PAD)
         return codes, frame < known[:, None], real
 
+    def draw_short(self, length):
+        """-> as draw, for windows of `length` frames from anywhere in an utterance; before it, a preset"""
+        t, n = self.tokens, self.batch
+        said = t.pick(n)
+        before = t.pick_of(t.voice[said])
+        frame = torch.arange(length, device=DEVICE)
+        first = (uniform(n) * t.n_frames[said]).long() * (uniform(n) < 0.7)  # of the chunk; often the utterance's own
+        own = frame + (first - SHORT_CONTEXT)[:, None]
+        history = t.frame_start[before, None] + t.n_frames[before, None] + own
+        at = torch.where(own < 0, history, t.frame_start[said, None] + own).clamp(0, t.codes.shape[1] - 1)
+        real = own < t.n_frames[said, None]
+        codes = torch.where(real, t.codes[:, at].long(), FINE_PAD)
+        return codes, (frame < SHORT_CONTEXT).expand(n, -1), real
+
     def hidden(self, codes, known):
         """Rows [each * i, each * (i + 1)) see codebooks 0 to i + 2, the last of them only where known."""
         tables, parts = self.model.input_embeds_layers, []
@@ -447,8 +464,8 @@ class Fine:
             parts.append(sum(tables[k](codes[k, rows]) for k in range(book)) + tables[book](hidden))
         return self.model(torch.cat(parts))[0]
 
-    def loss(self):
-        codes, known, real = self.draw()
+    def loss(self, draw):
+        codes, known, real = draw()
         hidden, losses = self.hidden(codes, known), []
         for i in range(6):
             rows, book = slice(self.each * i, self.each * (i + 1)), i + 2

@@ -13,6 +13,7 @@ import numpy as np
 UNITS = Path(__file__).with_name("units.npz")
 FPS, SR = 80, 24000  # the teacher's frames, samples
 SEM_HZ = 49.9
+LEAD_S = 0.06  # silence before the first sound
 DURATIONS = "/Clip_output_0"  # a tensor inside hibari's graph
 VOICES = ["heart", "deep"]
 
@@ -98,7 +99,10 @@ class Teacher:
         wav = dsp.synth(
             np.ascontiguousarray(lh), np.ascontiguousarray(th), ln, lr, phi, f0, np.random.default_rng(seed)
         )
-        return wav, pos, feats.astype(np.float32)
+        # Speech begins LEAD_S after the start: a listener of a stream waits for every frame of silence before it.
+        loud = np.flatnonzero(np.abs(wav) > 0.01)
+        quiet = max(0, int(((loud[0] if len(loud) else 0) / SR - LEAD_S) * FPS))
+        return wav[quiet * SR // FPS :], pos[quiet:], feats[quiet:].astype(np.float32)
 
 
 class Units:
