@@ -198,7 +198,7 @@ class Quantiser:
         batch = len(latents)
         keep, how = torch.randint(2, N_BOOKS, (batch,), device=latents.device), torch.rand(batch, device=latents.device)
         keep = torch.where(how < 0.65, keep, N_BOOKS)
-        keep = torch.where(how < 0.08, 1, torch.where(how < 0.55, 2, keep))
+        keep = torch.where(how < 0.08, 1, torch.where(how < 0.6, 2, keep))
         rest, out, commit = latents, 0.0, 0.0
         for i, book in enumerate(self.books):
             rows = (rest if i else expected).detach().flatten(0, 1)
