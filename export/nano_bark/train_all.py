@@ -81,7 +81,7 @@ def schedule(options):
     if options.smoke:
         return dict(first=20.0, gan=35.0, freeze=55.0, ready=30.0, semantic=200.0, fine=230.0, end=290.0, early=240.0)
     two = "," in options.gpu
-    gan = freeze = 480.0 if two else 345.0
+    gan = freeze = 460.0 if two else 345.0
     fine, early = freeze + (0.3 if two else 0.32) * (end - freeze), freeze + 0.5 * (end - freeze)
     semantic = freeze - 60 if two else freeze + 300
     return dict(
