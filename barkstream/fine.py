@@ -25,9 +25,10 @@ def generate_fine(
     """Codes [8, n] in chunks of schedule.chunk(0), (1), ... frames while coarse codes [2, t] come in.
 
     A chunk [a, b) is filled in one window: up to schedule.fine_context frames that are filled already (the preset's, then
-    our own), the chunk, and up to schedule.lookahead(index) coarse frames after it, which the next chunks' windows fill
-    anew. Behind that come unknown frames, as the reference has them behind the end of speech, up to schedule.fine_window.
-    What a chunk sees depends on its place alone, not on how many coarse frames have come already.
+    our own; more, if the window is to reach schedule.fine_window), the chunk, and up to schedule.lookahead(index) coarse
+    frames after it, which the next chunks' windows fill anew. Where that is less than fine_window, unknown frames follow,
+    as the reference has them behind the end of speech. What a chunk sees depends on its place alone, not on how many
+    coarse frames have come already.
     """
     filled = _history(history, layout)
     known = np.zeros((layout.n_given, 0), np.int32)  # coarse frames not yet filled
@@ -42,7 +43,7 @@ def generate_fine(
         n_chunk = min(n_chunk, known.shape[1])
         if n_chunk == 0:
             return
-        n_context = min(schedule.fine_context, filled.shape[1])
+        n_context = min(max(schedule.fine_context, schedule.fine_window - n_seen), filled.shape[1])
         window = np.concatenate([filled[:, filled.shape[1] - n_context :], _unknown(known[:, :n_seen], layout)], axis=1)
         window = _at_least(schedule.fine_window, window, layout)
         codes = stages.fine(window, n_context, _draws(seed, a - n_context, window.shape[1], layout), temperature)

@@ -115,7 +115,7 @@ class Schedule:
     chunk_frames: tuple[int, ...] = (24, 30, 30, 60, 60, 90, 120)  # sizes of a sentence's chunks; the last one repeats
     fine_context: int = 128  # frames already filled, to the left of a chunk
     fine_lookahead: tuple[int, ...] = (6, 6, 6, 6, 6, 6, 36)  # coarse frames after each chunk; the last one repeats
-    fine_window: int = 0  # a shorter window is filled up to so many frames, with unknown ones behind its end
+    fine_window: int = 0  # a window's frames, at least: more context, and where there is none, unknown frames behind
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
     semantic_call: int = 64  # semantic tokens asked for in one call, at most
     semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some

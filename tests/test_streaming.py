@@ -99,11 +99,11 @@ def test_every_chunk_has_its_own_lookahead_and_waits_for_no_more(pipeline, voice
     assert codes[2, :24].min() == 6 + 1 and codes[2, 24:54].min() == 36 + 1  # a look-ahead's frames were filled anew
 
 
-def test_short_windows_end_in_unknown_frames(pipeline, voices):
-    """As the reference's do; a window that is long enough stays as it is, and chunks are the same length."""
+def test_short_windows_get_more_context_then_unknown_frames(pipeline, voices):
+    """Unknown frames behind are what the reference's windows end in."""
     coarse = np.tile(voices["heart_0"].coarse, 3)[:, :200]
     schedule = replace(
-        pipeline.schedule, chunk_frames=(24, 60), fine_lookahead=(6, 36), fine_context=40, fine_window=100
+        pipeline.schedule, chunk_frames=(24, 60), fine_lookahead=(6, 36), fine_context=40, fine_window=140
     )
     seen = []
 
@@ -113,9 +113,9 @@ def test_short_windows_end_in_unknown_frames(pipeline, voices):
             return super().fine(codes, fill_from, uniforms, temperature)
 
     codes, windows, _ = fill(pipeline, schedule, coarse, n_piece=10, stages=Filling())
-    assert windows == [(0, 100), (24, 96), (40, 96), (40, 60)]
+    assert windows == [(0, 140), (24, 116), (44, 96), (44, 96)]
     assert codes.shape == (8, 200)
-    for (window, n_draws), n_real in zip(seen, [30, 120, 136, 40 + 56], strict=True):
+    for (window, n_draws), n_real in zip(seen, [30, 120, 140, 44 + 56], strict=True):
         assert n_draws == window.shape[1]
         assert (window[:, n_real:] == pipeline.checkpoint.fine.unknown).all()
         assert (window[:2, :n_real] != pipeline.checkpoint.fine.unknown).all()
