@@ -149,7 +149,9 @@ class Schedule:
         if self.coarse_call % checkpoint.coarse.n_codebooks:
             raise ValueError(f"coarse_call must be a multiple of {checkpoint.coarse.n_codebooks}: whole frames")
         if self.fine_window > checkpoint.fine.window:
-            raise ValueError(f"fine_window must be at most the fine stage's {checkpoint.fine.window} frames, got {self.fine_window}")
+            raise ValueError(
+                f"fine_window must be at most the fine stage's {checkpoint.fine.window} frames, got {self.fine_window}"
+            )
         for index in range(max(len(self.chunk_frames), len(self.fine_lookahead))):
             extents = self.fine_context, self.chunk(index), self.lookahead(index)
             if sum(extents) > checkpoint.fine.window:

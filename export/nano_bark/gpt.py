@@ -532,7 +532,7 @@ def compile_blocks(task, run):
 
 def start_from(model, path, prefix):
     state = {k.removeprefix(prefix): v.float() for k, v in load_file(path).items() if k.startswith(prefix)}
-    if "coarse" in prefix and state:  # the two nano-barks before have no such factor; dividing by it does a start no harm
+    if "coarse" in prefix and state:  # the first two nano-barks have no such factor; dividing by it does a start no harm
         state["lm_head.weight"] /= COARSE_SHARPNESS
     if state:
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith("lm_heads")})

@@ -188,7 +188,7 @@ class PackedLayers(Sequence[LayerWeights]):
         n_blocks, width = len(units), size.width
         self._n_layers, self._width = size.n_layers, width
         # 16 bytes an element, which copies move at once: [blocks, units, 8 rows, width / 32, 4]
-        eights = units.contiguous().view(n_blocks, -1, width // 32, 32 * 8).view(torch.complex128)
+        eights = units.view(n_blocks, -1, width // 32, 32 * 8).view(torch.complex128)
         self._rows = eights.view(n_blocks, -1, width // 32, 8, 4).transpose(2, 3)
 
     def __len__(self) -> int:
