@@ -13,6 +13,7 @@ import codec
 import gpt
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from teacher import SEM_HZ
 from transformers import BarkConfig, BarkModel, EncodecConfig, GenerationConfig
 from transformers.models.bark import BarkCoarseConfig, BarkFineConfig, BarkSemanticConfig
@@ -76,6 +77,12 @@ def fill(module, state, absent=()):
     missing, unknown = module.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.endswith("attn.bias") and not k.startswith(absent or "none")]
     assert not missing and not unknown, (missing[:5], unknown[:5])
+
+
+def keep(weights, name, out):
+    """A part of a checkpoint made before, as its trainer would leave it in `out`."""
+    state = {k.removeprefix(f"{name}."): v for k, v in load_file(weights).items() if k.startswith(f"{name}.")}
+    torch.save(dict(model=state), Path(out) / f"{name}.pt")
 
 
 def load(out, name):

@@ -34,6 +34,9 @@ QUIET = 0.01  # magnitude under which differences hardly count. With .1 consonan
 SILENT, SPOKEN = 0.025, 0.1  # a frame's loudest band: below the first it counts a tenth, above the second in full
 WAVE_WINDOWS = 2048, 512, 128
 WEIGHTS = dict(sound=15.0, commit=0.5, expected=5.0)
+HEARD, HEARD_FROM = 1.0, 1500  # the listener's share of the pull on the sound; how many steps it learns before
+LISTENER_RATES = 1e-3, 1e-4
+DEEP = 0.6  # share of the examples in the second voice, of which the codec loses more
 
 
 # --- EnCodec's layers as matrix products ------------------------------------------------------------------------------
@@ -330,6 +333,27 @@ class Discriminators(nn.Module):
         return [d(x) for d in self.all]
 
 
+class Listener(nn.Module):
+    """Says which unit sounds in every frame: sound [B, samples] -> log probabilities [B, frames, units]. It learns from the
+    teacher's speech alone; that it hears the same in the decoded sound is one of the losses."""
+
+    def __init__(self, width=192, n_bands=80):
+        super().__init__()
+        self.mel = LogMel(1024, FRAME, n_bands)
+        self.first = nn.Conv1d(n_bands, width, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2) for _ in range(4))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, N_UNITS)
+
+    def forward(self, wav):
+        x = self.mel(wav)[..., :-1] + 1
+        with autocast():
+            x = F.gelu(self.first(x))
+            for conv in self.convs:
+                x = x + F.gelu(conv(x))
+            x = self.out(self.norm(x.transpose(1, 2)))
+        return F.log_softmax(x.float(), -1)
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
@@ -340,20 +364,24 @@ class Trainer:
         self.quantiser = Quantiser(self.model)
         self.judges = Discriminators().to(DEVICE).to(memory_format=torch.channels_last)
         self.expected = Expected().to(DEVICE)
+        self.listener, self.n_listened = Listener().to(DEVICE), torch.zeros((), device=DEVICE)
         self.mels = [LogMel(n, n // 4, bands) for n, bands in MEL_WINDOWS.items()]
         self.wave_loss = WaveLoss()
-        self.share = {k: torch.zeros((), device=DEVICE) for k in ("wave", "judged")}  # of the pull on the sound, mel: 1
+        self.share = {k: torch.zeros((), device=DEVICE) for k in ("wave", "judged", "heard")}  # of the pull on the sound, mel: 1
         self.sound = [*self.model.encoder.parameters(), *self.model.decoder.parameters(), *self.expected.parameters()]
         self.decoder = list(self.model.decoder.parameters())
         self.optimizer = adamw([*self.model.encoder.parameters(), *self.decoder], 5e-4, (0.8, 0.99), 1e-3)
         add_group(self.optimizer, self.expected.parameters(), times=2)
         self.judge_optimizer = adamw(self.judges.parameters(), 4e-4, (0.8, 0.99), 1e-3)
+        self.listener_optimizer = adamw(self.listener.parameters(), 1e-3, (0.9, 0.99), 1e-3)
         self.average = Average(self.decoder)
         self.codes = self.spoken = self.n_spoken = None
 
     def crop(self, limit):
-        """Frame numbers [B, frames] of random crops within the first `limit` frames."""
-        start = (torch.rand(self.batch, device=DEVICE) * (limit - self.frames)).long()
+        """Frame numbers [B, frames] of random crops within the first `limit` frames; DEEP of them in the second voice."""
+        first, second = ((torch.rand(self.batch, device=DEVICE) * (limit - self.frames)).long() for _ in range(2))
+        again = (self.corpus.voice[first] == 0) & (torch.rand(self.batch, device=DEVICE) < 4 * DEEP - 2)
+        start = torch.where(again, second, first)
         return start[:, None] + torch.arange(self.frames, device=DEVICE)
 
     def wave(self, frames):
@@ -376,13 +404,24 @@ class Trainer:
         ]
         return loss, verdict, sum(F.l1_loss(a.float(), b.float()) for a, b in pairs)
 
-    def pull(self, y, x, gan, phased=None):
-        """-> a loss whose gradient at the sound y is the sum of mel's, wave's (of the rows `phased`) and the judges', each
-        brought to mel's size times its share (left as they are, waveform L1 is 12,000 times smaller than mel); metrics.
-        The judges learn."""
+    def listen(self, y, x, unit):
+        """-> the listener's own loss, and how much less it hears in y than in x: nats a frame. Both are heard through the
+        same noise, of which no row has more than a whisper."""
+        noise = torch.randn_like(x) * torch.rand(len(x), 1, device=DEVICE) * 0.004
+        true, mine = self.listener(x + noise), self.listener(y + noise)
+        heard = F.kl_div(mine, true.detach(), log_target=True, reduction="none").sum(-1).mean()
+        return F.nll_loss(true.flatten(0, 1), unit.flatten()), heard
+
+    def pull(self, y, x, unit, gan, phased=None):
+        """-> a loss whose gradient at the sound y is the sum of mel's, wave's (of the rows `phased`), the listener's and the
+        judges', each brought to mel's size times its share (left as they are, waveform L1 is 12,000 times smaller than mel);
+        metrics. The listener and the judges learn."""
         leaf = y.detach().requires_grad_()
         losses = dict(mel=self.spectral_loss(leaf, x), wave=self.wave_loss(leaf, x, phased))
-        metrics = dict(losses)
+        listened, losses["heard"] = self.listen(leaf, x, unit)
+        self.n_listened += 1
+        self.share["heard"].copy_(HEARD * (self.n_listened / HEARD_FROM - 1).clamp(0, 1))
+        metrics = dict(losses, listener=listened)
         if gan:
             judged, verdict, features = self.verdicts(leaf, x)
             losses["judged"] = verdict + 2 * features
@@ -391,6 +430,7 @@ class Trainer:
             k: torch.autograd.grad(loss, leaf, retain_graph=k == "judged")[0].nan_to_num(0.0, 0.0, 0.0)
             for k, loss in losses.items()
         }
+        learn(listened, list(self.listener.parameters()), self.listener_optimizer, 5.0)
         if gan:
             learn(judged, list(self.judges.parameters()), self.judge_optimizer, 10.0)
         size = pulls["mel"].norm()
@@ -413,7 +453,7 @@ class Trainer:
             q, commit = torch.where(phased[:, None, None], z, expected), (z - expected.detach()).pow(2).mean()
         with autocast():
             y = decode(self.model, q)
-        sound, metrics = self.pull(y, x, gan, phased)
+        sound, metrics = self.pull(y, x, self.corpus.unit[frames].long(), gan, phased)
         surprise = (expected - z.detach()).pow(2).mean()
         metrics |= dict(commit=commit, surprise=surprise / z.detach().flatten(0, 1).var(0).mean())
         learn(sound + w["commit"] * commit + w["expected"] * surprise, self.sound, self.optimizer, 20.0)
@@ -430,7 +470,7 @@ class Trainer:
         x = self.wave(frames)
         with autocast():
             y = decode(self.model, self.quantiser.latents(codes, keep))
-        loss, metrics = self.pull(y, x, True)
+        loss, metrics = self.pull(y, x, self.corpus.unit[frames].long(), True)
         learn(loss, self.decoder, self.decoder_optimizer, 20.0)
         self.average.update()
         return {k: v.detach() for k, v in metrics.items()}
@@ -450,7 +490,7 @@ class Trainer:
 
 def settle(run, trainer, step, optimizers, until, rates, tag, shares, averaged=False):
     """Steps until a time; learning rates fall along a cosine. shares: of the waveform loss, of the judges, and for how
-    many steps these only learn (their share then rises for as many)."""
+    many steps these only learn (their share then rises for as many, and falls to nothing at the end)."""
     wave, judged, wait = shares
     trainer.share["wave"].fill_(wave), trainer.share["judged"].fill_(0.0)
     began, n = run.now(), 0
@@ -464,7 +504,7 @@ def settle(run, trainer, step, optimizers, until, rates, tag, shares, averaged=F
         for optimizer, (high, low) in zip(optimizers, rates, strict=True):
             set_rate(optimizer, rise * (low + (high - low) * 0.5 * (1 + np.cos(np.pi * share))))
         if judged:
-            trainer.share["judged"].fill_(judged * min(1.0, max(0.0, n / wait - 1)))
+            trainer.share["judged"].fill_(judged * min(1.0, max(0.0, n / wait - 1)) * (1 - share))
         metrics = replay()
         n += 1
         if n == 300 and averaged:
@@ -511,7 +551,8 @@ def train_all_parts(run, trainer, options):
     run.log(event="first audio", hours=corpus.n / 75 / 3600)
 
     def go(quantise, gan, until, rates, tag):
-        optimizers = [trainer.optimizer, trainer.judge_optimizer] if gan else [trainer.optimizer]
+        optimizers = [trainer.optimizer, trainer.listener_optimizer, *([trainer.judge_optimizer] if gan else [])]
+        rates = [rates[0], LISTENER_RATES, *rates[1:]]
         step, shares = lambda: trainer.step(quantise, gan), (1.0, 1.0 if gan else 0.0, 300)
         for n in settle(run, trainer, step, optimizers, until, rates, tag, shares):
             if n % 60 == 0:
@@ -575,9 +616,9 @@ def train_decoder(run, trainer, codes):
     trainer.decoder_optimizer = adamw(trainer.decoder, 2e-4, (0.8, 0.99), 1e-3)
     trainer.optimizer = None
     trainer.average.reset()
-    optimizers = [trainer.decoder_optimizer, trainer.judge_optimizer]
+    optimizers = [trainer.decoder_optimizer, trainer.listener_optimizer, trainer.judge_optimizer]
     imitation = run.out / "imitation.npy"  # fine's own codes of the corpus's first frames (gpt.py)
-    rates, shares = [(3e-4, 2e-5), (3e-4, 5e-5)], (0.5, 2.0, 200)
+    rates, shares = [(3e-4, 2e-5), LISTENER_RATES, (3e-4, 5e-5)], (0.5, 2.0, 200)
     loop = settle(run, trainer, trainer.decoder_step, optimizers, run.end, rates, "decoder", shares, True)
     for n in loop:
         if n % (100 if DEVICE == "cuda" else 1) == 0 and imitation.exists() and not float(trainer.n_spoken):

@@ -22,6 +22,7 @@ from pathlib import Path
 from steps import Run
 
 HERE = Path(__file__).resolve().parent
+CPU_ONLY = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 class Part:
@@ -30,7 +31,7 @@ class Part:
     def __init__(self, run, name, *arguments, restarts=1, cpu_only=False, **environment):
         self.run, self.name, self.restarts = run, name, restarts
         self.command = [sys.executable, "-u", *map(str, arguments)]
-        self.environment = os.environ | environment | ({"CUDA_VISIBLE_DEVICES": ""} if cpu_only else {})
+        self.environment = os.environ | environment | (CPU_ONLY if cpu_only else {})
         self.start()
 
     def start(self):
@@ -70,6 +71,7 @@ def arguments():
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus.json.gz")
     parser.add_argument("--weights", type=Path, default=HERE / "start.safetensors")
     parser.add_argument("--new-codes", action="store_true", help="the codec in --weights is only where training starts")
+    parser.add_argument("--keep-semantic", action="store_true", help="the semantic model in --weights stays as it is")
     parser.add_argument("--no-listening", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     return parser.parse_args()
@@ -81,7 +83,7 @@ def schedule(options):
     if options.smoke:
         return dict(first=20.0, gan=35.0, freeze=55.0, ready=30.0, semantic=200.0, fine=230.0, end=290.0, early=240.0)
     two = "," in options.gpu
-    gan = freeze = 460.0 if two else 345.0
+    gan = freeze = 540.0 if two else 345.0
     fine, early = freeze + (0.3 if two else 0.32) * (end - freeze), freeze + 0.5 * (end - freeze)
     semantic = freeze - 60 if two else freeze + 300
     return dict(
@@ -103,6 +105,10 @@ class Work:
         self.corpus = Part(run, "corpus", "corpus.py", *texts, restarts=0, cpu_only=True)
         self.errands = [self.corpus]
         self.start = ["--weights", options.weights.resolve()]
+        if options.keep_semantic:
+            self.started.add("semantic")
+            command = f"import assemble; assemble.keep({str(options.weights.resolve())!r}, 'semantic', {str(self.out)!r})"
+            subprocess.run([sys.executable, "-c", command], cwd=HERE, check=True, env=os.environ | CPU_ONLY)
         codec = ["--gan", at["gan"], "--freeze", at["freeze"], "--end", at["end"], *self.start, *self.small("codec")]
         codec += ["--new-codes"] if options.new_codes else []
         self.trainers = [Part(run, "codec", "codec.py", self.out / "shards", self.out, "--t0", run.t0, *codec)]
