@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from barkstream.semantic import token_ids
 from barkstream.text import TextTokenizer
 from barkstream.tokens import Checkpoint
 from barkstream.voices import choose_speakers, load_voices
+from barkstream.watch import Watch
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
@@ -113,7 +114,10 @@ class TritonStages:
         return np.zeros(self._state_size, np.float32)
 
     def release(self, stream: int) -> None:
-        """Free the stream's KV slots, also when it was cancelled: in both stages at once, for each may be in a batch."""
+        """Free the stream's KV slots, also when it was cancelled: in both stages at once, for each may be in a batch.
+
+        In stages that share a process, calls of the stream that wait are answered with what there is; elsewhere they run to their end.
+        """
         inputs = _causal_inputs(np.zeros(1, np.int32), 0, 0, Sampling(), stream)
         with ThreadPoolExecutor(1) as other:
             coarse = other.submit(infer, "bark_coarse", inputs, "tokens")
@@ -301,6 +305,7 @@ class Speaker:
         self._admission = Admission(int(parameters["max_streams"]))
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
         self._stream_keys = itertools.count(secrets.randbits(48) << 14 | 1)
+        self._watch = Watch(self._admission.n_most)
         self._pacer = Pacer(float(parameters.get("pace_lead_s", "inf")))
         self._metrics = SpeakerMetrics(pb_utils.MetricFamily)
 
@@ -315,6 +320,7 @@ class Speaker:
 
     def close(self) -> None:
         self._workers.shutdown(wait=True)
+        self._watch.close()
 
     def _work(self, request: Any, sender: Any, admitted_at: float) -> None:
         """One request from first to last; sends FINAL exactly once, whatever happens."""
@@ -359,10 +365,14 @@ class Speaker:
         name = None if voice_name is None else _string("voice", voice_name)
         voice = choose_voice(name, prompts, self._voices, self._checkpoint)
         speech = Speech() if options.return_prompt else None
-        with self._pacer.player() if options.streaming else nullcontext() as player:  # offline, nobody listens yet
+        key = next(self._stream_keys)
+        with ExitStack() as until_over:
+            # offline, nobody listens yet
+            player = until_over.enter_context(self._pacer.player()) if options.streaming else None
             stages = TritonStages(self._checkpoint, partial(self._wait_turn, player, sender.is_cancelled))
+            until_over.enter_context(self._watch.listener(sender.is_cancelled, partial(stages.release, key)))
             pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule, self._metrics.count_guard)
-            chunks = pipeline.stream(text, options, voice, next(self._stream_keys), speech, speakers)
+            chunks = pipeline.stream(text, options, voice, key, speech, speakers)
             for index, chunk in enumerate(chunks):
                 if sender.is_cancelled():
                     raise Cancelled

@@ -102,6 +102,15 @@ def test_windows_of_different_lengths_share_a_batch(fine):
         draws_follow_the_twin(twin, one, filled, 0.7, bound=0.05)
 
 
+@pytest.mark.parametrize("n_windows", [3, 5, 7])
+def test_whole_windows_share_a_batch_that_they_do_not_fill(fine, n_windows):
+    """Without a mask, and with rows that hold no window."""
+    engine, twin = fine
+    given = [window(128, 40 + i, 0.7) for i in range(n_windows)]
+    for one, filled in zip(given, engine.fill(given), strict=True):
+        draws_follow_the_twin(twin, one, filled, 0.7, bound=0.05)
+
+
 def test_the_same_window_gives_the_same_codes_after_others(fine):
     engine, _ = fine
     given = window(100, 60, 0.5)

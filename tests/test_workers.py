@@ -371,3 +371,34 @@ def test_many_streams_on_a_pretend_gpu_all_finish(start):
 
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(speak, range(1, 49)))
+
+
+def test_rows_of_a_listener_who_left_are_answered_at_once(start):
+    gpt = FakeGPT()
+    gpt.gate = threading.Semaphore(0)
+    worker = start(causal(gpt, max_batch=1))
+    under_way, waiting, other = worker.submit([row(40, stream=1), row(40, stream=2), row(16, stream=3)])
+    gpt.gate.release()
+    while not gpt.batches:  # stream 1's first piece is over, its second one under way or about to be
+        pass
+    worker.drop(2)
+    assert waiting.result(timeout=5).tokens.tolist() == [] and not waiting.result().ended
+    worker.drop(1)
+    gpt.gate.release(100)
+    assert 16 <= len(under_way.result(timeout=5).tokens) <= 32  # not the piece after
+    assert len(other.result(timeout=5).tokens) == 16
+    assert all(stream != 2 for batch in gpt.batches for stream, _, _ in batch)
+    assert not worker._drawn
+
+
+def test_a_worker_whose_only_row_left_waits_for_the_next(start):
+    turns, gpt = Turns(), FakeGPT()
+    worker = causal(gpt, turns=turns)
+    with turns.turn(lambda: 0):  # somebody else's, so the row waits for its own
+        left = worker.submit([row(16, stream=1)])[0]
+        start(worker)
+        time.sleep(0.05)
+        worker.drop(1)
+        assert left.result(timeout=5).tokens.tolist() == []
+    assert len(worker.submit([row(16, stream=2)])[0].result(timeout=5).tokens) == 16
+    assert [stream for batch in gpt.batches for stream, _, _ in batch] == [2]

@@ -9,7 +9,7 @@ any order, by (number, result, Work) or (number, exception, Work). Work: what th
 
     "open", Spec      a stage's engine, made for the first who asks; None
     "run", call       a Row, Window or Chunk; its result
-    "release", keys   of streams whose KV slots are free from now on; None
+    "release", keys   of streams whose KV slots are free from now on; None. Calls of theirs that wait are answered with what there is
 
 The process ends with its last connection, or when its GPU fails: what is lost then is only caches, and the next call starts it
 anew.
@@ -50,6 +50,7 @@ class Stage:
         self._turns = turns
         self._n_slots: Callable[[], int] = lambda: 0
         self._release: Callable[..., None] = lambda *streams: None
+        self._drop = self._release
         self._told = Work()
         self._lock = threading.Lock()
         opened: Future[None] = Future()
@@ -65,6 +66,7 @@ class Stage:
         return self._worker.submit([call])[0]
 
     def release(self, streams: tuple[int, ...]) -> Future[Any]:
+        self._drop(*streams)
         return self._worker.between(lambda: self._release(*streams))
 
     def news(self) -> Work:
@@ -98,7 +100,7 @@ class Stage:
         step_s = measure_steps(engine.generate, prefix, spec.max_batch)
         engine.release(*(-1 - i for i in range(spec.max_batch)))
         self._n_slots, self._release = lambda: engine.n_owned_slots, engine.release
-        return CausalWorker(
+        worker = CausalWorker(
             start,
             engine.release,
             spec.max_batch,
@@ -106,6 +108,8 @@ class Stage:
             policy,
             lambda n_rows: step_s[min(max(step_s), 1 << (n_rows - 1).bit_length())],
         )
+        self._drop = worker.drop
+        return worker
 
 
 def memory(spec: Spec) -> str:

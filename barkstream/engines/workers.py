@@ -97,6 +97,7 @@ class _Pending(Generic[Call, Result]):
 
     def __init__(self, call: Call, is_hurried: bool):
         self.call, self.is_hurried, self.since_s = call, is_hurried, time.monotonic()
+        self.is_left = False  # its listener has gone
         self.answer: Future[Result] = Future()
 
 
@@ -140,6 +141,8 @@ class Worker(Generic[Call, Result]):
         while self._wait():
             with self._turns.turn(self._now_urgent) as turn:
                 batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
+                if not batch:  # who waited has left
+                    continue
                 results = self._try(batch, turn)
             self._takes_s += (turn.busy_s - self._takes_s) / 4
             self.work_done += Work(1, len(batch), turn.busy_s)
@@ -161,7 +164,8 @@ class Worker(Generic[Call, Result]):
         with self._changed:
             if any(each.is_hurried for each in self._waiting):
                 return policy.hurried
-            longest_s = time.monotonic() - min(each.since_s for each in self._waiting)
+            now_s = time.monotonic()
+            longest_s = now_s - min((each.since_s for each in self._waiting), default=now_s)
             can_wait = len(self._waiting) < policy.company and longest_s < policy.patience_s
         return LONE if can_wait else policy.urgency
 
@@ -211,10 +215,31 @@ class CausalWorker(Worker[Row, Generation]):
         super().__init__(start, max_batch, turns, policy)
         self._release, self._step_s = release, step_s
         self._drawn: dict[Future[Generation], list[Ints]] = {}
+        self._under_way: list[_Pending[Row, Generation]] = []
         self._n_nameless = 0
 
     def submit(self, calls: Sequence[Row]) -> list[Future[Generation]]:
         return super().submit([self._named(row) for row in calls])
+
+    def drop(self, *streams: int) -> None:
+        """Their listeners have left: rows that wait are answered at once with what there is of them, one under way after its piece."""
+        with self._changed:
+            left = [each for each in self._waiting if each.call.stream in streams]
+            self._waiting = [each for each in self._waiting if each not in left]
+            for each in self._under_way:
+                each.is_left = each.is_left or each.call.stream in streams
+            answers = [(each, self._said(each, False)) for each in left]
+        for each, generation in answers:
+            each.answer.set_result(generation)
+
+    def _said(self, pending: _Pending[Row, Generation], ended: bool) -> Generation:
+        drawn = self._drawn.pop(pending.answer, [])
+        return Generation(np.concatenate([np.zeros(0, np.int32), *drawn]), ended)
+
+    def _next_batch(self) -> list[_Pending[Row, Generation]]:
+        with self._changed:
+            self._under_way = super()._next_batch()
+        return self._under_way
 
     def _named(self, row: Row) -> Row:
         """A row without a stream needs its cache from piece to piece too: under a name below 0, until it is whole."""
@@ -242,21 +267,23 @@ class CausalWorker(Worker[Row, Generation]):
 
     def _settle(self, batch: list[_Pending[Row, Generation]], results: Sequence[Generation] | Exception) -> None:
         if isinstance(results, Exception):
-            for each in batch:
-                self._drawn.pop(each.answer, None)
+            with self._changed:
+                self._under_way = []
+                for each in batch:
+                    self._drawn.pop(each.answer, None)
             return super()._settle(batch, results)
         unfinished, whole = [], []
         now = time.monotonic()
-        for each, generation in zip(batch, results, strict=True):
-            each.since_s = now
-            drawn = self._drawn.setdefault(each.answer, [])
-            drawn.append(generation.tokens)
-            each.call = each.call.after(generation.tokens)
-            if each.call.n_tokens and not generation.ended:
-                unfinished.append(each)
-            else:
-                whole.append((each, Generation(np.concatenate(self._drawn.pop(each.answer)), generation.ended)))
         with self._changed:
+            self._under_way = []
+            for each, generation in zip(batch, results, strict=True):
+                each.since_s = now
+                self._drawn.setdefault(each.answer, []).append(generation.tokens)
+                each.call = each.call.after(generation.tokens)
+                if each.call.n_tokens and not generation.ended and not each.is_left:
+                    unfinished.append(each)
+                else:
+                    whole.append((each, self._said(each, generation.ended)))
             self._waiting = unfinished + self._waiting
         self._release(*(each.call.stream for each, _ in whole if each.call.stream < 0))
         for each, generation in whole:

@@ -19,6 +19,8 @@
 // - q, k, v of the head: 24 rows a block, to the head's 8 blocks
 // - attention: positions are dealt to the head's blocks in chunks of 8; each block then combines 8 of the 64 dimensions
 // - attention output: 8 dimensions a block, to all
+//   (With one row these two are one: every block reads what each of a head's blocks has found, and the tensor cores,
+//   which take 8 rows at the price of one, multiply all 8; their products are weighed and added.)
 // - x after attention: 8 columns a block, to all
 // - hidden layer of the MLP: 32 a block, to all
 // - x after the MLP: 8 columns a block, to all
@@ -37,7 +39,8 @@ constexpr int COPIES = 8;
 static_assert(B <= 8 && N_LAYERS % 2 == 0 && LAYER_UNITS == STAGES * STAGE_UNITS);
 
 // Where the packets of 16 bytes lie.
-constexpr int QKV_AT = 0, PART_AT = QKV_AT + H * B * 48, OUT_AT = PART_AT + BLOCKS * B * 17,
+constexpr int PART_PACKETS = B == 1 ? COPIES * BLOCKS * 8 : BLOCKS * B * 17;
+constexpr int QKV_AT = 0, PART_AT = QKV_AT + H * B * 48, OUT_AT = PART_AT + PART_PACKETS,
               X1_AT = OUT_AT + COPIES * B * W / 8, X2_AT = X1_AT + COPIES * B * W / 8,
               HIDDEN_AT = X2_AT + COPIES * B * W / 8, CANDIDATE_AT = HIDDEN_AT + COPIES * B * W / 2,
               LOGITS_AT = CANDIDATE_AT + BLOCKS * B * 2;
@@ -378,8 +381,8 @@ __device__ __forceinline__ void attend_newest(const Arguments& a, Shared& shared
     sync_threads(4, THREADS + 32);
 }
 
-// A row's warps and its newest position together, for the head's other blocks: 4 dimensions a lane, half of the parts
-// each.
+// A row's warps and its newest position together, for the head's other blocks, or for all blocks if it is the only row:
+// 4 dimensions a lane, half of the parts each.
 __device__ __forceinline__ void share_attention(const Arguments& a, const Shared& shared, u32 odd) {
     int row = warp(), quad = lane() % 16;
     float2 newest = shared.part_scale[WARPS + row];
@@ -409,6 +412,16 @@ __device__ __forceinline__ void share_attention(const Arguments& a, const Shared
     total += __shfl_xor_sync(~0u, total, 16);
     x.x += __shfl_xor_sync(~0u, x.x, 16), x.y += __shfl_xor_sync(~0u, x.y, 16), x.z += __shfl_xor_sync(~0u, x.z, 16),
         x.w += __shfl_xor_sync(~0u, x.w, 16);
+    if constexpr (B == 1) {
+        u32 low = pack_bf16(x.x, x.y), high = pack_bf16(x.z, x.w);
+        int first = lane() % 8 * 2;
+        uint4 packet = make_uint4(__shfl_sync(~0u, low, first), __shfl_sync(~0u, high, first),
+                                  __shfl_sync(~0u, low, first + 1), __shfl_sync(~0u, high, first + 1));
+        for (int copy = lane() / 8; copy < COPIES; copy += 4)
+            publish(at(a, PART_AT + (copy * BLOCKS + blockIdx.x) * 8 + lane() % 8), packet, odd);
+        if (lane() < COPIES) publish(at(a, OUT_AT + lane() * BLOCKS + blockIdx.x), as_words(top, total, 0, 0), odd);
+        return;
+    }
     u8* to = at(a, PART_AT + (blockIdx.x * B + row) * 17);
     uint4 packet = lane() == 16 ? as_words(top, total, 0, 0) : as_words(x.x, x.y, x.z, x.w);
     if (lane() <= 16) publish(to + lane() * 16, packet, odd);
@@ -439,11 +452,49 @@ __device__ __forceinline__ void combine_attention(const Arguments& a, u32 odd) {
     publish_columns(at(a, OUT_AT + warp() * (W / 8) + blockIdx.x), B * W * 2, make_float2(x * share, y * share), odd);
 }
 
+// The only row's attention output times a tile's second unit, over this warp's slices of k: what each of a head's 8
+// blocks has found is one of the 8 rows that the tensor cores multiply, and then weighed.
+__device__ __forceinline__ void multiply_attention(float (&sum)[1][4], const uint4 (&weights)[2 * PAIRS],
+                                                   const Arguments& a, u32 odd) {
+    static_assert(PAIRS <= 4, "a lane reads one scale");
+    auto slice = [&](int i) { return min(warp() + i * WARPS, SLICES - 1); };
+    const u8 *parts = at(a, PART_AT + (blockIdx.x % COPIES * BLOCKS + lane() / 4) * 8 + lane() % 4),
+             *scales = at(a, OUT_AT + blockIdx.x % COPIES * BLOCKS + lane() % 8);
+    uint4 v[PAIRS + 1];
+    await(
+        v,
+        [&](int i) {
+            return i < PAIRS ? parts + (slice(i) / 2 * 64 + slice(i) % 2 * 4) * 16
+                             : scales + slice(min(lane() / 8, PAIRS - 1)) / 2 * 128;
+        },
+        [&](const uint4& packet) { return (packet.x & 1) == odd; });
+    __syncwarp();
+    float peak = __uint_as_float(v[PAIRS].x), top = peak;
+#pragma unroll
+    for (int offset = 1; offset < 8; offset *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
+    float weight = power_of_2(peak - top), total = weight * __uint_as_float(v[PAIRS].y);
+#pragma unroll
+    for (int offset = 1; offset < 8; offset *= 2) total += __shfl_xor_sync(~0u, total, offset);
+    float share = __fdividef(weight, total), all = 0;
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        const uint4 &first = weights[2 * i], &second = weights[2 * i + 1];
+        float of[4] = {};
+        multiply_add(of, first.x, second.x, first.y, second.y, v[i].x, v[i].y);
+        multiply_add(of, first.z, second.z, first.w, second.w, v[i].z, v[i].w);
+        int from = i * 8 + lane() % 4 * 2;
+        all = fmaf(of[2], __shfl_sync(~0u, share, from), all);
+        all = fmaf(of[3], __shfl_sync(~0u, share, from + 1), all);
+    }
+    all += __shfl_xor_sync(~0u, all, 1);
+    sum[0][2] = all + __shfl_xor_sync(~0u, all, 2);
+}
+
 // The computing warps': this block's share of a row's earlier positions; a warp takes 4 at a time, 8 lanes and 8
 // dimensions each.
 __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int layer, u32 odd) {
     constexpr int GROUPS = BLOCK_SIZE / 32,
-                  TOGETHER = B < 4 ? 2 : 4;  // groups of 4 positions that a block owns at most
+                  TOGETHER = B == 2 ? 2 : 4;  // groups of 4 positions that a block owns at most
     int rank = blockIdx.x % 8, b = warp() % B, sub = lane() / 8, length = shared.rows[b].length;
     const u16 *keys = keys_at(a, layer, b), *values = keys + values_after(a);
     uint4 key[TOGETHER], value[TOGETHER];
@@ -504,7 +555,7 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int l
     sync_threads(4, THREADS + 32);
     if (warp() < B) {
         share_attention(a, shared, odd);
-        combine_attention(a, odd);
+        if constexpr (B > 1) combine_attention(a, odd);
     }
 }
 
@@ -545,8 +596,12 @@ __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, uin
     attend(a, place.shared, layer, odd);
     {
         float sums[1][4] = {};
-        await_slices<1>(act, copy_at(a, OUT_AT, W / 2), odd);
-        multiply(sums[0], weights[1], act[0]);
+        if constexpr (B == 1) {
+            multiply_attention(sums, weights[1], a, odd);
+        } else {
+            await_slices<1>(act, copy_at(a, OUT_AT, W / 2), odd);
+            multiply(sums[0], weights[1], act[0]);
+        }
         note_sums<1, 1>(sums, place);
         sync();
         if (warp() < B) {

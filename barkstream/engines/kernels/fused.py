@@ -126,8 +126,9 @@ class _Variant:
             **kernel_constants(size, head),
         ).kernel("decode", stages + 2 * partials, cooperative=True)
         blocks = decoder._n_blocks
-        packets = n_rows * (size.n_heads * 48 + blocks * 19 + COPIES * width * 7 // 8 + blocks * head_tiles * 8)
-        self.packets = torch.zeros(packets, 2, dtype=torch.int64, device="cuda")
+        parts = COPIES * 8 if n_rows == 1 else 17  # packets of a block and row, of attention
+        packets = size.n_heads * 48 + blocks * (parts + 2 + head_tiles * 8) + COPIES * width * 7 // 8
+        self.packets = torch.zeros(n_rows * packets, 2, dtype=torch.int64, device="cuda")
         self.tokens = torch.zeros(n_rows, size.block_size, dtype=torch.int32, device="cuda")
         self.result = torch.zeros(n_rows, 2, dtype=torch.int32, device="cuda")
         self.arguments = _arguments(n_rows)(
