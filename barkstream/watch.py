@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-PERIOD_S = 0.02  # Triton tells a model only when asked, which takes 20 to 50 us
+# Triton tells a model only when asked, which takes 20 to 50 us: so every 20 ms, and not more than 1,000 times a second in all.
+PERIOD_S, PERIOD_A_LISTENER_S = 0.02, 0.001
 
 
 class Watch:
@@ -61,7 +62,7 @@ class Watch:
                     if not listener.is_over and listener.has_left():
                         listener.is_over = True
                         self._errands.submit(listener.when_left)
-            time.sleep(PERIOD_S)
+            time.sleep(max(PERIOD_S, PERIOD_A_LISTENER_S * len(listeners)))
 
 
 class _Listener:
