@@ -48,6 +48,7 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 READY_TIMEOUT_S = 600  # a large checkpoint on a CPU, or TensorRT engines that are built at the first start
 DRAIN_S = 5  # how long `serve`, told to stop, lets Triton end by itself
+BLS_THREADS = 128  # stage calls that can be under way, two of each of 64 streams; Triton lets 32, and the others wait
 N_PORT_TRIES = 3
 N_LOG_LINES = 2000  # kept for error messages
 N_TAIL_LINES = 30  # shown in them
@@ -292,6 +293,7 @@ class Server:
             *profile,
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={name}",
+            f"--backend-config=python,thread-pool-size={BLS_THREADS}",
             # Our configurations are complete; completing them would start every Python model twice (2.3 s, not .5 s).
             "--disable-auto-complete-config",
             f"--grpc-address={self.host}",

@@ -34,7 +34,7 @@ import numpy as np
 
 from barkstream.engines.open import VERBS, EngineError, Spec, is_cpu, open_stage, prefix_lengths, use_gpu
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import POLICIES, CausalWorker, Work, Worker, at_once, measure_steps
+from barkstream.engines.workers import POLICIES, CausalWorker, Costs, Work, Worker, at_once, measure
 
 SWITCH_S = 0.0005  # threads hand Python over after so long: the one that has the next piece to launch must not wait
 LISTENING = "listening"
@@ -97,7 +97,7 @@ class Stage:
             return Worker(start, spec.max_batch, self._turns, policy)
         n_ids = 2 if spec.stage == "semantic" else 1
         prefix = np.zeros((prefix_lengths(spec.stage, spec.checkpoint)[-1] + 1, n_ids), np.int32)
-        step_s = measure_steps(engine.generate, prefix, spec.max_batch)
+        costs = measure(engine.generate, prefix, spec.max_batch)
         engine.release(*(-1 - i for i in range(spec.max_batch)))
         self._n_slots, self._release = lambda: engine.n_owned_slots, engine.release
         worker = CausalWorker(
@@ -106,7 +106,8 @@ class Stage:
             spec.max_batch,
             self._turns,
             policy,
-            lambda n_rows: step_s[min(max(step_s), 1 << (n_rows - 1).bit_length())],
+            partial(Costs.of, costs=costs.step_s),
+            partial(Costs.of, costs=costs.prefill_s),
         )
         self._drop = worker.drop
         return worker

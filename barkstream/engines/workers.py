@@ -111,7 +111,7 @@ class Worker(Generic[Call, Result]):
         self._waiting: list[_Pending[Call, Result]] = []
         self._errands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._is_closed = False
-        self._takes_s = 0.0  # a batch, of late
+        self._took_s: dict[int, float] = {}  # by the number of calls: the latest such batch
         self.work_done = Work()
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
@@ -144,20 +144,24 @@ class Worker(Generic[Call, Result]):
                 if not batch:  # who waited has left
                     continue
                 results = self._try(batch, turn)
-            self._takes_s += (turn.busy_s - self._takes_s) / 4
+            self._took_s[len(batch)] = turn.busy_s
             self.work_done += Work(1, len(batch), turn.busy_s)
             self._settle(batch, results)
 
     def _try(self, batch: Sequence[_Pending[Call, Result]], turn: Turn) -> Sequence[Result] | Exception:
         try:
             finish = self._start_batch(batch)
-            turn.launched(self._takes_s, self._policy.is_followed and any(each.is_hurried for each in batch))
+            turn.launched(self._takes_s(batch), self._policy.is_followed and any(each.is_hurried for each in batch))
             return finish()
         except Exception as error:
             return error
 
     def _start_batch(self, batch: Sequence[_Pending[Call, Result]]) -> Finish[Result]:
         return self._start([each.call for each in batch])
+
+    def _takes_s(self, batch: Sequence[_Pending[Call, Result]]) -> float:
+        """What the batch that was just started will take. Too much, and the GPU idles behind it."""
+        return self._took_s.get(len(batch), 0.0)
 
     def _now_urgent(self) -> int:
         policy = self._policy
@@ -210,10 +214,15 @@ class CausalWorker(Worker[Row, Generation]):
         turns: Turns,
         policy: Policy[Row],
         step_s: Callable[[int], float],
+        prefill_s: Callable[[int], float] = lambda n_rows: 0.0,
     ):
-        """start, release: the engine's. step_s: what a decode step of so many rows takes."""
+        """start, release: the engine's. step_s, prefill_s: what a decode step, or prefills, of so many rows take."""
         super().__init__(start, max_batch, turns, policy)
-        self._release, self._step_s = release, step_s
+        self._release, self._step_s, self._prefill_s = release, step_s, prefill_s
+        self._held: dict[
+            int, int
+        ] = {}  # a stream's ids when its latest piece was over: a call that goes on from there needs no prefill
+        self._n_piece = 0  # tokens of the piece under way
         self._drawn: dict[Future[Generation], list[Ints]] = {}
         self._under_way: list[_Pending[Row, Generation]] = []
         self._n_nameless = 0
@@ -229,6 +238,8 @@ class CausalWorker(Worker[Row, Generation]):
             for each in self._under_way:
                 each.is_left = each.is_left or each.call.stream in streams
             answers = [(each, self._said(each, False)) for each in left]
+            for stream in streams:
+                self._held.pop(stream, None)
         for each, generation in answers:
             each.answer.set_result(generation)
 
@@ -253,7 +264,12 @@ class CausalWorker(Worker[Row, Generation]):
         n = self._piece_tokens(
             [each.call.n_tokens for each in batch], [each.call.n_tokens for each in batch if each.is_hurried]
         )
+        self._n_piece = n
         return self._start([replace(each.call, n_tokens=min(n, each.call.n_tokens)) for each in batch])
+
+    def _takes_s(self, batch: Sequence[_Pending[Row, Generation]]) -> float:
+        n_new = sum(self._held.get(each.call.stream) != len(each.call.ids) for each in batch)
+        return self._n_piece * self._step_s(len(batch)) + (self._prefill_s(n_new) if n_new else 0.0)
 
     def _piece_tokens(self, n_wanted: list[int], n_hurried: list[int]) -> int:
         """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than three quarters of that.
@@ -271,6 +287,7 @@ class CausalWorker(Worker[Row, Generation]):
                 self._under_way = []
                 for each in batch:
                     self._drawn.pop(each.answer, None)
+                    self._held.pop(each.call.stream, None)
             return super()._settle(batch, results)
         unfinished, whole = [], []
         now = time.monotonic()
@@ -280,20 +297,38 @@ class CausalWorker(Worker[Row, Generation]):
                 each.since_s = now
                 self._drawn.setdefault(each.answer, []).append(generation.tokens)
                 each.call = each.call.after(generation.tokens)
+                if not each.is_left:
+                    self._held[each.call.stream] = len(each.call.ids)
                 if each.call.n_tokens and not generation.ended and not each.is_left:
                     unfinished.append(each)
                 else:
                     whole.append((each, self._said(each, generation.ended)))
             self._waiting = unfinished + self._waiting
-        self._release(*(each.call.stream for each, _ in whole if each.call.stream < 0))
+        nameless = [each.call.stream for each, _ in whole if each.call.stream < 0]
+        for stream in nameless:
+            del self._held[stream]
+        self._release(*nameless)
         for each, generation in whole:
             each.answer.set_result(generation)
         return None
 
 
-def measure_steps(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, max_batch: int) -> dict[int, float]:
-    """Seconds of a decode step with 1, 2, 4 .. max_batch rows behind prefixes [S, C]: by what more steps take longer."""
-    found, n_rows = {}, 1
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that rows of one length take, by their number: 1, 2, 4 and so on."""
+
+    step_s: dict[int, float]  # a decode step
+    prefill_s: dict[int, float]
+
+    @staticmethod
+    def of(n_rows: int, costs: dict[int, float]) -> float:
+        """Of any number of rows: between those of its neighbours."""
+        return float(np.interp(n_rows, list(costs), list(costs.values())))
+
+
+def measure(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, max_batch: int) -> Costs:
+    """Costs of rows behind prefixes [S, C]; a step's is by what more steps take longer."""
+    costs, n_rows = Costs({}, {}), 1
     sampling = Sampling(temperature=0, min_eos_p=1.0)
     while n_rows <= max_batch:
         took_s = []
@@ -301,6 +336,7 @@ def measure_steps(generate: Callable[[list[Row]], list[Generation]], prefix: Int
             began = time.perf_counter()
             generate([Row(prefix, n, 0, sampling, -1 - i) for i in range(n_rows)])
             took_s.append(time.perf_counter() - began)
-        found[n_rows] = max(took_s[2] - took_s[1], 1e-5) / (STEPS_TIMED[1] - STEPS_TIMED[0])
+        step_s = max(took_s[2] - took_s[1], 1e-5) / (STEPS_TIMED[1] - STEPS_TIMED[0])
+        costs.step_s[n_rows], costs.prefill_s[n_rows] = step_s, max(took_s[0] - step_s, 0.0)
         n_rows *= 2
-    return found
+    return costs
