@@ -15,6 +15,11 @@ class Admission:
         self._mean_s = 0.0  # how long a request takes, over about the last n_most
         self._lock = threading.Lock()
 
+    @property
+    def n_live(self) -> int:
+        """Requests under way."""
+        return self._n_live
+
     def enter(self) -> bool:
         """Whether there is room; if so, it is taken until `leave`."""
         with self._lock:

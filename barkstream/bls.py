@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -302,6 +303,8 @@ class Speaker:
         self._tokenizer = TextTokenizer(folder / "tokenizer.json", self._checkpoint.semantic)
         self._voices = load_voices(folder / "voices", self._checkpoint)
         self._schedule = _opened(_schedule, parameters, self._checkpoint)
+        self._crowded = _opened(_schedule, parameters, self._checkpoint, is_crowded=True)
+        self._crowd = int(parameters.get("crowd", 0)) or math.inf
         self._admission = Admission(int(parameters["max_streams"]))
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
         self._stream_keys = itertools.count(secrets.randbits(48) << 14 | 1)
@@ -371,7 +374,8 @@ class Speaker:
             player = until_over.enter_context(self._pacer.player()) if options.streaming else None
             stages = TritonStages(self._checkpoint, partial(self._wait_turn, player, sender.is_cancelled))
             until_over.enter_context(self._watch.listener(sender.is_cancelled, partial(stages.release, key)))
-            pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, self._schedule, self._metrics.count_guard)
+            schedule = self._crowded if self._admission.n_live > self._crowd else self._schedule
+            pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, schedule, self._metrics.count_guard)
             chunks = pipeline.stream(text, options, voice, key, speech, speakers)
             for index, chunk in enumerate(chunks):
                 if sender.is_cancelled():
@@ -448,8 +452,9 @@ def _opened(open_engine: Callable[..., Any], *arguments: Any, **options: Any) ->
         raise pb_utils.TritonModelException(str(error)) from None
 
 
-def _schedule(parameters: dict[str, str], checkpoint: Checkpoint) -> Schedule:
+def _schedule(parameters: dict[str, str], checkpoint: Checkpoint, is_crowded: bool = False) -> Schedule:
     schedule = Schedule.parse(parameters)
+    schedule = schedule.for_a_crowd() if is_crowded else schedule
     schedule.check(checkpoint)  # now, not when somebody wants to hear something
     return schedule
 

@@ -140,6 +140,14 @@ class Schedule:
         """Coarse frames that a sentence's chunk number `index` sees after its end, where the sentence has so many."""
         return self.fine_lookahead[min(index, len(self.fine_lookahead) - 1)]
 
+    def for_a_crowd(self) -> Schedule:
+        """A sentence's first two chunks in one, which plays for longer than the next takes when many streams share a GPU."""
+        return replace(
+            self,
+            chunk_frames=(self.chunk(0) + self.chunk(1), *(self.chunk_frames[2:] or self.chunk_frames[-1:])),
+            fine_lookahead=(self.lookahead(1), *(self.fine_lookahead[2:] or self.fine_lookahead[-1:])),
+        )
+
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises ValueError for a schedule that the checkpoint's stages cannot follow."""
         if self.chunk(0) < checkpoint.codec.min_first_chunk:

@@ -150,6 +150,8 @@ def shared_server(repository, tmp_path_factory):
         config = re.sub("max_batch_size: 32", "max_batch_size: 4", config)
         config = re.sub(r"count: \d+", "count: 2", config)
         (folder / f"bark_{stage}" / "config.pbtxt").write_text(config)
+    with (folder / "bark" / "config.pbtxt").open("a") as config:
+        config.write('parameters [ { key: "crowd" value: { string_value: "3" } } ]')
     with Server(folder) as server:
         yield server
 
@@ -163,6 +165,19 @@ def test_streams_of_a_server_whose_stages_share_a_process_are_those_of_the_defau
         alone = default.speak(text, voice="heart_0", seed=12)
     assert together[1].shape == alone.shape
     assert np.abs(together[1] - alone).mean() < 1e-3  # a near-tie may fall the other way in another batch
+
+
+@pytest.mark.server
+def test_in_a_crowd_the_first_two_chunks_are_one(shared_server):
+    ask = dict(voice="heart_0", seed=4)
+    with Client(shared_server.grpc_url) as client, ThreadPoolExecutor(3) as pool:
+        first_chunk = lambda: len(list(client.stream("Good morning, how are you today?", **ask))[0])  # noqa: E731
+        long = ["We walked along the river until the sun went down behind the hills."] * 3
+        others = [iter(client.stream(text, **ask)) for text in long]
+        list(pool.map(next, others))
+        crowded = first_chunk()
+        list(pool.map(list, others))
+        assert (first_chunk(), crowded) == (24 * 320, 54 * 320)
 
 
 @pytest.mark.server

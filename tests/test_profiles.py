@@ -13,7 +13,7 @@ from barkstream.options import Schedule
 from barkstream.server import MODEL_REPOSITORY
 
 PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
-SPEAKER = {"sample_rate", "max_streams", "pace_lead_s"} | {field.name for field in fields(Schedule)}
+SPEAKER = {"sample_rate", "max_streams", "pace_lead_s", "crowd"} | {field.name for field in fields(Schedule)}
 KNOWN = {
     "bark": SPEAKER,
     "bark_semantic": {"engine", "shares_process", "kv_slots", "n_threads"},
@@ -99,9 +99,10 @@ def test_no_lookahead_grows_faster_than_the_speed_that_its_profile_is_for(profil
 
 def test_the_cuda_profiles_fine_windows_have_their_graphs():
     """One that has none is captured while a listener waits."""
-    schedule = Schedule.parse(parameters("bark", "configs/cuda.pbtxt"))
+    given = Schedule.parse(parameters("bark", "configs/cuda.pbtxt"))
     warm = [int(n) for n in parameters("bark_fine", "configs/cuda.pbtxt")["warm_frames"].split(",")]
-    widest = max(schedule.fine_context + schedule.chunk(i) + schedule.lookahead(i) for i in range(10))
-    assert widest <= schedule.fine_window  # so all are equally long, and need no mask
-    assert schedule.fine_window in warm and 1024 in warm  # the latter: offline
-    assert 4 * schedule.fine_window <= 1024  # four go together (cuda_fine.FREE_FRAMES)
+    for schedule in (given, given.for_a_crowd()):
+        widest = max(schedule.fine_context + schedule.chunk(i) + schedule.lookahead(i) for i in range(10))
+        assert widest <= schedule.fine_window  # so all are equally long, and need no mask
+        assert schedule.fine_window in warm and 1024 in warm  # the latter: offline
+        assert 4 * schedule.fine_window <= 1024  # four go together (cuda_fine.FREE_FRAMES)

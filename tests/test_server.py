@@ -52,6 +52,21 @@ class TritonPythonModel:
     def execute(self, requests):
         return [pb_utils.InferenceResponse([pb_utils.Tensor("y", r.inputs()[0].as_numpy())]) for r in requests]
 """
+CROWD_MODEL = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from concurrent.futures import ThreadPoolExecutor
+class TritonPythonModel:
+    def execute(self, requests):
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", self.ask(r.inputs()[0].as_numpy()))]) for r in requests]
+    def ask(self, x):
+        with ThreadPoolExecutor(len(x)) as pool:
+            return np.array(list(pool.map(self.look_up, x)), np.float32)
+    def look_up(self, x):
+        ids = pb_utils.Tensor("ids", np.array([[x]], np.int32))
+        answer = pb_utils.InferenceRequest(model_name="lookup", requested_output_names=["values"], inputs=[ids]).exec()
+        return pb_utils.get_output_tensor_by_name(answer, "values").as_numpy()[0, 0]
+"""
 OWNER = """
 import sys, time
 from barkstream.server import Server
@@ -88,6 +103,14 @@ def add_python(repository: Path, initialize: str = "pass") -> Path:
     path.parents[1].joinpath("config.pbtxt").write_text(PYTHON_CONFIG)
     path.write_text(PYTHON_MODEL.format(initialize=initialize))
     return path
+
+
+def add_crowd(repository: Path) -> None:
+    """A model that looks all its numbers up in the other one, by as many calls at once."""
+    path = repository / "crowd" / "1" / "model.py"
+    path.parent.mkdir(parents=True)
+    path.parents[1].joinpath("config.pbtxt").write_text(PYTHON_CONFIG)
+    path.write_text(CROWD_MODEL)
 
 
 def look_up(client: triton.InferenceServerClient, ids: list[int]) -> list[float]:
@@ -225,6 +248,28 @@ def test_requests_of_one_shape_go_through_the_model_together(small, client):
         answers = list(pool.map(lambda ids: look_up(client, ids), asked))
     assert answers == [[10.0 + i for i in ids] for ids in asked]
     assert n_executions() - before < 8
+
+
+def test_a_model_may_have_many_calls_of_another_under_way(tmp_path, monkeypatch):
+    """Batches of 64 that wait 3 s for company: 64 calls make one only if all of them come."""
+    add_lookup(tmp_path)
+    config = tmp_path / "lookup" / "config.pbtxt"
+    config.write_text(
+        config.read_text().replace("max_batch_size: 8", "max_batch_size: 64").replace("300000", "3000000")
+    )
+    add_crowd(tmp_path)
+
+    def seconds():
+        with Server(tmp_path) as running, triton.InferenceServerClient(running.grpc_url) as client:
+            tensor = triton.InferInput("x", [64], "FP32")
+            tensor.set_data_from_numpy(np.arange(64, dtype=np.float32) % 3)
+            started = time.monotonic()
+            assert client.infer("crowd", [tensor]).as_numpy("y").tolist() == [10.0 + i % 3 for i in range(64)]
+            return time.monotonic() - started
+
+    assert seconds() < 2
+    monkeypatch.setattr(launcher, "BLS_THREADS", 32)  # Triton's own number
+    assert seconds() > 5  # two halves, and each waits in vain
 
 
 def test_a_bad_request_fails_alone(client):

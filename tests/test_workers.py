@@ -71,6 +71,44 @@ def causal(gpt, max_batch=4, turns=None):
     )
 
 
+def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_not_go_on(start):
+    """Pieces of 16 tokens, .02 s; a prefill is said to take 1 s."""
+    said = []
+
+    class Listening(Turns):
+        def _launched(self, turn, takes_s, is_followed):
+            said.append(takes_s)
+            super()._launched(turn, 0.0, is_followed)
+
+    gpt = FakeGPT()
+    worker = start(
+        CausalWorker(
+            at_once(gpt.generate),
+            gpt.release,
+            4,
+            Listening(),
+            POLICY,
+            lambda n_rows: PIECE_S / 16,
+            lambda n_rows: 1.0 * n_rows,
+        )
+    )
+
+    def takes_s(*rows):
+        said.clear()
+        for answer in worker.submit(rows):
+            answer.result()
+        return said
+
+    assert takes_s(row(20, n_ids=5)) == pytest.approx([1.02, 0.005])
+    assert takes_s(row(4, n_ids=25)) == pytest.approx([0.005])  # goes on
+    assert takes_s(row(4, n_ids=25)) == pytest.approx([1.005])  # has slid
+    assert takes_s(row(4, n_ids=29), row(4, stream=2)) == pytest.approx([1.005])
+    worker.drop(1)
+    assert takes_s(row(4, n_ids=33)) == pytest.approx([1.005])
+    assert takes_s(row(20, stream=0), row(20, stream=0)) == pytest.approx([2.02, 0.005])
+    assert set(worker._held) == {1, 2}  # and nothing is kept of those without a name
+
+
 def test_a_call_in_pieces_says_what_it_says_in_one(start):
     gpt = FakeGPT()
     generation = start(causal(gpt)).submit([row(60)])[0].result()
