@@ -303,8 +303,9 @@ class Speaker:
         self._tokenizer = TextTokenizer(folder / "tokenizer.json", self._checkpoint.semantic)
         self._voices = load_voices(folder / "voices", self._checkpoint)
         self._schedule = _opened(_schedule, parameters, self._checkpoint)
-        self._crowded = _opened(_schedule, parameters, self._checkpoint, is_crowded=True)
         self._crowd = int(parameters.get("crowd", 0)) or math.inf
+        if self._crowd < math.inf:
+            self._crowded = _opened(_schedule, parameters, self._checkpoint, is_crowded=True)
         self._admission = Admission(int(parameters["max_streams"]))
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
         self._stream_keys = itertools.count(secrets.randbits(48) << 14 | 1)

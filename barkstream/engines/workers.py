@@ -219,9 +219,8 @@ class CausalWorker(Worker[Row, Generation]):
         """start, release: the engine's. step_s, prefill_s: what a decode step, or prefills, of so many rows take."""
         super().__init__(start, max_batch, turns, policy)
         self._release, self._step_s, self._prefill_s = release, step_s, prefill_s
-        self._held: dict[
-            int, int
-        ] = {}  # a stream's ids when its latest piece was over: a call that goes on from there needs no prefill
+        # A stream's ids when its latest piece was over: a call that goes on from there needs no prefill.
+        self._held: dict[int, int] = {}
         self._n_piece = 0  # tokens of the piece under way
         self._drawn: dict[Future[Generation], list[Ints]] = {}
         self._under_way: list[_Pending[Row, Generation]] = []
