@@ -27,13 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "large": dict(num_layers=24, num_heads=16, hidden_size=1024),
     "small": dict(num_layers=12, num_heads=12, hidden_size=768),
+    "tiny": dict(num_layers=2, num_heads=1, hidden_size=64),  # where nothing is computed (pretended_gpu.py)
 }
 VOICE = "random"
 N_POOL = 9_999_991  # random numbers that all tensors are cut from
 
 
 def write_repository(model: str, folder: Path) -> Path:
-    """The repository, unless it is there. model: large or small."""
+    """The repository, unless it is there. model: large, small or tiny."""
     if (folder / "bark" / "1" / "checkpoint.json").exists():
         return folder
     exports = shutil.ignore_patterns("*.onnx*", "checkpoint.json", "voices", "tokenizer.json", "__pycache__", ".*")

@@ -190,6 +190,22 @@ def script_plots(results, figure):
 
 
 @pytest.mark.server
+def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_path):
+    """The real shared process, told by its costs: a fine window of 256 frames takes at least its 6.82 ms, alone in its batch."""
+    command = "--repository", tmp_path, "--set", "chunk_frames=60", "--", "--clients", 1, "--requests", 1, "--warmup", 0
+    found = script("pretended_gpu.py", *command)
+    (row,) = found["rows"]
+    assert (row["requests"], row["failed"], row["underruns"], row["gpu"]) == (1, 0, 0, "pretended")
+    rows, ms = zip(*found["stages"].values(), strict=True)
+    assert rows == (1, 1, 1, 1)
+    n_fine = -(-10 * 75 // 60)
+    assert 6.82 * n_fine / 10 < ms[2] < 3 * 6.82 * n_fine / 10
+    unknown = [sys.executable, PERF / "pretended_gpu.py", "--repository", tmp_path, "--set", "pace=1"]
+    ran = subprocess.run(unknown, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1 and "no parameter 'pace'" in ran.stderr
+
+
+@pytest.mark.server
 def test_a_server_that_cannot_keep_the_promise_has_no_capacity(server, tmp_path):
     small = ["--url", server.grpc_url, "--max-seconds", 0.6, "--text", "short", "--warmup", 0, "--duration", 0.5]
     found = script("capacity.py", "--start", 4, "--ttfa-ms", 0, "--output", tmp_path / "x-load.json", *small, status=1)
