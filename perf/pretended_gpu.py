@@ -4,7 +4,7 @@
     python3 perf/pretended_gpu.py --set pace_lead_s=inf crowd=0 -- --rate 4 --duration 20
 
 tritonserver, the stages' models, the shared process with its workers and turns, and the load test are the real ones; only the
-engines sleep, for as long as an H200 took for Bark large, and say nothing (`pretended/sitecustomize.py`). So nothing here says
+engines sleep, for as long as an H200 took for Bark large, and say nothing (`pretended/pretended_engines.py`). So nothing here says
 how fast anything is: it says what a change in scheduling does at costs that were measured once, and how far it can be believed
 is in docs/load.md. Clips of 10 s with a preset, as on the GPU. Other options are load_test.py's. Table first; then, by stage,
 rows a batch and GPU milliseconds a second of audio; last line JSON.
@@ -23,14 +23,15 @@ import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "pretended")]
 
+from pretended_engines import SAID  # noqa: E402
 from random_checkpoint import write_repository  # noqa: E402
 
-from barkstream.server import MODEL_REPOSITORY, Server  # noqa: E402
+from barkstream.server import MODEL_REPOSITORY, Server, prepend  # noqa: E402
 
 STAGES = "semantic", "coarse", "fine", "codec"
-REQUESTS = (
+REQUESTS = [
     "--text",
     "medium",
     "--max-seconds",
@@ -40,40 +41,43 @@ REQUESTS = (
     "--warmup",
     "2",
     "--model",
-    "large, pretended",
-)
+    "large",
+    "--gpu",
+    "pretended",
+]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters of bark's cuda profile")
+    parser.add_argument(
+        "--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="parameters of bark's cuda profile"
+    )
     parser.add_argument("--repository", type=Path, default=HERE.parent / "build" / "pretended")
     arguments, load = parser.parse_known_args()
-    prepare(arguments.repository, dict(pair.split("=", 1) for pair in arguments.set))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE / "pretended"), os.environ.get("PYTHONPATH")]))
+    prepare(arguments.repository, dict(arguments.set))
+    prepend(os.environ, "PYTHONPATH", HERE / "pretended")
     with Server(arguments.repository) as server:
+        if SAID not in server.log_text:
+            raise SystemExit("the stages' process did not get the pretended engines: what it runs is not known")
         before = counters(server.metrics_url)
-        load = [word for word in load if word != "--"]
-        command = [
-            sys.executable,
-            str(HERE / "load_test.py"),
-            "--url",
-            server.grpc_url,
-            *REQUESTS,
-            "--gpu",
-            "pretended",
-            *load,
-        ]
-        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, HERE / "load_test.py", "--url", server.grpc_url, *REQUESTS]
+        ran = subprocess.run([*command, *(word for word in load if word != "--")], stdout=subprocess.PIPE, text=True)
         done = {name: value - before.get(name, 0.0) for name, value in counters(server.metrics_url).items()}
-    *lines, last = ran.stdout.splitlines() or [""]
+    if ran.returncode:
+        return ran.returncode  # it has said why
+    *lines, last = ran.stdout.splitlines()
     print("\n".join(lines))
     stages = {stage: share(stage, done) for stage in STAGES}
     for stage, (rows, ms) in stages.items():
         print(f"{stage:9} {rows:5.1f} rows a batch, {ms:5.2f} ms a second of audio")
-    if ran.returncode == 0:
-        print(json.dumps({"rows": json.loads(last), "stages": stages}))
-    return ran.returncode
+    print(json.dumps({"rows": json.loads(last), "stages": stages}))
+    return 0
+
+
+def setting(text: str) -> tuple[str, str]:
+    """Raises ValueError for what is no NAME=VALUE."""
+    name, value = text.split("=", 1)
+    return name, value
 
 
 def prepare(repository: Path, parameters: dict[str, str]) -> None:
@@ -94,7 +98,7 @@ def prepare(repository: Path, parameters: dict[str, str]) -> None:
 
 
 def counters(metrics_url: str) -> dict[str, float]:
-    """Barkstream's metrics without labels' difference: summed over them."""
+    """Barkstream's counters, each summed over its labels."""
     found: dict[str, float] = {}
     with urllib.request.urlopen(metrics_url) as response:
         for name, value in re.findall(

@@ -12,7 +12,7 @@ import pytest
 
 from barkstream.engines import Generation, Row, Window
 from barkstream.engines.turns import FOLLOW_S, HEAD_START_S, LONE, Turns
-from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, Policy, Worker, at_once
+from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, Policy, Worker, at_once, measure
 from barkstream.sampling import Sampling
 
 
@@ -107,6 +107,23 @@ def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_n
     assert takes_s(row(4, n_ids=33)) == pytest.approx([1.005])
     assert takes_s(row(20, stream=0), row(20, stream=0)) == pytest.approx([2.02, 0.005])
     assert set(worker._held) == {1, 2}  # and nothing is kept of those without a name
+
+
+def test_costs_are_measured_step_by_step_and_lie_between_those_of_their_neighbours(monkeypatch):
+    """An engine that takes 1 ms a step and row, and 100 ms a row's prefill, which the first of three calls needs."""
+    clock, held = [0.0], set()
+
+    def generate(rows):
+        clock[0] += 0.001 * rows[0].n_tokens * len(rows) + 0.1 * sum(row.stream not in held for row in rows)
+        held.update(row.stream for row in rows if rows[0].n_tokens == 1)
+        if rows[0].n_tokens == 24:
+            held.clear()
+        return []
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    costs = measure(generate, np.zeros((5, 1), np.int32), 8)
+    assert [costs.step_s(n) for n in (1, 3, 8)] == pytest.approx([0.001, 0.003, 0.008])
+    assert [costs.prefill_s(n) for n in (1, 3, 8)] == pytest.approx([0.1, 0.3, 0.8])
 
 
 def test_a_call_in_pieces_says_what_it_says_in_one(start):

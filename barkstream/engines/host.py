@@ -34,7 +34,7 @@ import numpy as np
 
 from barkstream.engines.open import VERBS, EngineError, Spec, is_cpu, open_stage, prefix_lengths, use_gpu
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import POLICIES, CausalWorker, Costs, Work, Worker, at_once, measure
+from barkstream.engines.workers import POLICIES, CausalWorker, Work, Worker, at_once, measure
 
 SWITCH_S = 0.0005  # threads hand Python over after so long: the one that has the next piece to launch must not wait
 LISTENING = "listening"
@@ -106,8 +106,8 @@ class Stage:
             spec.max_batch,
             self._turns,
             policy,
-            partial(Costs.of, costs=costs.step_s),
-            partial(Costs.of, costs=costs.prefill_s),
+            costs.step_s,
+            costs.prefill_s,
         )
         self._drop = worker.drop
         return worker

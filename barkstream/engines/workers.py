@@ -314,15 +314,16 @@ class CausalWorker(Worker[Row, Generation]):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that rows of one length take, by their number: 1, 2, 4 and so on."""
+    """Seconds that rows of one length take: measured for 1, 2, 4 and so on, between two of these in proportion."""
 
-    step_s: dict[int, float]  # a decode step
-    prefill_s: dict[int, float]
+    steps_s: dict[int, float]
+    prefills_s: dict[int, float]
 
-    @staticmethod
-    def of(n_rows: int, costs: dict[int, float]) -> float:
-        """Of any number of rows: between those of its neighbours."""
-        return float(np.interp(n_rows, list(costs), list(costs.values())))
+    def step_s(self, n_rows: int) -> float:
+        return float(np.interp(n_rows, list(self.steps_s), list(self.steps_s.values())))
+
+    def prefill_s(self, n_rows: int) -> float:
+        return float(np.interp(n_rows, list(self.prefills_s), list(self.prefills_s.values())))
 
 
 def measure(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, max_batch: int) -> Costs:
@@ -336,6 +337,6 @@ def measure(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, max
             generate([Row(prefix, n, 0, sampling, -1 - i) for i in range(n_rows)])
             took_s.append(time.perf_counter() - began)
         step_s = max(took_s[2] - took_s[1], 1e-5) / (STEPS_TIMED[1] - STEPS_TIMED[0])
-        costs.step_s[n_rows], costs.prefill_s[n_rows] = step_s, max(took_s[0] - step_s, 0.0)
+        costs.steps_s[n_rows], costs.prefills_s[n_rows] = step_s, max(took_s[0] - step_s, 0.0)
         n_rows *= 2
     return costs
