@@ -23,7 +23,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
-from barkstream.engines import Chunk, Generation, Row, Window, check_chunk
+from barkstream.engines import Chain, Chunk, Generation, Row, Window, check_chunk
 from barkstream.engines.hosted import HostedStage, OwnStage
 from barkstream.engines.open import CausalStageName, Spec, StageName
 from barkstream.export.codec_state import state_size
@@ -95,8 +95,11 @@ class TritonStages:
         tokens, ended = self._infer("bark_semantic", inputs, "tokens", "ended")
         return tokens, bool(ended[0])
 
-    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> Ints:
-        return self._infer("bark_coarse", _causal_inputs(prefix, n_tokens, position, sampling, stream), "tokens")[0]
+    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, heads: Ints) -> Ints:
+        inputs = _causal_inputs(prefix, n_tokens, position, sampling, stream)
+        if len(heads):
+            inputs["heads"] = heads
+        return self._infer("bark_coarse", inputs, "tokens")[0]
 
     def fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float) -> Ints:
         inputs = dict(
@@ -148,7 +151,7 @@ class CausalStage:
         """args: what Triton passes to `initialize`."""
         checkpoint = _checkpoint(_folder(args))
         self._is_semantic = stage == "semantic"
-        self._semantic = checkpoint.semantic
+        self._semantic, self._coarse = checkpoint.semantic, checkpoint.coarse
         self._size = (checkpoint.semantic if self._is_semantic else checkpoint.coarse).size
         self._engine: HostedStage | OwnStage = _opened(_open_engine, stage, args)
         self._metrics = StageMetrics(pb_utils.MetricFamily, stage)
@@ -159,6 +162,7 @@ class CausalStage:
 
     def _row(self, request: Any) -> Row:
         call = _arrays(request)
+        chain = Chain.of(call.pop("heads"), self._coarse) if "heads" in call else None
         one = {name: array[0].item() for name, array in call.items() if name != "prefix"}
         sampling = Sampling(one["seed"], one["temperature"], one["top_k"], one["top_p"], one.get("min_eos_p", 1.0))
         ids = (
@@ -166,7 +170,7 @@ class CausalStage:
             if self._is_semantic and one["n_tokens"]
             else call["prefix"][:, None]
         )
-        row = Row(ids, one["n_tokens"], one["position"], sampling, one["stream"])
+        row = Row(ids, one["n_tokens"], one["position"], sampling, one["stream"], chain)
         if row.n_tokens:
             row.check(self._size)
         return row
@@ -306,6 +310,7 @@ class Speaker:
         self._crowd = int(parameters.get("crowd", 0)) or math.inf
         if self._crowd < math.inf:
             self._crowded = _opened(_schedule, parameters, self._checkpoint, is_crowded=True)
+        self._quiet = int(parameters.get("quiet", 0)) or math.inf
         self._admission = Admission(int(parameters["max_streams"]))
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
         self._stream_keys = itertools.count(secrets.randbits(48) << 14 | 1)
@@ -375,7 +380,7 @@ class Speaker:
             player = until_over.enter_context(self._pacer.player()) if options.streaming else None
             stages = TritonStages(self._checkpoint, partial(self._wait_turn, player, sender.is_cancelled))
             until_over.enter_context(self._watch.listener(sender.is_cancelled, partial(stages.release, key)))
-            schedule = self._crowded if self._admission.n_live > self._crowd else self._schedule
+            schedule = self._schedule_among(self._admission.n_live)
             pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, schedule, self._metrics.count_guard)
             chunks = pipeline.stream(text, options, voice, key, speech, speakers)
             for index, chunk in enumerate(chunks):
@@ -387,6 +392,11 @@ class Speaker:
                     self._metrics.first_chunk_s.observe(time.monotonic() - admitted_at)
         if options.return_prompt:
             sender.send(_speech_response(options.seed, np.zeros(0, np.float32), speech))
+
+    def _schedule_among(self, n_live: int) -> Schedule:
+        """For a request that comes while so many are under way, itself included."""
+        schedule = self._crowded if n_live > self._crowd else self._schedule
+        return schedule if n_live <= self._quiet else schedule.in_company()
 
     def _wait_turn(self, player: Player | None, is_cancelled: Callable[[], bool]) -> None:
         """Before a stage call."""

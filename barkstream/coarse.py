@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,32 +26,72 @@ def generate_coarse(
     schedule: Schedule,
     stages: Stages,
     stream: int,
+    may_chain: Callable[[], bool] = lambda: True,
 ) -> Iterator[Ints]:
-    """Coarse codes [2, t] as they come, at most schedule.coarse_call tokens at a time.
+    """Coarse codes [2, t] as they come: at most schedule.coarse_call tokens of a window at a time, and the windows behind it that
+    may be chained to it.
 
     Each window waits for the semantic tokens that the reference would read (up to the end of its semantic window), or for
-    `lookahead` tokens beyond what the window itself says, if that is less.
+    `lookahead` tokens beyond what the window itself says, if that is less. Those of a chained window are there already.
     """
     past_semantic, past_coarse = coarse_history(history, layout)
+    windows = _Windows(semantic, past_semantic, layout, lookahead)
     generated = NO_TOKENS
     while True:
         n = len(generated)
         start = n - n % layout.window
-        read, first = _semantic_window(start, len(past_semantic), layout)
-        needed = read if lookahead is None else min(read, _said_by(start + layout.window, layout) + 1 + lookahead)
-        semantic.ensure(needed)
-        new_semantic = semantic.tokens[:needed]  # what came early must not be seen early
-        n_steps = n_coarse_tokens(len(new_semantic), layout)
-        if n >= n_steps:
+        semantic.ensure(windows.needs(start))
+        end = min(windows.end(start), n + schedule.coarse_call)
+        if n >= end:
             return
-        known = np.concatenate([past_semantic, new_semantic])
         prefix = np.concatenate(
-            [window_prefix(known[first:], past_coarse, generated[:start], layout), generated[start:]]
+            [windows.head(start), _history(past_coarse, generated[:start], layout), generated[start:]]
         )
-        n_call = min(start + layout.window - n, schedule.coarse_call, n_steps - n)
-        new = stages.coarse(prefix, n_call, n, sampling, stream)
+        heads, end = windows.chain(end, schedule.coarse_windows - 1 if may_chain() else 0)
+        new = stages.coarse(prefix, end - n, n, sampling, stream, heads)
+        new = new[: len(new) - len(new) % layout.n_codebooks]  # a call whose listener has left ends anywhere
         generated = np.concatenate([generated, new])
         yield codes_from_tokens(new, layout)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """What a sentence's windows see of its semantic tokens. start: a window's first coarse token."""
+
+    semantic: SemanticTokens
+    past: Ints  # [n], a preset's
+    layout: CoarseLayout
+    lookahead: int | None
+
+    def needs(self, start: int) -> int:
+        """Semantic tokens that it waits for."""
+        read, _ = _semantic_window(start, len(self.past), self.layout)
+        if self.lookahead is None:
+            return read
+        return min(read, _said_by(start + self.layout.window, self.layout) + 1 + self.lookahead)
+
+    def end(self, start: int) -> int:
+        """The coarse token behind its last one; no more than `start` if it has none."""
+        return min(start + self.layout.window, n_coarse_tokens(len(self._seen(start)), self.layout))
+
+    def head(self, start: int) -> Ints:
+        """What its prefix begins with: [semantic window | infer]."""
+        _, first = _semantic_window(start, len(self.past), self.layout)
+        return window_head(np.concatenate([self.past, self._seen(start)])[first:], self.layout)
+
+    def chain(self, end: int, n_most: int) -> tuple[Ints, int]:
+        """Heads [k, H] of up to n_most windows from coarse token `end` on, as far as their semantic tokens are there, and their end."""
+        heads: list[Ints] = []
+        while len(heads) < n_most and end % self.layout.window == 0 and self._is_ready(end) and self.end(end) > end:
+            heads.append(self.head(end))
+            end = self.end(end)
+        return np.array(heads, np.int32).reshape(len(heads), self.layout.n_semantic_window + 1), end
+
+    def _is_ready(self, start: int) -> bool:
+        return self.semantic.ended or len(self.semantic.tokens) >= self.needs(start)
+
+    def _seen(self, start: int) -> Ints:
+        return self.semantic.tokens[: self.needs(start)]  # what came early must not be seen early
 
 
 def coarse_history(history: HistoryPrompt | None, layout: CoarseLayout) -> tuple[Ints, Ints]:
@@ -76,14 +117,13 @@ def n_coarse_tokens(n_semantic: int, layout: CoarseLayout) -> int:
     return int(n_semantic * layout.tokens_per_semantic / layout.n_codebooks) * layout.n_codebooks
 
 
-def window_prefix(semantic: Ints, past_coarse: Ints, generated: Ints, layout: CoarseLayout) -> Ints:
-    """[semantic window | infer | history] of a window. semantic: known tokens from the window's first on."""
-    window = np.full(layout.n_semantic_window, layout.semantic_pad, np.int32)
+def window_head(semantic: Ints, layout: CoarseLayout) -> Ints:
+    """[semantic window | infer] of a window. semantic: known tokens from the window's first on."""
+    head = np.full(layout.n_semantic_window + 1, layout.semantic_pad, np.int32)
     visible = semantic[: layout.n_semantic_window]
-    window[: len(visible)] = visible
-    return np.concatenate(
-        [window, [layout.infer], np.concatenate([past_coarse, generated])[-layout.max_history :]]
-    ).astype(np.int32)
+    head[: len(visible)] = visible
+    head[-1] = layout.infer
+    return head
 
 
 def tokens_from_codes(codes: Ints, layout: CoarseLayout) -> Ints:
@@ -96,6 +136,10 @@ def codes_from_tokens(tokens: Ints, layout: CoarseLayout) -> Ints:
     """Interleaved ids [2 t], the first one of codebook 0, as codes [2, t]."""
     offsets = layout.first_id + layout.codebook_size * np.arange(layout.n_codebooks)
     return (tokens.reshape(-1, layout.n_codebooks) - offsets).T.astype(np.int32)
+
+
+def _history(past_coarse: Ints, generated: Ints, layout: CoarseLayout) -> Ints:
+    return np.concatenate([past_coarse, generated])[-layout.max_history :].astype(np.int32)
 
 
 def _said_by(n_coarse: int, layout: CoarseLayout) -> int:

@@ -7,7 +7,7 @@ from threading import Lock
 
 import numpy as np
 
-from barkstream.engines import Row, Window
+from barkstream.engines import Chain, Row, Window, by_windows
 from barkstream.engines.open import open_causal, open_codec, open_fine
 from barkstream.export.codec_state import state_size
 from barkstream.options import Schedule
@@ -49,9 +49,12 @@ class LocalStages:
             generation = self.semantic_engine.generate([Row(ids, n_tokens, position, sampling, stream)])[0]
         return generation.tokens, generation.ended
 
-    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> Ints:
+    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, heads: Ints) -> Ints:
+        chain = Chain.of(heads, self.checkpoint.coarse)
+        row = Row(prefix[:, None], n_tokens, position, sampling, stream, chain)
+        row.check(self.checkpoint.coarse.size)
         with self._coarse_lock:
-            return self.coarse_engine.generate([Row(prefix[:, None], n_tokens, position, sampling, stream)])[0].tokens
+            return by_windows(self.coarse_engine.generate, [row])[0].tokens
 
     def fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float) -> Ints:
         return self._fine.fill([Window(codes, fill_from, uniforms, temperature)])[0]

@@ -118,6 +118,9 @@ class Schedule:
     fine_window: int = 0  # a window's frames, at least: more context, and where there is none, unknown frames behind
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
     semantic_call: int = 64  # semantic tokens asked for in one call, at most
+    coarse_windows: int = 1  # that one call may chain, after the first audio, where their semantic tokens are there
+    offline_coarse_windows: int = 1  # the same without streaming; above 1: once all semantic tokens are there
+    offline_semantic_call: int = 0  # semantic_call without streaming or a guard, who looks in between; 0: the same
     semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
     coarse_ahead: int = 4  # coarse calls made before they are needed, while the fine stage works; 0: none
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
@@ -125,8 +128,10 @@ class Schedule:
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
 
     def __post_init__(self) -> None:
-        counts = (*self.chunk_frames, self.coarse_call, self.semantic_call, self.semantic_least)
-        extents = (self.fine_context, *self.fine_lookahead, self.fine_window, self.coarse_ahead, self.semantic_ahead)
+        calls = (self.coarse_call, self.semantic_call, self.semantic_least)
+        counts = (*self.chunk_frames, *calls, self.coarse_windows, self.offline_coarse_windows)
+        ahead = (self.coarse_ahead, self.semantic_ahead)
+        extents = (self.fine_context, *self.fine_lookahead, self.fine_window, *ahead, self.offline_semantic_call)
         if not (self.chunk_frames and self.fine_lookahead):
             raise ValueError(f"chunk_frames and fine_lookahead must have at least one value: {self}")
         if min(counts) < 1 or min(extents) < 0:
@@ -139,6 +144,15 @@ class Schedule:
     def lookahead(self, index: int) -> int:
         """Coarse frames that a sentence's chunk number `index` sees after its end, where the sentence has so many."""
         return self.fine_lookahead[min(index, len(self.fine_lookahead) - 1)]
+
+    def offline(self, is_guarded: bool) -> Schedule:
+        """For speech that is not streamed: nobody listens until all of it is there."""
+        longer = self.semantic_call if is_guarded else self.offline_semantic_call or self.semantic_call
+        return replace(self, coarse_windows=self.offline_coarse_windows, semantic_call=longer)
+
+    def in_company(self) -> Schedule:
+        """No call longer than a window: where many streams share instances, each would keep one from the others."""
+        return replace(self, coarse_windows=1, offline_coarse_windows=1, offline_semantic_call=0)
 
     def for_a_crowd(self) -> Schedule:
         """A sentence's first two chunks in one, which plays for longer than the next takes when many streams share a GPU."""

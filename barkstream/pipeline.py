@@ -146,31 +146,38 @@ class Pipeline:
         max_seconds = min(asked.max_seconds, guard.max_seconds) if guard else asked.max_seconds
         watch = guard.watch if guard else None
         waits = asked.is_first and options.streaming  # somebody, for the first audio
-        may_go_ahead = Event()
-        if self.schedule.ahead_at_once or not waits:
-            may_go_ahead.set()
+        schedule = self.schedule if options.streaming else self.schedule.offline(is_guarded=guard is not None)
+        knows_all_first = (guard and not waits) or (not options.streaming and schedule.coarse_windows > 1)
+        nobody_waits = Event()  # from the first audio on
+        if not waits:
+            nobody_waits.set()
+
+        def may_go_ahead() -> bool:
+            return schedule.ahead_at_once or nobody_waits.is_set()
+
         with Workers() as workers:
             semantic = SemanticTokens(
-                prompt, layouts.semantic, sampling, max_seconds, self.schedule, stages, asked.stream, workers.semantic,
-                watch, may_go_ahead.is_set,
+                prompt, layouts.semantic, sampling, max_seconds, schedule, stages, asked.stream, workers.semantic,
+                watch, may_go_ahead,
             )  # fmt: skip
-            if guard and not waits:
-                semantic.ensure(layouts.semantic.max_new_tokens)  # nobody waits: look at all of it before any is said
-                if guard.is_hopeless:
+            if knows_all_first:
+                semantic.ensure(layouts.semantic.max_new_tokens)  # a guard looks at all of it before any is said
+                if guard and guard.is_hopeless:
                     return
             coarse = generate_coarse(
-                semantic, voice, layouts.coarse, sampling, options.lookahead, self.schedule, stages, asked.stream
-            )
-            coarse = ahead(coarse, workers.coarse, self.schedule.coarse_ahead, may_go_ahead.is_set)
+                semantic, voice, layouts.coarse, sampling, options.lookahead, schedule, stages, asked.stream,
+                may_chain=nobody_waits.is_set,
+            )  # fmt: skip
+            coarse = ahead(coarse, workers.coarse, schedule.coarse_ahead, may_go_ahead)
             coarse = _collect(coarse, said.coarse)
             if options.streaming:
                 codes = generate_fine(
-                    coarse, voice, layouts.fine, asked.seed, options.fine_temperature, self.schedule, stages
+                    coarse, voice, layouts.fine, asked.seed, options.fine_temperature, schedule, stages
                 )
             else:
                 codes = self._offline(coarse, voice, asked.seed, options.fine_temperature)
             for chunk in decode_audio(_collect(codes, said.fine), stages):
-                may_go_ahead.set()
+                nobody_waits.set()
                 yield chunk
         said.semantic.append(semantic.tokens)
 

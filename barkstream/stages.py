@@ -20,8 +20,12 @@ class Stages(Protocol):
         """
         ...
 
-    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int) -> Ints:
-        """The next n_tokens coarse tokens (ids, interleaved) after prefix [semantic window | infer | history | window's tokens]."""
+    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, heads: Ints) -> Ints:
+        """The next n_tokens coarse tokens (ids, interleaved) after prefix [semantic window | infer | history | window's tokens].
+
+        heads [k, n_semantic_window + 1]: [semantic window | infer] of k windows that follow; n_tokens counts theirs, too. Their
+        histories are made of the prefix and what is drawn. Fewer tokens come if the stream is released meanwhile.
+        """
         ...
 
     def fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float) -> Ints:

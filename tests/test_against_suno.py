@@ -200,11 +200,13 @@ def some_semantic(n: int) -> Ints:
 
 
 def our_coarse(
-    stages: LocalStages, semantic: Ints, sampling: Sampling, voice: str | None = None, call: int = 60
+    stages: LocalStages, semantic: Ints, sampling: Sampling, voice: str | None = None, **calls: int
 ) -> Ints:
     """Codes in the order they are drawn: codebook 0 and 1 of a frame, then the next frame's."""
-    history, layout = preset(voice, stages.checkpoint), stages.checkpoint.coarse
-    pieces = generate_coarse(Given(semantic), history, layout, sampling, None, Schedule(coarse_call=call), stages, 0)
+    history, layout, given = preset(voice, stages.checkpoint), stages.checkpoint.coarse, Given(semantic)
+    if "coarse_windows" in calls:
+        given.ensure(10**6)
+    pieces = generate_coarse(given, history, layout, sampling, None, Schedule(**calls), stages, 0)
     return np.concatenate(list(pieces), axis=1).T.ravel()
 
 
@@ -214,10 +216,13 @@ def suno_coarse(bark: RandomBark, draws: Draws, ours: Ints, semantic: Ints, **op
         return suno.generate_coarse(semantic, silent=True, use_kv_caching=True, **options).T.ravel()
 
 
+@pytest.mark.parametrize("calls", [{}, {"coarse_windows": 64}], ids=["windows", "chain"])
 @pytest.mark.parametrize("voice", [None, *VOICES])
-def test_coarse_codes_are_sunos_in_every_window(bark: RandomBark, stages: LocalStages, voice: str | None) -> None:
+def test_coarse_codes_are_sunos_in_every_window(
+    bark: RandomBark, stages: LocalStages, voice: str | None, calls: dict[str, int]
+) -> None:
     semantic = some_semantic(290)  # 14 windows of 60 and a last one of 30; the history fills up and slides
-    draws, ours = greedy(), our_coarse(stages, semantic, Sampling(temperature=0), voice)
+    draws, ours = greedy(), our_coarse(stages, semantic, Sampling(temperature=0), voice, **calls)
     theirs = suno_coarse(bark, draws, ours, semantic, history_prompt=voice)
     assert len(theirs) == 870
     assert len(np.unique(theirs)) > 150, "the oracle should be lively"
@@ -235,7 +240,7 @@ def test_sampled_coarse_codes_are_sunos_with_the_same_noise(
     bark: RandomBark, stages: LocalStages, top_k: int | None, top_p: float | None
 ) -> None:
     semantic, draws = some_semantic(100), noise(COARSE)
-    ours = our_coarse(stages, semantic, Sampling(SEED, 0.7, top_k or 0, top_p or 1.0), "announcer", call=16)
+    ours = our_coarse(stages, semantic, Sampling(SEED, 0.7, top_k or 0, top_p or 1.0), "announcer", coarse_call=16)
     given = {"temp": 0.7, "top_k": top_k, "top_p": top_p, "history_prompt": "announcer"}
     assert_same(ours, suno_coarse(bark, draws, ours, semantic, **given), draws)
 

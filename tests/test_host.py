@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from barkstream.clients import Client
-from barkstream.engines import Row
+from barkstream.engines import Chain, Row, by_windows
 from barkstream.engines.hosted import HostedStage, sockets_folder
 from barkstream.engines.open import EngineError, Spec, open_stage
 from barkstream.export.codec_state import state_size
@@ -96,6 +97,21 @@ def test_a_process_that_was_killed_is_replaced_and_the_call_made_again(spec):
     assert process_of(engine) != killed and engine.take_news().n_slots == 0  # one is gone, another there
 
 
+def test_a_chain_whose_process_was_killed_is_made_again(spec):
+    stage, layout = HostedStage([spec("coarse")]), spec("coarse").checkpoint.coarse
+    rng = np.random.default_rng(3)
+    heads = np.append(rng.integers(0, 500, (20, 256)), np.full((20, 1), layout.infer), axis=1).astype(np.int32)
+    row = Row(heads[0][:, None], 20 * 60, 0, Sampling(seed=3), 7, Chain.of(heads[1:], layout))
+    before, killed = by_windows(open_stage(spec("coarse")).generate, [row])[0], process_of(stage)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(stage.run, [row])
+        time.sleep(0.2)
+        assert not answer.done()
+        os.kill(killed, signal.SIGKILL)
+        assert answer.result()[0].tokens.tolist() == before.tokens.tolist()
+    assert process_of(stage) != killed
+
+
 def test_the_process_ends_with_its_last_connection(spec):
     engine, other = HostedStage([spec("coarse")]), HostedStage([spec("codec")])
     process = process_of(engine)
@@ -150,8 +166,10 @@ def shared_server(repository, tmp_path_factory):
         config = re.sub("max_batch_size: 32", "max_batch_size: 4", config)
         config = re.sub(r"count: \d+", "count: 2", config)
         (folder / f"bark_{stage}" / "config.pbtxt").write_text(config)
+    chains = dict(coarse_windows=2, offline_coarse_windows=64, offline_semantic_call=768, quiet=2)
     with (folder / "bark" / "config.pbtxt").open("a") as config:
-        config.write('parameters [ { key: "crowd" value: { string_value: "3" } } ]')
+        for name, value in (chains | dict(crowd=3)).items():
+            config.write(f'parameters [ {{ key: "{name}" value: {{ string_value: "{value}" }} }} ]\n')
     with Server(folder) as server:
         yield server
 
@@ -165,6 +183,41 @@ def test_streams_of_a_server_whose_stages_share_a_process_are_those_of_the_defau
         alone = default.speak(text, voice="heart_0", seed=12)
     assert together[1].shape == alone.shape
     assert np.abs(together[1] - alone).mean() < 1e-3  # a near-tie may fall the other way in another batch
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("voice", [None, "heart_1"])
+def test_offline_speech_is_one_coarse_call_a_sentence_while_few_are_served_and_the_same_speech(
+    shared_server, server, voice
+):
+    ask = dict(voice=voice, seed=12, streaming=False, return_prompt=True)
+
+    def said(url):
+        with Client(url) as client:
+            stream = client.stream("Good morning, how are you today?", **ask)
+            list(stream)
+        return stream.history_prompt
+
+    def coarse_calls(n_clients):
+        before = coarse_calls_of(shared_server)
+        with ThreadPoolExecutor(n_clients) as pool:
+            prompts = list(pool.map(said, [shared_server.grpc_url] * n_clients))
+        return prompts, coarse_calls_of(shared_server) - before
+
+    (alone,), n_alone = coarse_calls(1)
+    together, n_together = coarse_calls(3)
+    default = said(server.grpc_url)
+    assert n_alone == 1 + 1  # the last one frees the slot
+    assert n_together > 3 * (1 + 1)  # `quiet` is 2
+    for prompt in (alone, *together):
+        for name in ("semantic_prompt", "coarse_prompt"):
+            np.testing.assert_array_equal(prompt[name], default[name])
+
+
+def coarse_calls_of(server) -> float:
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
+        found = re.search(r'^nv_inference_count{model="bark_coarse",.*} (\S+)$', page.read().decode(), re.MULTILINE)
+    return float(found[1])
 
 
 @pytest.mark.server

@@ -257,16 +257,63 @@ def test_a_bad_stage_call_is_refused(server):
         coarse_call(server, np.zeros((1, 2000), np.int32), 0)
 
 
-def coarse_call(server, prefix, stream):
+def test_a_chain_is_one_call_of_the_coarse_stage_and_says_what_single_windows_say(server, pipeline):
+    layout, rng = pipeline.checkpoint.coarse, np.random.default_rng(4)
+    heads = np.append(rng.integers(0, 500, (3, 256)), np.full((3, 1), layout.infer), axis=1).astype(np.int32)
+    one_by_one = np.zeros((1, 0), np.int32)
+    for head, n in zip(heads, (60, 60, 22), strict=True):
+        prefix = np.append(head, one_by_one)[None].astype(np.int32)
+        said = coarse_call(server, prefix, 5, n, position=one_by_one.shape[1])
+        one_by_one = np.append(one_by_one, said, axis=1)
+    chained = coarse_call(server, heads[:1], 0, 142, heads=heads[None, 1:])
+    np.testing.assert_array_equal(chained, one_by_one)
+    with pytest.raises(triton.InferenceServerException, match=r"heads must be \[k, 257\], got \[2, 256\]"):
+        coarse_call(server, heads[:1], 0, 142, heads=heads[None, 1:, :256])
+
+
+def test_calls_share_a_batch_with_those_that_chain_as_many_windows(server, pipeline):
+    """So nobody's next window waits for the end of a long chain: a batch is answered when all of it is there."""
+    infer, rng = pipeline.checkpoint.coarse.infer, np.random.default_rng(4)
+
+    def heads(n):
+        return np.append(rng.integers(0, 500, (n, 256)), np.full((n, 1), infer), axis=1).astype(np.int32)
+
+    def ask(k):
+        behind = dict(heads=heads(k)[None]) if k else {}
+        return coarse_call(server, heads(1), 0, 2 + 60 * k, position=58, **behind)
+
+    def n_batches(*n_chained):
+        """Of calls that wait together for the stage's one instance."""
+        with ThreadPoolExecutor(1 + len(n_chained)) as pool:
+            long = pool.submit(coarse_call, server, heads(1), 0, 400)
+            time.sleep(0.2)
+            before = metrics(server)
+            for answer in [pool.submit(ask, k) for k in n_chained]:
+                assert answer.result().shape[1]
+            long.result()
+        growth = lambda name: executed(metrics(server), name) - executed(before, name)  # noqa: E731
+        wait_until(lambda: growth("nv_inference_count") == 1 + len(n_chained))
+        return growth("nv_inference_exec_count") - 1
+
+    assert n_batches(0, 0, 0) == 1 and n_batches(1, 1, 1) == 1
+    assert n_batches(0, 1) == n_batches(1, 2) == 2
+
+
+def executed(found, name):
+    return sum(value for key, value in found.items() if key.startswith(name + "{") and "bark_coarse" in key)
+
+
+def coarse_call(server, prefix, stream, n_tokens=6, position=0, **more):
     values = dict(
         prefix=prefix,
-        n_tokens=np.array([[6]], np.int32),
-        position=np.array([[0]], np.int32),
+        n_tokens=np.array([[n_tokens]], np.int32),
+        position=np.array([[position]], np.int32),
         seed=np.array([[1]], np.int64),
         temperature=np.array([[0.7]], np.float32),
         top_k=np.array([[0]], np.int32),
         top_p=np.array([[1.0]], np.float32),
         stream=np.array([[stream]], np.int64),
+        **more,
     )
     inputs = []
     for name, array in values.items():

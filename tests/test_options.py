@@ -66,6 +66,10 @@ def test_the_lookahead_is_a_list_as_the_chunks_are():
     [
         ({"chunk_frames": "0"}, "chunks and calls must be at least 1"),
         ({"fine_context": "-1"}, "windows and what is ahead at least 0"),
+        ({"coarse_windows": "0"}, "chunks and calls must be at least 1"),
+        ({"offline_coarse_windows": "0"}, "chunks and calls must be at least 1"),
+        ({"offline_coarse_windows": "all"}, "offline_coarse_windows must be written like '1', got 'all'"),
+        ({"offline_semantic_call": "-1"}, "windows and what is ahead at least 0"),
         ({"fine_window": "-1"}, "windows and what is ahead at least 0"),
         ({"fine_lookahead": "6, -1"}, "windows and what is ahead at least 0"),
         ({"chunk_frames": "30,x"}, "chunk_frames must be written like '24, 30, 30, 60, 60, 90, 120', got '30,x'"),
@@ -99,3 +103,13 @@ def test_in_a_crowd_the_first_two_chunks_are_one_and_the_rest_is_as_it_was(frame
 def test_a_schedule_without_a_value_is_refused(name):
     with pytest.raises(ValueError, match="must have at least one value"):
         Schedule(**{name: ()})
+
+
+def test_only_who_does_not_stream_makes_long_calls_and_only_while_few_are_served():
+    schedule = Schedule(offline_coarse_windows=64, offline_semantic_call=768)
+    calls = lambda schedule: (schedule.coarse_windows, schedule.semantic_call)  # noqa: E731
+    assert calls(schedule) == (1, 64)
+    assert calls(schedule.offline(is_guarded=False)) == (64, 768)
+    assert calls(schedule.offline(is_guarded=True)) == (64, 64)
+    assert calls(schedule.in_company().offline(is_guarded=False)) == (1, 64)
+    assert calls(Schedule().offline(is_guarded=False)) == (1, 64)

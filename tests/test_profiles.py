@@ -9,11 +9,14 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from barkstream.coarse import n_coarse_tokens
+from barkstream.export.checkpoint import open_huggingface
 from barkstream.options import Schedule
 from barkstream.server import MODEL_REPOSITORY
 
+NANO_BARK = Path(__file__).resolve().parents[1] / "checkpoints" / "nano-bark"
 PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
-SPEAKER = {"sample_rate", "max_streams", "pace_lead_s", "crowd"} | {field.name for field in fields(Schedule)}
+SPEAKER = {"sample_rate", "max_streams", "pace_lead_s", "crowd", "quiet"} | {field.name for field in fields(Schedule)}
 KNOWN = {
     "bark": SPEAKER,
     "bark_semantic": {"engine", "shares_process", "kv_slots", "n_threads"},
@@ -68,6 +71,18 @@ def parameters(model: str, path: str) -> dict[str, str]:
 def test_the_cuda_profiles_schedule_is_one_that_can_be_kept():
     schedule = Schedule.parse(parameters("bark", "configs/cuda.pbtxt"))
     assert not schedule.ahead_at_once
+
+
+def test_the_cuda_profiles_long_calls_carry_a_whole_sentence_and_leave_others_instances():
+    given = parameters("bark", "configs/cuda.pbtxt")
+    schedule, checkpoint = Schedule.parse(given), open_huggingface(NANO_BARK).checkpoint
+    n_most = checkpoint.semantic.max_new_tokens
+    assert schedule.offline_semantic_call >= n_most
+    assert schedule.offline_coarse_windows >= n_coarse_tokens(n_most, checkpoint.coarse) / checkpoint.coarse.window
+    assert schedule.coarse_windows == 1  # a listener's
+    for stage in ("semantic", "coarse"):
+        (instances,) = config(MODEL_REPOSITORY / f"bark_{stage}" / "configs" / "cuda.pbtxt").instance_group
+        assert int(given["quiet"]) < instances.count
 
 
 def test_without_a_profile_the_schedule_is_the_librarys():

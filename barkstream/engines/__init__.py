@@ -7,6 +7,7 @@ gives codes; the codec takes chunks and gives samples and states.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,18 +18,62 @@ from barkstream.tokens import CoarseLayout, CodecLayout, FineLayout, GPTSize, Se
 
 
 @dataclass(frozen=True)
+class Chain:
+    """Coarse windows that follow a row's own in the same call: what makes their prefixes, as soon as the tokens before are there."""
+
+    heads: Ints  # [k >= 1, H]: semantic window and infer of each
+    window: int  # tokens of a window
+    max_history: int  # ids behind a head, at most
+
+    @classmethod
+    def of(cls, heads: Ints, layout: CoarseLayout) -> Chain | None:
+        """None for heads [0, H]. Raises ValueError for another H than the layout's."""
+        if heads.ndim != 2 or heads.shape[1] != layout.n_semantic_window + 1:
+            raise ValueError(f"heads must be [k, {layout.n_semantic_window + 1}], got {list(heads.shape)}")
+        return cls(heads, layout.window, layout.max_history) if len(heads) else None
+
+    def next_ids(self, ids: Ints) -> Ints:
+        """The next window's prefix, where ids [S, 1] are a whole window's and its tokens."""
+        n_head = self.heads.shape[1]
+        return np.concatenate([self.heads[0][:, None], ids[n_head:][-self.max_history :]])
+
+    def check(self, row: Row, size: GPTSize) -> None:
+        """Raises ValueError for windows that do not fit their row, or ids that are none. (Their length is the layout's: it fits.)"""
+        k, n_head = self.heads.shape
+        n_behind = row.n_tokens - row.n_whole
+        if len(row.ids) < n_head or row.ids.shape[1] != 1:
+            raise ValueError(f"a prefix that others follow has at least {n_head} ids, got {len(row.ids)}")
+        if -(-n_behind // self.window) != k:
+            raise ValueError(
+                f"heads are for {k} windows of {self.window} tokens, and {n_behind} tokens are wanted of them"
+            )
+        if self.heads.min() < 0 or self.heads.max() >= size.n_input_ids:
+            raise ValueError(
+                f"ids of heads must be 0 to {size.n_input_ids - 1}, got {self.heads.min()} to {self.heads.max()}"
+            )
+
+
+@dataclass(frozen=True)
 class Row:
     """One stream's share of a batch."""
 
     ids: Ints  # [S, C]: the whole prefix; the C ids of a position are summed
-    n_tokens: int  # new tokens wanted
+    n_tokens: int  # new tokens wanted, those of windows that follow included
     position: int  # index of the first new token in the generation: the noise's counter
     sampling: Sampling
     stream: int = 0  # key of the KV cache kept between calls; 0: keep none
+    chain: Chain | None = None  # engines know none: they are given a window at a time
+
+    @property
+    def n_whole(self) -> int:
+        """Tokens until the row's window is whole, or its call."""
+        return (
+            min(self.n_tokens, self.chain.window - self.position % self.chain.window) if self.chain else self.n_tokens
+        )
 
     def check(self, size: GPTSize) -> None:
         """Raises ValueError for a row that does not fit the model."""
-        n_positions = len(self.ids) + self.n_tokens - 1
+        n_positions = len(self.ids) + self.n_whole - 1
         if not len(self.ids) or n_positions > size.block_size:
             raise ValueError(f"prefix and new tokens must take 1 to {size.block_size} positions, got {n_positions}")
         if self.ids.min() < 0 or self.ids.max() > size.n_input_ids:
@@ -37,6 +82,12 @@ class Row:
             )
         if min(self.n_tokens, self.position, self.sampling.seed) < 0 or not 0 <= self.sampling.temperature < math.inf:
             raise ValueError("n_tokens, position, seed and temperature must be 0 or more, and finite")
+        if self.chain:
+            self.chain.check(self, size)
+
+    def piece(self, n: int) -> Row:
+        """At most n tokens of it, and none of another window: what an engine is given."""
+        return replace(self, n_tokens=min(n, self.n_whole), chain=None)
 
     def ids_with(self, tokens: Ints) -> Ints:
         """The prefix [S + n, C] that this row and n tokens drawn after it make."""
@@ -45,15 +96,36 @@ class Row:
         return np.concatenate([self.ids, drawn])
 
     def after(self, tokens: Ints) -> Row:
-        """What is left of the row's call once these tokens [n] are drawn."""
-        n = len(tokens)
-        return replace(self, ids=self.ids_with(tokens), n_tokens=self.n_tokens - n, position=self.position + n)
+        """What is left of the row's call once these tokens [n <= n_whole] are drawn: the next window, where one follows."""
+        n, ids, chain = len(tokens), self.ids_with(tokens), self.chain
+        if chain and n == self.n_whole:
+            ids, behind = chain.next_ids(ids), chain.heads[1:]
+            chain = replace(chain, heads=behind) if len(behind) else None
+        return replace(self, ids=ids, n_tokens=self.n_tokens - n, position=self.position + n, chain=chain)
 
 
 @dataclass(frozen=True)
 class Generation:
     tokens: Ints  # [n], n <= n_tokens
     ended: bool  # the end-of-speech rule stopped it
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Ints], ended: bool) -> Generation:
+        """Of tokens that were drawn piece by piece."""
+        return cls(np.concatenate([np.zeros(0, np.int32), *pieces]), ended)
+
+
+def by_windows(generate: Callable[[list[Row]], list[Generation]], rows: Sequence[Row]) -> list[Generation]:
+    """An engine's `generate`, which knows no chains, for rows that may be some: a window of each at a time."""
+    drawn: list[list[Ints]] = [[] for _ in rows]
+    ended, left = [False] * len(rows), dict(enumerate(rows))
+    while left:
+        pieces = generate([row.piece(row.n_whole) for row in left.values()])
+        for (i, row), piece in zip(list(left.items()), pieces, strict=True):
+            drawn[i].append(piece.tokens)
+            ended[i], left[i] = piece.ended, row.after(piece.tokens)
+        left = {i: row for i, row in left.items() if row.n_tokens and not ended[i]}
+    return [Generation.joined(*said) for said in zip(drawn, ended, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from multiprocessing.connection import Client, Connection
 from operator import add
 from pathlib import Path
 from typing import Any
 
-from barkstream.engines import Chunk, Row, Window
+from barkstream.engines import Chunk, Row, Window, by_windows
 from barkstream.engines.host import LISTENING
 from barkstream.engines.open import VERBS, EngineError, Spec, open_stage
 from barkstream.engines.workers import Work
@@ -36,7 +36,8 @@ class OwnStage:
     def __init__(self, spec: Spec):
         """Raises what opening the engine raises."""
         self._engine: Any = open_stage(spec)
-        self._run: Callable[[list[Any]], list[Any]] = getattr(self._engine, VERBS[spec.stage])
+        run: Callable[[list[Any]], list[Any]] = getattr(self._engine, VERBS[spec.stage])
+        self._run: Callable[[list[Any]], list[Any]] = partial(by_windows, run) if spec.is_causal else run
         self._work, self._told = Work(), Work()
 
     def run(self, calls: Sequence[Row | Window | Chunk]) -> list[Any]:

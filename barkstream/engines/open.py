@@ -35,6 +35,10 @@ class Spec:
     n_threads: int = 0  # of the CPU; 0: all cores
     device: int = 0  # which GPU
 
+    @property
+    def is_causal(self) -> bool:
+        return self.stage in ("semantic", "coarse")
+
 
 class EngineError(RuntimeError):
     """The engine cannot run here; the message says why, and what to do."""

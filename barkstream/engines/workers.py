@@ -22,6 +22,7 @@ from barkstream.sampling import Ints, Sampling
 PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
 HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
 MIN_PIECE = 8  # tokens: between two pieces the GPU idles for some milliseconds
+LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
 STEPS_TIMED = 8, 24
 
 Call = TypeVar("Call")
@@ -57,8 +58,8 @@ class Policy(Generic[Call]):
 
 # Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
 # listener who has little in hand (in the cuda profile: the first three of a sentence, and its end). Semantic calls are made 60 tokens
-# (1.2 s of speech) ahead. Two windows are a beginning: the first chunk, which takes one, plays for .3 s, and by then the second must
-# be there.
+# (1.2 s of speech) ahead; whoever asks for more at once does not stream. Two windows are a beginning: the first chunk, which takes
+# one, plays for .3 s, and by then the second must be there.
 POLICIES: dict[str, Policy[Any]] = {
     "codec": Policy(
         lambda chunk: chunk[0].shape[1] <= 60, hurried=0, urgency=1, company=4, patience_s=0.03, is_followed=False
@@ -66,7 +67,13 @@ POLICIES: dict[str, Policy[Any]] = {
     "fine": Policy(
         lambda window: window.n_frames - window.fill_from <= 96, hurried=1, urgency=1, company=4, patience_s=0.04
     ),
-    "semantic": Policy(lambda row: row.position <= 60, hurried=2, urgency=3, company=16, patience_s=0.15),
+    "semantic": Policy(
+        lambda row: row.position <= 60 and row.n_tokens <= LISTENED_TO,
+        hurried=2,
+        urgency=3,
+        company=16,
+        patience_s=0.15,
+    ),
     "coarse": Policy(lambda row: row.position <= 60, hurried=2, urgency=4),
 }
 
@@ -204,7 +211,7 @@ class Worker(Generic[Call, Result]):
 
 
 class CausalWorker(Worker[Row, Generation]):
-    """A GPT's worker: rows wait again after each piece, until they are whole."""
+    """A GPT's worker: rows wait again after each piece, until they are whole; a chain's with the next window's prefix."""
 
     def __init__(
         self,
@@ -243,8 +250,7 @@ class CausalWorker(Worker[Row, Generation]):
             each.answer.set_result(generation)
 
     def _said(self, pending: _Pending[Row, Generation], ended: bool) -> Generation:
-        drawn = self._drawn.pop(pending.answer, [])
-        return Generation(np.concatenate([np.zeros(0, np.int32), *drawn]), ended)
+        return Generation.joined(self._drawn.pop(pending.answer, []), ended)
 
     def _next_batch(self) -> list[_Pending[Row, Generation]]:
         with self._changed:
@@ -257,14 +263,14 @@ class CausalWorker(Worker[Row, Generation]):
             return row
         with self._changed:
             self._n_nameless += 1
-            return Row(row.ids, row.n_tokens, row.position, row.sampling, -self._n_nameless)
+            return replace(row, stream=-self._n_nameless)
 
     def _start_batch(self, batch: Sequence[_Pending[Row, Generation]]) -> Finish[Generation]:
         n = self._piece_tokens(
-            [each.call.n_tokens for each in batch], [each.call.n_tokens for each in batch if each.is_hurried]
+            [each.call.n_whole for each in batch], [each.call.n_whole for each in batch if each.is_hurried]
         )
         self._n_piece = n
-        return self._start([replace(each.call, n_tokens=min(n, each.call.n_tokens)) for each in batch])
+        return self._start([each.call.piece(n) for each in batch])
 
     def _takes_s(self, batch: Sequence[_Pending[Row, Generation]]) -> float:
         n_new = sum(self._held.get(each.call.stream) != len(each.call.ids) for each in batch)
@@ -279,6 +285,16 @@ class CausalWorker(Worker[Row, Generation]):
         most = max(MIN_PIECE, int(PIECE_S / step_s))
         n = min(most, max(most * 3 // 4, min(n_wanted)), max(n_wanted))
         return max(n, min(max(n_hurried, default=0), int(HURRIED_PIECE_S / step_s)))
+
+    def _go_on(self, pending: _Pending[Row, Generation], tokens: Ints) -> None:
+        """What is left of a call after a piece of it. A new window is as urgent as a call for it."""
+        row = pending.call
+        pending.call = rest = row.after(tokens)
+        goes_on = rest.chain is row.chain or np.array_equal(rest.ids, row.ids_with(tokens))
+        if rest.chain is not row.chain:
+            pending.is_hurried = self._policy.is_hurried(rest)
+        if not pending.is_left:
+            self._held[row.stream] = len(rest.ids) if goes_on else 0
 
     def _settle(self, batch: list[_Pending[Row, Generation]], results: Sequence[Generation] | Exception) -> None:
         if isinstance(results, Exception):
@@ -295,9 +311,7 @@ class CausalWorker(Worker[Row, Generation]):
             for each, generation in zip(batch, results, strict=True):
                 each.since_s = now
                 self._drawn.setdefault(each.answer, []).append(generation.tokens)
-                each.call = each.call.after(generation.tokens)
-                if not each.is_left:
-                    self._held[each.call.stream] = len(each.call.ids)
+                self._go_on(each, generation.tokens)
                 if each.call.n_tokens and not generation.ended and not each.is_left:
                     unfinished.append(each)
                 else:

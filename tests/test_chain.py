@@ -1,0 +1,352 @@
+"""A chain is coarse windows in one call: it says what as many calls say, through every way to an engine."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from barkstream.coarse import generate_coarse
+from barkstream.engines import Chain, Generation, Row, by_windows
+from barkstream.engines.turns import Turns
+from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, at_once
+from barkstream.options import Schedule, SpeechOptions
+from barkstream.pipeline import Speech
+from barkstream.sampling import Sampling
+from barkstream.tokens import CoarseLayout, GPTSize
+
+SIZE = GPTSize(n_layers=1, n_heads=1, width=64, block_size=64, n_input_ids=1000, n_output_ids=1000)
+LAYOUT = CoarseLayout(
+    SIZE, n_codebooks=2, codebook_size=100, rate_hz=75, first_id=500, semantic_pad=499, infer=998,
+    n_semantic_window=20, max_history=30, window=10, semantic_rate_hz=50,
+)  # fmt: skip  # tokens a semantic token: 3
+
+
+class Attentive:
+    """A coarse stage's engine: a token depends on every id before it, on where it stands, on the seed and on its place in the
+    generation. Remembers its rows."""
+
+    def __init__(self):
+        self.batches, self.released = [], []
+        self.gate = threading.Semaphore(10**6)
+
+    def generate(self, rows):
+        self.gate.acquire()
+        self.batches.append(rows)
+        assert all(row.chain is None for row in rows), "an engine knows no chains"
+        return [Generation(self._tokens(row), False) for row in rows]
+
+    def _tokens(self, row):
+        row.check(SIZE)
+        ids = row.ids[:, 0].tolist()
+        for position in range(row.position, row.position + row.n_tokens):
+            seen = sum((i + 1) * id for i, id in enumerate(ids))
+            code = (seen + 7 * position + row.sampling.seed) % LAYOUT.codebook_size
+            ids.append(LAYOUT.first_id + LAYOUT.codebook_size * (position % 2) + code)
+        return np.array(ids[len(row.ids) :], np.int32)
+
+    def release(self, *streams):
+        self.released += streams
+
+
+class Known:
+    """Semantic tokens, of which some are there and more come when they are asked for."""
+
+    def __init__(self, tokens, n_there):
+        self._all, self.n_waits = tokens, 0
+        self._have(n_there)
+
+    def ensure(self, n):
+        if n > len(self.tokens) and not self.ended:
+            self.n_waits += 1
+            self._have(n)
+
+    def _have(self, n):
+        self.tokens, self.ended = self._all[:n], n > len(self._all)
+
+
+class Windows:
+    """Coarse calls as an engine's windows, by `run`; remembers how many windows each call had."""
+
+    def __init__(self, run):
+        self._run, self.n_windows = run, []
+
+    def coarse(self, prefix, n_tokens, position, sampling, stream, heads):
+        row = Row(prefix[:, None], n_tokens, position, sampling, stream, Chain.of(heads, LAYOUT))
+        row.check(SIZE)
+        self.n_windows.append(1 + len(heads))
+        return self._run(row).tokens
+
+
+@pytest.fixture
+def start():
+    """Starts workers; stops them at the end."""
+    running = []
+
+    def start(worker):
+        running.append((worker, threading.Thread(target=worker.work)))
+        running[-1][1].start()
+        return worker
+
+    yield start
+    for worker, thread in running:
+        worker.close()
+        thread.join()
+
+
+@pytest.fixture
+def worker(start):
+    """A worker over an attentive engine (`.engine`), in pieces of 8 tokens if nobody waits."""
+    engine = Attentive()
+    worker = CausalWorker(
+        at_once(engine.generate), engine.release, 4, Turns(), POLICIES["coarse"], lambda n: PIECE_S / 8
+    )
+    worker.engine = engine
+    return start(worker)
+
+
+def some_semantic(n):
+    return np.random.default_rng(n).integers(0, 499, n).astype(np.int32)
+
+
+class Voice:
+    """History of 3 s, as long as the windows' history and longer."""
+
+    semantic = some_semantic(60)
+    coarse = np.random.default_rng(1).integers(0, 100, (2, 90)).astype(np.int32)
+
+
+def codes(stages, semantic, history, schedule, lookahead=None, n_there=10**6):
+    known = Known(semantic, n_there)
+    pieces = generate_coarse(known, history, LAYOUT, Sampling(seed=5), lookahead, schedule, stages, 3)
+    return np.concatenate([np.zeros((2, 0), np.int32), *pieces], axis=1)
+
+
+ALL = Schedule(coarse_windows=64)
+
+
+@pytest.mark.parametrize("history", [None, Voice()])
+@pytest.mark.parametrize("n", [1, 3, 10, 41])  # semantic tokens: 2, 8, 30 and 122 coarse ones; windows have 10
+@pytest.mark.parametrize("lookahead", [None, 0])
+def test_a_chain_says_what_single_windows_say(worker, n, history, lookahead):
+    by_itself = Windows(lambda row: Attentive().generate([row])[0])
+    expected = codes(by_itself, some_semantic(n), history, Schedule(), lookahead)
+    assert set(by_itself.n_windows) == {1} and expected.size == n * 3 // 2 * 2
+    for run in (
+        lambda row: by_windows(Attentive().generate, [row])[0],
+        lambda row: worker.submit([row])[0].result(timeout=10),
+        lambda row: worker.submit([replace(row, stream=0)])[0].result(timeout=10),
+    ):
+        chained = Windows(run)
+        np.testing.assert_array_equal(codes(chained, some_semantic(n), history, ALL, lookahead), expected)
+        assert chained.n_windows == [len(by_itself.n_windows)]
+
+
+@pytest.mark.parametrize("cut", [dict(coarse_windows=3), dict(coarse_call=4, coarse_windows=5), dict(coarse_call=6)])
+def test_any_cut_into_chains_says_the_same(worker, cut):
+    stages = Windows(lambda row: worker.submit([row])[0].result(timeout=10))
+    expected = codes(stages, some_semantic(41), Voice(), Schedule())
+    stages.n_windows.clear()
+    np.testing.assert_array_equal(codes(stages, some_semantic(41), Voice(), Schedule(**cut)), expected)
+    assert max(stages.n_windows) == cut.get("coarse_windows", 1)
+
+
+def test_a_chain_waits_for_no_semantic_tokens_and_reads_none_too_early():
+    stages = Windows(lambda row: by_windows(Attentive().generate, [row])[0])
+    expected = codes(stages, some_semantic(41), None, Schedule())
+    stages.n_windows.clear()
+    np.testing.assert_array_equal(codes(stages, some_semantic(41), None, ALL, n_there=30), expected)
+    # A window reads 20 tokens, the first four (which reach back to the first token) the same 20. The rest: one by one.
+    assert stages.n_windows[0] > 4 and max(stages.n_windows[1:-1], default=1) == 1 and sum(stages.n_windows) == 13
+
+
+def test_windows_are_chained_only_when_they_may_be():
+    stages, may = Windows(lambda row: by_windows(Attentive().generate, [row])[0]), []
+    known = Known(some_semantic(41), 10**6)
+    pieces = generate_coarse(known, None, LAYOUT, Sampling(), None, ALL, stages, 3, may_chain=lambda: bool(may))
+    next(pieces), next(pieces)
+    may.append("somebody has heard the first audio")
+    list(pieces)
+    assert stages.n_windows == [1, 1, 11]
+
+
+def chain_of(n_windows, stream=1, position=0, n_history=30, n_last=10):
+    ids = np.concatenate([some_semantic(20), [LAYOUT.infer], 500 + np.arange(n_history) % 200]).astype(np.int32)[
+        :, None
+    ]
+    heads = np.array([[*some_semantic(20 + i), LAYOUT.infer][-21:] for i in range(1, n_windows)], np.int32)
+    chain = Chain.of(heads.reshape(-1, 21), LAYOUT)
+    return Row(ids, 10 * (n_windows - 1) + n_last, position, Sampling(seed=2), stream, chain)
+
+
+def test_rows_of_different_lengths_go_together_window_by_window():
+    engine, rows = Attentive(), [chain_of(3, n_last=4), replace(chain_of(1), n_tokens=0), chain_of(2, stream=2)]
+    together = by_windows(engine.generate, rows)
+    alone = [by_windows(Attentive().generate, [row])[0].tokens.tolist() for row in rows]
+    assert [generation.tokens.tolist() for generation in together] == alone
+    assert [len(tokens) for tokens in alone] == [24, 0, 20]
+    assert [len(batch) for batch in engine.batches] == [3, 2, 1]
+
+
+def pieces_of(worker, row):
+    """(position, n_tokens) of each piece."""
+    worker.engine.batches.clear()
+    worker.submit([row])[0].result(timeout=10)
+    return [(row.position, row.n_tokens) for (row,) in worker.engine.batches]
+
+
+def test_a_chains_pieces_never_cross_a_windows_end(worker):
+    begun = replace(
+        chain_of(3, position=996), n_tokens=4 + 10 + 6
+    )  # a window's tokens 6 to 9, a whole one, and the last
+    assert pieces_of(worker, begun) == [(996, 4), (1000, 8), (1008, 2), (1010, 6)]
+
+
+def test_a_chains_next_window_is_as_hurried_as_a_call_for_it(worker):
+    """Not cut in pieces if somebody waits for it, and nobody does behind position 60."""
+    assert pieces_of(worker, chain_of(4, position=40)) == [(40, 10), (50, 10), (60, 10), (70, 8), (78, 2)]
+
+
+def test_a_chains_next_window_is_known_to_need_a_prefill_unless_it_goes_on(start):
+    """Pieces of 8 tokens take .02 s; a prefill is said to take 1 s."""
+    said = []
+
+    class Listening(Turns):
+        def _launched(self, turn, takes_s, is_followed):
+            said.append(takes_s)
+            super()._launched(turn, 0.0, is_followed)
+
+    engine = Attentive()
+    policy = replace(POLICIES["coarse"], is_hurried=lambda row: False)
+    worker = start(
+        CausalWorker(
+            at_once(engine.generate), engine.release, 4, Listening(), policy, lambda n: PIECE_S / 8, lambda n: 1.0
+        )
+    )
+    slid = chain_of(2)
+    worker.submit([slid])[0].result(timeout=10)
+    assert said == pytest.approx([1.02, 0.005, 1.02, 0.005])
+    said.clear()
+    going_on = replace(chain_of(2, stream=2, n_history=4), chain=replace(slid.chain, heads=slid.ids[:21].T))
+    worker.submit([going_on])[0].result(timeout=10)
+    assert said == pytest.approx([1.02, 0.005, 0.02, 0.005])
+
+
+def test_a_chain_that_is_left_ends_after_its_piece(worker):
+    worker.engine.gate = threading.Semaphore(0)
+    whole = by_windows(Attentive().generate, [chain_of(5)])[0].tokens
+    under_way, waiting = worker.submit([chain_of(5), chain_of(5, stream=2)])
+    for _ in range(2):
+        worker.engine.gate.release()
+    while len(worker.engine.batches) < 2:
+        pass
+    worker.drop(1, 2)
+    worker.engine.gate.release(100)
+    for answer in (under_way, waiting):
+        said = answer.result(timeout=5).tokens
+        assert 10 < len(said) < 40
+        np.testing.assert_array_equal(said, whole[: len(said)])
+    assert not worker._drawn and not worker._held
+    assert worker.submit([chain_of(5)])[0].result(timeout=5).tokens.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(n_tokens=31), "heads are for 2 windows of 10 tokens, and 21 tokens are wanted"),
+        (dict(n_tokens=20), "heads are for 2 windows of 10 tokens, and 10 tokens are wanted"),
+        (dict(ids=np.zeros((20, 1), np.int32)), "at least 21 ids, got 20"),
+        (dict(ids=np.zeros((30, 2), np.int32)), "at least 21 ids"),
+        (dict(ids=np.zeros((60, 1), np.int32)), "1 to 64 positions, got 69"),
+    ],
+)
+def test_a_chain_that_does_not_fit_is_refused(wrong, said):
+    chain_of(3).check(SIZE)
+    with pytest.raises(ValueError, match=said):
+        replace(chain_of(3), **wrong).check(SIZE)
+
+
+def test_windows_that_follow_are_checked_like_the_first():
+    row = chain_of(3)
+    with pytest.raises(ValueError, match="ids of heads must be 0 to 999, got -1"):
+        replace(row, chain=replace(row.chain, heads=row.chain.heads * 0 - 1)).check(SIZE)
+    with pytest.raises(ValueError, match=r"heads must be \[k, 21\], got \[2, 20\]"):
+        Chain.of(row.chain.heads[:, 1:], LAYOUT)
+
+
+# --- speech ----------------------------------------------------------------------------------------------------------
+
+
+def offline(pipeline, voice, **schedule):
+    """Audio [n], its tokens, and the calls that each stage had: (tokens wanted, windows)."""
+    stages, speech = Counting(pipeline.stages), Speech()
+    cut = replace(pipeline, stages=stages, schedule=replace(pipeline.schedule, **schedule))
+    options = SpeechOptions.parse({"seed": 5, "streaming": False})
+    audio = np.concatenate(
+        list(cut.stream("Good morning to you all. The weather is fine today.", options, voice, 9, speech))
+    )
+    return audio, speech.history_prompt(), stages
+
+
+class Counting:
+    def __init__(self, stages):
+        self._stages, self.n_semantic, self.n_coarse = stages, [], []
+
+    def __getattr__(self, name):
+        return getattr(self._stages, name)
+
+    def semantic(self, prefix, n_tokens, *rest):
+        self.n_semantic.append(n_tokens)
+        return self._stages.semantic(prefix, n_tokens, *rest)
+
+    def coarse(self, prefix, n_tokens, *rest):
+        self.n_coarse.append(n_tokens)
+        return self._stages.coarse(prefix, n_tokens, *rest)
+
+
+@pytest.mark.parametrize("voice", [None, "heart_0"])
+def test_offline_speech_is_two_long_calls_a_sentence_and_the_same_speech(pipeline, voices, voice):
+    audio, said, stages = offline(pipeline, voices.get(voice), offline_coarse_windows=64, offline_semantic_call=768)
+    expected_audio, expected, before = offline(pipeline, voices.get(voice))
+    for name in ("semantic", "coarse", "fine"):
+        np.testing.assert_array_equal(getattr(said, name), getattr(expected, name))
+    np.testing.assert_allclose(audio, expected_audio, atol=1e-5)
+    assert stages.n_semantic == [768, 768] and len(stages.n_coarse) == 2
+    assert max(before.n_semantic) <= 64 and max(before.n_coarse) == 60 and len(before.n_coarse) > 4
+
+
+def test_a_guard_looks_in_between_semantic_calls(pipeline, voices):
+    cut = replace(
+        pipeline, stages=Counting(pipeline.stages), schedule=replace(pipeline.schedule, offline_semantic_call=768)
+    )
+    options = SpeechOptions.parse({"seed": 5, "streaming": False, "guard": True})
+    list(cut.stream("Good morning.", options, voices["heart_0"]))
+    assert max(cut.stages.n_semantic) <= 64
+
+
+def test_a_streams_windows_are_chained_after_its_first_audio(pipeline, voices):
+    text = "This sentence is long enough to be sent in several chunks, each one longer than the one before."
+    stages = Counting(pipeline.stages)
+    schedule = replace(pipeline.schedule, coarse_windows=3, coarse_ahead=0, semantic_ahead=250)
+    speech, expected = Speech(), Speech()
+    options = SpeechOptions.parse({"seed": 1})
+    chunks = replace(pipeline, stages=stages, schedule=schedule).stream(text, options, voices["heart_0"], speech=speech)
+    next(chunks)
+    assert max(stages.n_coarse) == 60
+    list(chunks)
+    assert max(stages.n_coarse) == 180
+    list(pipeline.stream(text, options, voices["heart_0"], speech=expected))
+    np.testing.assert_array_equal(speech.history_prompt().coarse, expected.history_prompt().coarse)
+
+
+def test_a_released_streams_half_frame_is_no_error():
+    """A chain that was left ends after its piece, in the middle of a frame, perhaps."""
+
+    class Leaving:
+        def coarse(self, prefix, n_tokens, position, sampling, stream, heads):
+            return LAYOUT.first_id + LAYOUT.codebook_size * (np.arange(7, dtype=np.int32) % 2)
+
+    pieces = generate_coarse(Known(some_semantic(41), 99), None, LAYOUT, Sampling(), None, ALL, Leaving(), 3)
+    assert next(pieces).shape == (2, 3)
