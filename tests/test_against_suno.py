@@ -199,9 +199,7 @@ def some_semantic(n: int) -> Ints:
     return np.random.default_rng(n).integers(0, END, n).astype(np.int32)
 
 
-def our_coarse(
-    stages: LocalStages, semantic: Ints, sampling: Sampling, voice: str | None = None, **calls: int
-) -> Ints:
+def our_coarse(stages: LocalStages, semantic: Ints, sampling: Sampling, voice: str | None = None, **calls: int) -> Ints:
     """Codes in the order they are drawn: codebook 0 and 1 of a frame, then the next frame's."""
     history, layout, given = preset(voice, stages.checkpoint), stages.checkpoint.coarse, Given(semantic)
     if "coarse_windows" in calls:
