@@ -116,7 +116,7 @@ struct Copier {
                 u64* landed = &shared.landed[n_issued % IN_FLIGHT];
                 bool there = i < n_tiles * TILE_CHUNKS;
                 barrier_expect(landed, there ? CHUNK : 0);
-                if (there) copy_to_shared(stages + i * CHUNK, from + i * CHUNK, CHUNK, landed);
+                if (there) copy_once_to_shared(stages + i * CHUNK, from + i * CHUNK, CHUNK, landed);
             }
         }
         return true;
@@ -267,14 +267,22 @@ __device__ __forceinline__ void note_moments(const uint4 (&act)[PAIRS], const Pl
     }
 }
 
+// Of what each warp noted. Every lane adds for itself: shuffles would take longer than loads of which the warp's lanes share each.
+template <class Noted>
+__device__ __forceinline__ float2 sum_of_warps(Noted noted) {
+    float2 v[WARPS];
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) v[w] = noted(w);
+#pragma unroll
+    for (int step = WARPS / 2; step; step /= 2)
+#pragma unroll
+        for (int w = 0; w < step; w++) v[w] = make_float2(v[w].x + v[w + step].x, v[w].y + v[w + step].y);
+    return v[0];
+}
+
 // 1 / standard deviation of a row of x, found by a warp
 __device__ __forceinline__ float scale_of(const Place& place, int row) {
-    float2 m = place.shared.moments[place.buffer][lane() % WARPS][row];
-#pragma unroll
-    for (int offset = 1; offset < WARPS; offset *= 2) {
-        m.x += __shfl_xor_sync(~0u, m.x, offset);
-        m.y += __shfl_xor_sync(~0u, m.y, offset);
-    }
+    float2 m = sum_of_warps([&](int w) { return place.shared.moments[place.buffer][w][row]; });
     float mean = m.x / W;
     return rsqrtf(fmaxf(m.y / W - mean * mean, 0) + 1e-5f);
 }
@@ -294,16 +302,8 @@ __device__ __forceinline__ void note_sums(const float (&sums)[N_TILES][4], const
 
 // Columns 2 * (lane % 4), + 1 of item = unit * B + row, summed over warps by a warp.
 __device__ __forceinline__ float2 total_of(int item, const Place& place) {
-    static_assert(WARPS == 8, "one for each group of 4 lanes");
-    const float* from =
-        place.partial + (place.buffer * WARPS + lane() / 4) * (STAGE_UNITS * B * 8) + item * 8 + lane() % 4 * 2;
-    float2 v = *(const float2*)from;
-#pragma unroll
-    for (int offset = 4; offset < 32; offset *= 2) {
-        v.x += __shfl_xor_sync(~0u, v.x, offset);
-        v.y += __shfl_xor_sync(~0u, v.y, offset);
-    }
-    return v;
+    const float* from = place.partial + place.buffer * WARPS * (STAGE_UNITS * B * 8) + item * 8 + lane() % 4 * 2;
+    return sum_of_warps([&](int w) { return *(const float2*)(from + w * (STAGE_UNITS * B * 8)); });
 }
 
 // 8 columns of a row, 2 in each of 4 neighbouring lanes, as one packet, from `to` on: every group of 4 lanes writes one
@@ -336,12 +336,12 @@ __device__ __forceinline__ void embed(uint4 (&act)[PAIRS], const Arguments& a, S
 
 // ---- attention ----
 
-// Where a row's keys of this block's head begin in the cache, for this lane's 8 dimensions; its values lie
-// `values_after` further on.
+// Where a row's keys of this block's head begin in the cache; its values lie `values_after` further on.
 __device__ __forceinline__ u16* keys_at(const Arguments& a, int layer, int b) {
-    return a.cache + ((size_t)(layer * 2 * a.n_slots + a.rows[b].slot) * H + blockIdx.x / 8) * BLOCK_SIZE * 64 +
-           lane() % 8 * 8;
+    return a.cache + ((size_t)(layer * 2 * a.n_slots + a.rows[b].slot) * H + blockIdx.x / 8) * BLOCK_SIZE * 64;
 }
+// Of those, this lane's 8 dimensions of a position.
+__device__ __forceinline__ int cached_at(int position) { return position * 64 + cached_eight(position, lane() % 8) * 8; }
 __device__ __forceinline__ size_t values_after(const Arguments& a) { return (size_t)a.n_slots * H * BLOCK_SIZE * 64; }
 
 // 8 dimensions a lane of the query (which = 0), the new key (1) or the new value (2) of this block's head.
@@ -369,7 +369,7 @@ __device__ __forceinline__ void attend_newest(const Arguments& a, Shared& shared
             uint4 key = pack(k), value = pack(v);
             score = score_of(q, key), sum = 1;
             unpack(v, value);
-            u16* keys = keys_at(a, layer, b) + length * 64;
+            u16* keys = keys_at(a, layer, b) + cached_at(length);
             if (lane() < 8) *(uint4*)keys = key, *(uint4*)(keys + values_after(a)) = value;
         }
         if (lane() < 8) {
@@ -504,7 +504,7 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int l
         for (int j = 0; j < TOGETHER; j++) {
             int p = position(first + j * SPLIT);
             key[j] = value[j] = make_uint4(0, 0, 0, 0);
-            if (p < length) key[j] = load_cached_l2(keys + p * 64), value[j] = load_cached_l2(values + p * 64);
+            if (p < length) key[j] = load_cached_l2(keys + cached_at(p)), value[j] = load_cached_l2(values + cached_at(p));
         }
     };
     fetch(warp() / B);

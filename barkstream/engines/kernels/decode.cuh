@@ -1,5 +1,6 @@
 // What the two persistent kernels share, decode.cu (up to 8 rows) and wide.cu (8 to 64).
 #pragma once
+#include "cache.cuh"
 #include "sampling.cuh"
 
 constexpr int W = WIDTH, H = N_HEADS, B = N_ROWS, BLOCKS = 8 * H, WARPS = 8, THREADS = WARPS * 32;

@@ -28,6 +28,29 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], u32 a0, u32 a1, u32 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// d[8 x 8] += a[8 x 8] b[8 x 8]; the instruction's other 8 rows are zero
+__device__ __forceinline__ void multiply_add_8(float (&d)[4], u32 a, u32 b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a), "r"(0), "r"(b));
+}
+
+// Four matrices [8 x 8] of bf16 out of shared memory, 16 bytes a row, at the addresses of lanes 0-7, 8-15 ...: lane 4 g + t gets
+// elements 2 t, 2 t + 1 of row g; transposed, of column g.
+__device__ __forceinline__ void load_matrices(u32 (&m)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+__device__ __forceinline__ void load_transposed(u32 (&m)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 // ---- barriers in shared memory (mbarrier), and the bulk copies that complete on them ----
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -50,13 +73,7 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
 __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ void copy_to_shared(void* to, const void* from, u32 bytes, u64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
-                 : "memory");
-}
-// The same for what nobody will read again soon: it leaves L2 first.
+// A bulk copy of what nobody will read again soon: it leaves L2 first.
 __device__ __forceinline__ void copy_once_to_shared(void* to, const void* from, u32 bytes, u64* barrier) {
     asm volatile(
         "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"

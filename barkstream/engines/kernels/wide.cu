@@ -348,71 +348,82 @@ __device__ __forceinline__ void fetch_newest(const Arguments& a, Place& place, i
             packet, [&](int) { return from; }, [&](const uint4& packet) { return is_of(packet, place.turn); });
         place.shared.newest[i][which][part] = packet[0];
         u16* to = keys_at(a, layer, row) + (which == 2 ? values_after(a) : 0) + place.shared.rows[row].length * 64;
-        if (which && place.shared.rows[row].running) *(uint4*)(to + part * 8) = packet[0];
+        int eight = cached_eight(place.shared.rows[row].length, part);
+        if (which && place.shared.rows[row].running) *(uint4*)(to + eight * 8) = packet[0];
     }
     sync();
 }
 
-// Attention of a row over this warp's share of its positions: a warp takes 4 at a time, 8 lanes and 8 dimensions each.
+// Attention of a row over this warp's share of its positions, 8 of a stage, by tensor cores: scores are queries times keys, all
+// 16 rows of the left operand the same query, and their powers come out where the left operand of powers times values wants them.
 __device__ __forceinline__ void attend_row(Place& place, int i, int length) {
-    constexpr int QUADS = (POSITIONS / 4 + WARPS - 1) / WARPS;  // of a stage, for a warp
+    constexpr int TILES = ((POSITIONS + 7) / 8 + WARPS - 1) / WARPS;  // of 8 positions, of a stage, for a warp
+    constexpr float SCALE = 0.125f * 1.44269504f;               // 1 / sqrt(64), to base 2
+    constexpr float HEADROOM = 8;                               // powers of 2 by which a score may exceed the peak so far
     const uint4(&newest)[3][8] = place.shared.newest[i];
-    int sub = lane() / 8, part = lane() % 8;
-    float q[8], out[8] = {}, peak = -1e30f, sum = 0;
-    unpack(q, newest[0][part]);
-    if (warp() == WARPS - 1) {  // the newest position is one warp's, always the same; its first 8 lanes take it
-        float score = score_of(q, newest[1][part]);
-        if (sub == 0) peak = score, sum = 1, unpack(out, newest[2][part]);
+    const u32 *query = (const u32*)newest[0], *value = (const u32*)newest[2];
+    u32 q[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++) q[k] = query[k * 4 + lane() % 4];
+    float out[8][4] = {}, peak = -1e30f, sum = 0;
+    if (warp() == WARPS - 1) {  // the newest position is one warp's, always the same
+        float of_query[8];
+        unpack(of_query, newest[0][lane() % 8]);
+        peak = score_of(of_query, newest[1][lane() % 8]), sum = lane() % 4 == 0;
+#pragma unroll
+        for (int d = 0; d < 8; d++) {
+            u32 pair = value[d * 4 + lane() % 4];
+            out[d][0] = low_bf16(pair), out[d][1] = high_bf16(pair);
+        }
     }
 #pragma unroll 1
     for (int first = 0; first < length; first += POSITIONS) {
         wait_for_stage(place, 0);
-        const uint4* stage = (const uint4*)stage_at(place, 0) + part;
-        uint4 key[QUADS], value[QUADS];
-        auto position = [&](int j) { return (j * WARPS + warp()) * 4 + sub; };
-        auto there = [&](int j) { return position(j) < min(POSITIONS, length - first); };
+        int n = min(POSITIONS, length - first);
 #pragma unroll
-        for (int j = 0; j < QUADS; j++) {
-            key[j] = value[j] = make_uint4(0, 0, 0, 0);
-            if (there(j)) key[j] = stage[position(j) * 8], value[j] = stage[(POSITIONS + position(j)) * 8];
+        for (int tile = 0; tile < TILES; tile++) {
+            int at = (tile * WARPS + warp()) * 8, row = min(at + lane() % 8, n - 1);  // nothing else may be read
+            if (at >= n) break;
+            u32 keys = shared_address(stage_at(place, 0)) + row * 128, values = keys + UNIT / 2, loaded[2][4];
+            auto eight = [&](int half) { return cached_eight(first + row, half * 4 + lane() / 8) * 16; };
+            float scores[2][4] = {};
+#pragma unroll
+            for (int half = 0; half < 2; half++) load_matrices(loaded[half], keys + eight(half));
+#pragma unroll
+            for (int half = 0; half < 2; half++) {  // of the dimensions
+                const u32(&k)[4] = loaded[half];
+                multiply_add(scores[half], q[half * 4], q[half * 4], q[half * 4 + 1], q[half * 4 + 1], k[0], k[1]);
+                multiply_add(scores[half], q[half * 4 + 2], q[half * 4 + 2], q[half * 4 + 3], q[half * 4 + 3], k[2],
+                             k[3]);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) load_transposed(loaded[half], values + eight(half));
+            int position = at + lane() % 4 * 2;
+            float x = position < n ? (scores[0][0] + scores[1][0]) * SCALE : -1e30f,
+                  y = position + 1 < n ? (scores[0][1] + scores[1][1]) * SCALE : -1e30f;
+            float higher = fmaxf(x, y);
+            if (__any_sync(~0u, higher > peak + HEADROOM)) {
+                higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
+                higher = fmaxf(peak, fmaxf(higher, __shfl_xor_sync(~0u, higher, 2)));
+                float rescale = power_of_2(peak - higher);
+                peak = higher, sum *= rescale;
+#pragma unroll
+                for (int d = 0; d < 8; d++) out[d][0] *= rescale, out[d][1] *= rescale;
+            }
+            x = power_of_2(x - peak), y = power_of_2(y - peak), sum += x + y;
+            u32 powers = pack_bf16(x, y);
+#pragma unroll
+            for (int d = 0; d < 8; d++) multiply_add_8(out[d], powers, loaded[d / 4][d % 4]);
         }
         release_stages(place, 1);
-        float score[QUADS], highest = peak;
-#pragma unroll
-        for (int j = 0; j < QUADS; j++) {
-            score[j] = score_of(q, key[j]);
-            if (!there(j)) score[j] = -1e30f;
-            highest = fmaxf(highest, score[j]);
-        }
-        float rescale = power_of_2(peak - highest);
-        peak = highest, sum *= rescale;
-#pragma unroll
-        for (int d = 0; d < 8; d++) out[d] *= rescale;
-#pragma unroll
-        for (int j = 0; j < QUADS; j++) {
-            float weight = there(j) ? power_of_2(score[j] - peak) : 0, v[8];
-            unpack(v, value[j]);
-            sum += weight;
-#pragma unroll
-            for (int d = 0; d < 8; d++) out[d] = fmaf(weight, v[d], out[d]);
-        }
     }
-    float highest = fmaxf(peak, __shfl_xor_sync(~0u, peak, 8));  // over the warp's 4 groups of 8 lanes
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 16));
-    float rescale = power_of_2(peak - highest);
-    sum *= rescale;
-    sum += __shfl_xor_sync(~0u, sum, 8);
-    sum += __shfl_xor_sync(~0u, sum, 16);
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (lane() < 4) {
+        float* to = place.partial + (i * WARPS + warp()) * 64 + lane() * 2;
 #pragma unroll
-    for (int d = 0; d < 8; d++) {
-        out[d] *= rescale;
-        out[d] += __shfl_xor_sync(~0u, out[d], 8);
-        out[d] += __shfl_xor_sync(~0u, out[d], 16);
-    }
-    if (sub == 0) {
-        float4* to = (float4*)(place.partial + (i * WARPS + warp()) * 64 + part * 8);
-        to[0] = make_float4(out[0], out[1], out[2], out[3]), to[1] = make_float4(out[4], out[5], out[6], out[7]);
-        if (part == 0) place.shared.part_scale[i][warp()] = make_float2(highest, sum);
+        for (int d = 0; d < 8; d++) *(float2*)(to + d * 8) = make_float2(out[d][0], out[d][1]);
+        if (lane() == 0) place.shared.part_scale[i][warp()] = make_float2(peak, sum);
     }
 }
 
