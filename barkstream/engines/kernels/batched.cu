@@ -26,41 +26,52 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     write_normed(normed, mine);
 }
 
+// One block a token of a prefill, n_tokens a row: its keys and values into the cache.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    store(const int* slots, const u32* qkv, u8* cache, float* scales, int n_slots, int layer, int n_tokens) {
+    int position = blockIdx.x % n_tokens;
+    for (int i = threadIdx.x; i < W; i += THREADS) {  // W words: keys, then values; a head's are a warp's
+        int kind = i / (W / 2), word = i % (W / 2);
+        size_t head = ((size_t)(layer * 2 + kind) * n_slots + slots[blockIdx.x / n_tokens]) * H + word / 32;
+        u32 pair = qkv[(size_t)blockIdx.x * (3 * W / 2) + W / 2 + i];
+        u8* eight = cache + head * BLOCK_SIZE * CACHED + cached_at(position, word % 32 / 4);
+        if (!QUANTIZED) {
+            ((u32*)eight)[word % 4] = pair;
+            continue;
+        }
+        float x = low_bf16(pair), y = high_bf16(pair), most = fmaxf(fmaxf(fabsf(x), fabsf(y)), 1e-20f);
+#pragma unroll
+        for (int offset = 16; offset; offset /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+        float by = 127 / most;
+        ((u16*)eight)[word % 4] = (u16)pack_bytes(x * by, y * by, -128, -128);
+        if (word % 32 == 0) scales[head * BLOCK_SIZE + position] = most / 127;
+    }
+}
+
+#if BITS == 16
 __device__ __forceinline__ void unpack(float (&v)[8], const uint4& words) {
     v[0] = low_bf16(words.x), v[1] = high_bf16(words.x), v[2] = low_bf16(words.y), v[3] = high_bf16(words.y);
     v[4] = low_bf16(words.z), v[5] = high_bf16(words.z), v[6] = low_bf16(words.w), v[7] = high_bf16(words.w);
 }
 
-// One block a token of a prefill, n_tokens a row: its keys and values into the cache.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    store(const int* slots, const u32* qkv, u16* cache, int n_slots, int layer, int n_tokens) {
-    int position = blockIdx.x % n_tokens;
-    for (int i = threadIdx.x; i < W; i += THREADS) {  // W words: keys, then values
-        int kind = i / (W / 2), word = i % (W / 2);
-        size_t head = ((size_t)(layer * 2 + kind) * n_slots + slots[blockIdx.x / n_tokens]) * H + word / 32;
-        int place = cached_eight(position, word % 32 / 4) * 4 + word % 4;
-        ((u32*)cache)[(head * BLOCK_SIZE + position) * 32 + place] = qkv[(size_t)blockIdx.x * (3 * W / 2) + W / 2 + i];
-    }
-}
-
 // One block a (head, row): the new position's keys and values into the cache, attention over the row's true length.
 // A warp takes 4 positions at a time, 8 lanes and 16 bytes each, UNROLL times before it looks at any of them.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attend(const Row* rows, const RowState* states, const u16* qkv, u16* cache, int n_slots, int layer, u16* out) {
+    attend(const Row* rows, const RowState* states, const u16* qkv, u8* cache, int n_slots, int layer, u16* out) {
     constexpr int UNROLL = 4;
     __shared__ float part[WARPS][64], peaks[WARPS], sums[WARPS];
     int head = blockIdx.x, b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, d8 = lane % 8 * 8,
         length = states[b].length;
-    u16 *keys = cache + ((size_t)(layer * 2 * n_slots + rows[b].slot) * H + head) * BLOCK_SIZE * 64,
-        *values = keys + (size_t)n_slots * H * BLOCK_SIZE * 64;
-    auto cached_at = [&](int position) { return position * 64 + cached_eight(position, d8 / 8) * 8; };
+    u8 *keys = cache + ((size_t)(layer * 2 * n_slots + rows[b].slot) * H + head) * BLOCK_SIZE * CACHED,
+       *values = keys + (size_t)n_slots * H * BLOCK_SIZE * CACHED;
+    int eight = d8 / 8;
     const u16* mine = qkv + (size_t)b * 3 * W + head * 64 + d8;
     float q[8], peak = -1e30f, sum = 0, acc[8] = {};
     if (!states[b].running) return;
     unpack(q, *(const uint4*)mine);
     uint4 new_key = *(const uint4*)(mine + W), new_value = *(const uint4*)(mine + 2 * W);
     if (threadIdx.x < 8)
-        *(uint4*)(keys + cached_at(length)) = new_key, *(uint4*)(values + cached_at(length)) = new_value;
+        *(uint4*)(keys + cached_at(length, eight)) = new_key, *(uint4*)(values + cached_at(length, eight)) = new_value;
     for (int first = warp * 4 + lane / 8; first < ((length + 4) & ~3); first += WARPS * 4 * UNROLL) {
         uint4 key[UNROLL], value[UNROLL];
         float score[UNROLL], highest = peak;
@@ -69,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             int position = first + j * WARPS * 4;
             key[j] = new_key, value[j] = new_value;
             if (position < length)
-                key[j] = load_cached_l2(keys + cached_at(position)),
-                value[j] = load_cached_l2(values + cached_at(position));
+                key[j] = load_cached_l2(keys + cached_at(position, eight)),
+                value[j] = load_cached_l2(values + cached_at(position, eight));
         }
 #pragma unroll
         for (int j = 0; j < UNROLL; j++) {
@@ -125,6 +136,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         ((u32*)out)[((size_t)b * W + head * 64) / 2 + lane] = pack_bf16(x / total, y / total);
     }
 }
+
+#endif
 
 // One block a row: draw its token from logits [rows][N_BOOKS * BOOK_SIZE] and advance its state.
 extern "C" __global__ void __launch_bounds__(1024)
