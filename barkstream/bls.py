@@ -238,6 +238,7 @@ def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
         frames=tuple(int(n) for n in parameters.get("warm_frames", "").split(",") if n.strip()),
         n_threads=int(parameters.get("n_threads", 0)),
         device=int(args["model_instance_device_id"]),
+        bits=int(parameters.get("bits", 16)),
     )
     if parameters.get("shares_process") != "true":
         return OwnStage(spec)

@@ -38,7 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from decode_bench import Case, commit, copy_bandwidth_tb_s, measure_decode, random_weights, stage_model
+from decode_bench import Case, commit, copy_bandwidth_tb_s, fill_cache, measure_decode, random_weights, stage_model
 from random_checkpoint import SIZES, VOICE, config, generation_config, random_voice, write_repository
 from tritonclient.grpc import InferenceServerClient
 
@@ -322,7 +322,7 @@ def measure_steps(model: str, bandwidth: float) -> dict[str, float]:
     size, head = stage_model(model, "semantic")
     head = Head(head.stage, head.first_id, head.n_codebooks, head.size, None)
     engine = CudaEngine(random_weights(size, head.size), size, head, n_slots=32, max_batch=32)
-    engine.cache.normal_()
+    fill_cache(engine.cache)
     found = {}
     for n_rows, context, way in STEPS:
         found[f"decode_ms_b{n_rows}"] = measure_decode(engine, "semantic", Case(n_rows, context, way), bandwidth)["ms"]

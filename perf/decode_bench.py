@@ -1,6 +1,6 @@
 """Decode step and prefill of the causal GPTs on the `cuda` engine, in Bark's true sizes with random weights, beside the memory floor.
 
-    python3 perf/decode_bench.py [--model large] [--output perf/results/DATE-decode.json]
+    python3 perf/decode_bench.py [--model large] [--bits 8] [--output perf/results/DATE-decode.json]
 
 A step's floor is the bytes it must read (block weights, head, keys and values) over the bandwidth of a device-to-device copy
 measured in the same run. Times are medians of CUDA events around calls of many steps. Table first, last line JSON.
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from barkstream.engines import Head
 from barkstream.engines.cuda import CudaEngine
-from barkstream.engines.kernels.fused import RowArguments
+from barkstream.engines.kernels.fused import KVCache, RowArguments
 from barkstream.sampling import COARSE, SEMANTIC
 from barkstream.tokens import GPTSize
 
@@ -44,7 +44,7 @@ CASES = {
     "semantic": [Case(n, 500, "fused") for n in (1, 4, 8)]
     + [Case(n, 500, "wide") for n in (1, 8, 16, 32)]
     + [Case(32, 700, "wide"), Case(64, 500, "wide"), Case(8, 500, "batched"), Case(32, 700, "batched")],
-    "coarse": [Case(1, 900, "fused"), Case(8, 900, "fused"), Case(8, 900, "wide"), Case(32, 900, "wide")],
+    "coarse": [Case(n, 900, "fused") for n in (1, 4)] + [Case(n, 900, "wide") for n in (8, 16, 32)],
 }
 PREFILLS = {"semantic": [(1, 256), (8, 256)], "coarse": [(1, 886), (8, 886)]}  # rows, tokens
 
@@ -79,6 +79,15 @@ def random_weights(size: GPTSize, n_logits: int) -> dict[str, torch.Tensor]:
     return {**weights, "layernorm_final.weight": torch.ones(w, device="cuda"), "lm_head.weight": normal(n_logits, w)}
 
 
+def fill_cache(cache: KVCache) -> None:
+    """With numbers such as prefills would leave."""
+    if cache.scales is None:
+        cache.values.normal_()
+    else:
+        cache.values.random_(1, 256)
+        cache.scales.fill_(1 / 64)
+
+
 def median_ms(work: Callable[[], object], n_repeats: int = N_REPEATS) -> tuple[float, float]:
     """Median time of the work on the GPU, and the spread (largest minus smallest); warmed up before."""
     work()
@@ -101,10 +110,13 @@ def copy_bandwidth_tb_s() -> float:
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source))[0] / 1e9
 
 
-def step_bytes(size: GPTSize, head: Head, case: Case) -> int:
-    """What one step must read: the blocks' weights, the head (one codebook's if all rows stand at the same one), keys and values."""
+def step_bytes(size: GPTSize, head: Head, case: Case, bits: int = 16) -> int:
+    """What one step must read: the blocks' weights, the head (one codebook's if all rows stand at the same one), keys and values.
+
+    Without the scales of 8-bit numbers.
+    """
     weights = 12 * size.width**2 * size.n_layers + head.size * size.width
-    return 2 * weights + case.n_rows * case.context * size.n_layers * 2 * size.width * 2
+    return (weights + case.n_rows * case.context * size.n_layers * 2 * size.width) * bits // 8
 
 
 def decode_rows(case: Case) -> list[RowArguments]:
@@ -125,16 +137,17 @@ def decode_rows(case: Case) -> list[RowArguments]:
     ]
 
 
-def measure(model: str, stage: str, bandwidth: float) -> list[dict]:
+def measure(model: str, stage: str, bandwidth: float, bits: int) -> list[dict]:
     size, head = stage_model(model, stage)
     head = Head(head.stage, head.first_id, head.n_codebooks, head.size, None)  # no end: every call makes all its steps
-    engine = CudaEngine(random_weights(size, head.n_codebooks * head.size), size, head, n_slots=64, max_batch=64)
-    engine.cache.normal_()
+    weights = random_weights(size, head.n_codebooks * head.size)
+    engine = CudaEngine(weights, size, head, n_slots=64, max_batch=64, bits=bits)
+    fill_cache(engine.cache)
     lines = [dict(what=f"memory {stage}", rows=64, tokens=size.block_size, gb=torch.cuda.memory_allocated() / 1e9)]
     lines += [
         measure_decode(engine, stage, case, bandwidth)
         for case in CASES[stage]
-        if engine._fused or case.way == "batched"
+        if (engine._fused if case.way != "batched" else engine._batched)
     ]
     return lines + [measure_prefill(engine, stage, n_rows, n_tokens) for n_rows, n_tokens in PREFILLS[stage]]
 
@@ -143,7 +156,7 @@ def measure_decode(engine: CudaEngine, stage: str, case: Case, bandwidth: float)
     decoder = {"fused": engine._fused, "wide": engine._wide, "batched": engine._batched}[case.way]
     rows = decode_rows(case)
     ms, spread = (t / N_STEPS for t in median_ms(lambda: decoder.decode(rows)))
-    floor = step_bytes(engine.size, engine.head, case) / bandwidth / 1e9
+    floor = step_bytes(engine.size, engine.head, case, engine.cache.bits) / bandwidth / 1e9
     return dict(
         what=f"decode {stage} {case.way}",
         rows=case.n_rows,
@@ -166,10 +179,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="large")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
+    parser.add_argument("--bits", type=int, choices=(16, 8), default=16, help="of weights, keys and values")
     options = parser.parse_args()
     bandwidth = copy_bandwidth_tb_s()
-    lines = [line for stage in ("semantic", "coarse") for line in measure(options.model, stage, bandwidth)]
-    print(f"{torch.cuda.get_device_name()}, {options.model}, bf16, copy bandwidth {bandwidth:.2f} TB/s")
+    lines = [
+        line for stage in ("semantic", "coarse") for line in measure(options.model, stage, bandwidth, options.bits)
+    ]
+    print(f"{torch.cuda.get_device_name()}, {options.model}, {options.bits} bits, copy bandwidth {bandwidth:.2f} TB/s")
     print(f"{'':30}{'rows':>5}{'tokens':>8}{'ms':>9}{'spread':>9}{'floor':>9}{'share of floor':>16}{'TFLOP/s':>9}")
     for line in lines:
         if "gb" in line:
@@ -179,13 +195,13 @@ def main() -> None:
             f"{line['floor_ms']:9.4f}{line['share']:15.0%}" if "floor_ms" in line else f"{'':24}{line['tflop_s']:9.0f}"
         )
         print(f"{line['what']:30}{line['rows']:5}{line['tokens']:8}{line['ms']:9.4f}{line['spread_ms']:9.4f}{tail}")
-    result = json.dumps(summary(options.model, bandwidth, lines))
+    result = json.dumps(summary(options.model, options.bits, bandwidth, lines))
     if options.output:
         options.output.write_text(result + "\n")
     print(result)
 
 
-def summary(model: str, bandwidth: float, lines: list[dict]) -> dict:
+def summary(model: str, bits: int, bandwidth: float, lines: list[dict]) -> dict:
     def found(what: str, rows: int, tokens: int, key: str = "ms") -> float | None:
         return next(
             (line[key] for line in lines if (line["what"], line["rows"], line["tokens"]) == (what, rows, tokens)), None
@@ -194,6 +210,7 @@ def summary(model: str, bandwidth: float, lines: list[dict]) -> dict:
     return dict(
         gpu=torch.cuda.get_device_name(),
         model=model,
+        bits=bits,
         commit=commit(),
         date=datetime.date.today().isoformat(),
         torch=torch.__version__,

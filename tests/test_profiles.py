@@ -19,8 +19,8 @@ PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
 SPEAKER = {"sample_rate", "max_streams", "pace_lead_s", "crowd", "quiet"} | {field.name for field in fields(Schedule)}
 KNOWN = {
     "bark": SPEAKER,
-    "bark_semantic": {"engine", "shares_process", "kv_slots", "n_threads"},
-    "bark_coarse": {"engine", "shares_process", "kv_slots", "n_threads"},
+    "bark_semantic": {"engine", "shares_process", "kv_slots", "n_threads", "bits"},
+    "bark_coarse": {"engine", "shares_process", "kv_slots", "n_threads", "bits"},
     "bark_fine": {"engine", "shares_process", "warm_frames"},
     "bark_codec": {"engine", "shares_process", "warm_frames"},
 }
@@ -44,6 +44,15 @@ def model_of(path: Path) -> Path:
 
 def test_every_model_has_the_cuda_profile():
     assert {model_of(path).name for path in PROFILES if path.stem == "cuda"} == set(KNOWN)
+
+
+@pytest.mark.parametrize("model", KNOWN)
+def test_8_bits_are_all_that_sets_the_profile_cuda_int8_apart(model):
+    ours, base = (config(MODEL_REPOSITORY / model / "configs" / f"{name}.pbtxt") for name in ("cuda-int8", "cuda"))
+    if "bits" in KNOWN[model]:
+        assert ours.parameters["bits"].string_value == "8"
+        del ours.parameters["bits"]
+    assert ours == base
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{model_of(path).name}-{path.stem}")

@@ -27,7 +27,7 @@ def test_packed_layers_are_the_layers(n_heads):
         for _ in range(n_layers)
     ]
     weights = GPTWeights(matrix(11, width), torch.zeros(1024, width), layers, matrix(200, width))
-    packed = PackedLayers(pack_units(weights, size, head), size)
+    packed = PackedLayers(pack_units(weights, size, head).words, size)
     assert len(packed) == n_layers
     for found, expected in zip(packed, layers, strict=True):
         for name in ("qkv", "out", "up", "down"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from barkstream.engines import Generation, Head, Row
 from barkstream.engines.kernels.batched import BatchedDecoder, Layers, Prefill
-from barkstream.engines.kernels.fused import FusedDecoder, PackedLayers, RowArguments, pack_units
+from barkstream.engines.kernels.fused import FusedDecoder, KVCache, PackedLayers, RowArguments, pack_units
 from barkstream.engines.kernels.weights import load_weights, read_onnx
 from barkstream.engines.kernels.wide import ROW_COUNTS, WideDecoder
 from barkstream.engines.slots import Slot, Slots
@@ -50,37 +50,56 @@ class CudaEngine:
         max_batch: int = 32,
         fused: bool = True,
         one_copy: bool = False,
+        bits: int = 16,
     ):
         """weights: by Hugging Face name, see `load_weights`. n_slots: streams whose KV cache is kept; max_batch: rows decoded together.
         one_copy: keep the weights in the fused kernels' order only; every prefill then unpacks them, layer by layer.
+        bits: of the weights that decode steps read, and of keys and values: 16 (bf16), or 8 with scales, for GPUs that the fused
+        kernels fit. Prefills compute in bf16 with bf16 weights either way.
 
-        GPU memory: 2 copies of the weights in bf16 (1 with one_copy), and
-        (max(n_slots, max_batch) + 1) * 4 * layers * width * block bytes of cache (large: 100 MB a slot).
+        GPU memory: 2 copies of the weights in bf16 (1 with one_copy; 1.5 with 8 bits), and
+        (max(n_slots, max_batch) + 1) * 4 * layers * width * block bytes of cache (large: 100 MB a slot; with 8 bits 53).
         """
+        if bits not in (8, 16):
+            raise ValueError(f"weights have 16 or 8 bits, not {bits}")
+        if bits == 8 and max_batch > ROW_COUNTS[-1]:
+            raise ValueError(f"8 bits are for at most {ROW_COUNTS[-1]} rows at once, not {max_batch}")
         if size.head_width != 64:
             raise ValueError(f"the cuda engine's kernels are made for heads 64 wide, not {size.head_width}")
         self.size, self.head, self.max_batch = size, head, max_batch
         n_slots = max(n_slots, max_batch)
         on_gpu = load_weights(weights, size, head)
-        shape = (size.n_layers, 2, n_slots + 1, size.n_heads, size.block_size, 64)
-        self.cache = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
-        self._fused = self._wide = None
+        self.cache = KVCache.zeros(size, n_slots, bits)
+        self._fused = self._wide = self._batched = None
         if fused and FusedDecoder.fits(size):
-            units = pack_units(on_gpu, size, head)
-            if one_copy:
-                on_gpu = replace(on_gpu, layers=PackedLayers(units, size))
+            units = pack_units(on_gpu, size, head, bits)
+            if one_copy and bits == 16:
+                on_gpu = replace(on_gpu, layers=PackedLayers(units.words, size))
             self._fused = FusedDecoder(on_gpu, units, size, head, self.cache)
             self._wide = WideDecoder(on_gpu, units, size, head, self.cache)
+        elif bits == 8:
+            raise ValueError(
+                "8 bits need a GPU of compute capability 9.x and a model that the fused kernels fit: use bf16"
+            )
         layers = Layers(on_gpu, size, head, self.cache)
-        self._prefill, self._batched = Prefill(layers), BatchedDecoder(layers)
+        self._prefill = Prefill(layers)
+        if bits == 16:
+            self._batched = BatchedDecoder(layers)
         self._slots = Slots([GpuSlot(np.zeros((0, 1), np.int32), i) for i in range(n_slots)])
 
     @classmethod
     def load(
-        cls, path: Path, size: GPTSize, head: Head, n_slots: int = 32, max_batch: int = 32, one_copy: bool = False
+        cls,
+        path: Path,
+        size: GPTSize,
+        head: Head,
+        n_slots: int = 32,
+        max_batch: int = 32,
+        one_copy: bool = False,
+        bits: int = 16,
     ) -> CudaEngine:
         """path: a stage's model.onnx, of which only the weights are read."""
-        return cls(read_onnx(path), size, head, n_slots, max_batch, one_copy=one_copy)
+        return cls(read_onnx(path), size, head, n_slots, max_batch, one_copy=one_copy, bits=bits)
 
     @property
     def n_owned_slots(self) -> int:
@@ -126,7 +145,7 @@ class CudaEngine:
             self.generate([Row(ids, 2, 0, WARM_UP) for _ in range(n_rows)])
         for n_rows in range(1, min(self.max_batch, PREFILL_ROWS) + 1):
             for length in prefix_lengths:
-                scratch = [self.cache.shape[2] - 1] * n_rows
+                scratch = [self.cache.n_slots - 1] * n_rows
                 self.prefill([np.full((length, 1), self.size.n_input_ids, np.int32)] * n_rows, scratch)
         torch.cuda.synchronize()
 
@@ -143,7 +162,10 @@ class CudaEngine:
         """What decodes so many rows fastest on this GPU, see docs/performance.md."""
         if self._fused is not None and n_rows <= FUSED_ROWS:
             return self._fused
-        return self._wide if self._wide is not None and n_rows <= ROW_COUNTS[-1] else self._batched
+        if self._wide is not None and n_rows <= ROW_COUNTS[-1]:
+            return self._wide
+        assert self._batched is not None, "8 bits, and more rows than max_batch may be"
+        return self._batched
 
     def _launch(self, rows: list[Row], slots: Sequence[GpuSlot]) -> Callable[[], tuple[Ints, Ints]]:
         """Prefill what is new, decode; what is returned waits for tokens [B, block] and results [B, 2]."""

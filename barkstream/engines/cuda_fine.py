@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from barkstream.engines import Window
 from barkstream.engines.kernels import build
-from barkstream.engines.kernels.batched import capture
+from barkstream.engines.kernels.batched import add_product, capture, gelu_of_product, norm_threads
 from barkstream.engines.kernels.weights import read_onnx
 from barkstream.engines.transfers import download, upload
 from barkstream.sampling import Ints
@@ -33,10 +33,6 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
-
-    def to_float32(self, x: Tensor) -> Tensor:
-        """For the residual, which is kept in float32."""
-        return torch.mm(x, self.weight.t(), out_dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class FineEngine:
         self._heads, self._head_biases = [h for h, _ in heads], [b for _, b in heads]
         major, minor = torch.cuda.get_device_capability()
         module = build("fine.cu", f"sm_{major}{minor}", WIDTH=layout.size.width, BOOK_SIZE=layout.codebook_size)
-        self._kernels = {name: module.kernel(name) for name in ("embed", "add_norm", "gelu", "draw")}
+        self._kernels = {name: module.kernel(name) for name in ("embed", "layer_norm", "draw")}
         self._batches: dict[tuple[int, int, bool], _Batch] = {}
 
     @classmethod
@@ -142,12 +138,14 @@ class FineEngine:
         counts = (layout.n_codebooks, layout.size.n_input_ids, batch.n_frames, k)
         self._launch("embed", n, batch.codes, self._tables, self._positions, *counts, x, normed)
         for layer in self._layers:
-            self._launch("add_norm", n, x, layer.out.to_float32(self._attend(batch, layer.qkv(normed))), normed)
-            hidden = layer.up(normed)
-            n_pairs = hidden.numel() // 2
-            self._launch("gelu", -(-n_pairs // THREADS), hidden, n_pairs)
-            self._launch("add_norm", n, x, layer.down.to_float32(hidden), normed)
+            add_product(x, self._attend(batch, layer.qkv(normed)), layer.out.weight)
+            self._norm(x, normed)
+            add_product(x, gelu_of_product(normed, layer.up.weight, layer.up.bias), layer.down.weight)
+            self._norm(x, normed)
         return normed
+
+    def _norm(self, x: Tensor, normed: Tensor) -> None:
+        self._launch("layer_norm", len(x), x, normed, block=norm_threads(self.layout.size.width))
 
     def _attend(self, batch: _Batch, qkv: Tensor) -> Tensor:
         size = self.layout.size
@@ -155,9 +153,9 @@ class FineEngine:
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask)
         return attended.transpose(1, 2).reshape(batch.n_tokens, size.width)
 
-    def _launch(self, name: str, n_blocks: int, *arguments: Tensor | int) -> None:
+    def _launch(self, name: str, n_blocks: int, *arguments: Tensor | int, block: int = THREADS) -> None:
         passed = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int(a) for a in arguments]
-        self._kernels[name].launch((n_blocks, 1, 1), THREADS, passed, torch.cuda.current_stream().cuda_stream)
+        self._kernels[name].launch((n_blocks, 1, 1), block, passed, torch.cuda.current_stream().cuda_stream)
 
 
 class _Batch:

@@ -34,6 +34,7 @@ class Spec:
     frames: tuple[int, ...] = ()  # of fine and codec: lengths that a GPU prepares for
     n_threads: int = 0  # of the CPU; 0: all cores
     device: int = 0  # which GPU
+    bits: int = 16  # of a GPT's weights, keys and values on a GPU: 16 or 8
 
     @property
     def is_causal(self) -> bool:
@@ -73,7 +74,9 @@ def open_stage(spec: Spec) -> CausalEngine | FineEngine | CodecEngine:
     if spec.stage == "fine" or spec.stage == "codec":
         open_engine = open_fine if spec.stage == "fine" else open_codec
         return open_engine(spec.engine, spec.path, spec.checkpoint, spec.max_batch, spec.frames, **where)
-    return open_causal(spec.engine, spec.stage, spec.path, spec.checkpoint, spec.n_slots, spec.max_batch, **where)
+    return open_causal(
+        spec.engine, spec.stage, spec.path, spec.checkpoint, spec.n_slots, spec.max_batch, **where, bits=spec.bits
+    )
 
 
 def open_causal(
@@ -85,8 +88,9 @@ def open_causal(
     max_batch: int,
     n_threads: int = 0,
     device: int = 0,
+    bits: int = 16,
 ) -> CausalEngine:
-    """The semantic or coarse stage. path: its model.onnx. n_threads: of the CPU, 0 for all cores. device: which GPU.
+    """The semantic or coarse stage. path: its model.onnx. n_threads: of the CPU, 0 for all cores. device: which GPU, bits: there.
 
     Raises EngineError, FileNotFoundError or ValueError, each with what to do.
     """
@@ -104,7 +108,7 @@ def open_causal(
     # No cache for positions that nobody can reach.
     size = replace(layout.size, block_size=n_positions(stage, checkpoint))
     # The semantic stage prefills once a sentence, coarse 2.5 times a second of speech.
-    on_gpu = CudaEngine.load(path, size, head, n_slots, max_batch, one_copy=stage == "semantic")
+    on_gpu = CudaEngine.load(path, size, head, n_slots, max_batch, one_copy=stage == "semantic", bits=bits)
     on_gpu.warm_up(prefix_lengths(stage, checkpoint))
     give_back_memory()
     return on_gpu

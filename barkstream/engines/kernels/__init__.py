@@ -59,7 +59,7 @@ class Kernel:
         for attribute, (kind, values) in zip(self._attributes, chosen, strict=True):
             attribute.id = kind
             attribute.value[: len(values)] = values
-        if shared_bytes > 48 << 10:
+        if shared_bytes:  # with what the kernel declares it may be more than the 48 KB that need no asking
             _check(_cuda().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
 
     def launch(

@@ -1,36 +1,14 @@
 // What a decode step of many rows needs beside matrix products (those are cuBLAS): one CUDA graph a step, rows of
 // different lengths.
+#include "cache.cuh"
+#include "norm.cuh"
 #include "sampling.cuh"
 
-constexpr int W = WIDTH, H = N_HEADS, THREADS = 256, PER_THREAD = (W + THREADS - 1) / THREADS;
+constexpr int H = N_HEADS;
 
 struct RowState {
     int length, ids[2], n_drawn, running, ended;
 };
-
-template <int N_WARPS>
-__device__ __forceinline__ float sum_of_block(float x, float* scratch) {
-    return sum_of_threads<N_WARPS>(x, scratch, 1);
-}
-
-// x [W] of the block's row -> its layer norm without weights, bf16
-__device__ __forceinline__ void write_normed(u16* normed, const float (&x)[PER_THREAD]) {
-    __shared__ float scratch[THREADS / 32];
-    float sum = 0, squares = 0;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++)
-        if (threadIdx.x + i * THREADS < W) sum += x[i];
-    float mean = sum_of_block<THREADS / 32>(sum, scratch) / W;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++)
-        if (threadIdx.x + i * THREADS < W) squares += (x[i] - mean) * (x[i] - mean);
-    float scale = rsqrtf(sum_of_block<THREADS / 32>(squares, scratch) / W + 1e-5f);
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-        int column = threadIdx.x + i * THREADS;
-        if (column < W) normed[blockIdx.x * W + column] = (u16)pack_bf16((x[i] - mean) * scale, 0);
-    }
-}
 
 // One block a row: the embeddings of the position to feed, x [rows][W], and their norm.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -48,59 +26,52 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     write_normed(normed, mine);
 }
 
-// One block a row: x += y, and the norm of that.
-extern "C" __global__ void __launch_bounds__(THREADS) add_norm(float* x, const float* y, u16* normed) {
-    float mine[PER_THREAD];
+// One block a token of a prefill, n_tokens a row: its keys and values into the cache.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    store(const int* slots, const u32* qkv, u8* cache, float* scales, int n_slots, int layer, int n_tokens) {
+    int position = blockIdx.x % n_tokens;
+    for (int i = threadIdx.x; i < W; i += THREADS) {  // W words: keys, then values; a head's are a warp's
+        int kind = i / (W / 2), word = i % (W / 2);
+        size_t head = ((size_t)(layer * 2 + kind) * n_slots + slots[blockIdx.x / n_tokens]) * H + word / 32;
+        u32 pair = qkv[(size_t)blockIdx.x * (3 * W / 2) + W / 2 + i];
+        u8* eight = cache + head * BLOCK_SIZE * CACHED + cached_at(position, word % 32 / 4);
+        if (!QUANTIZED) {
+            ((u32*)eight)[word % 4] = pair;
+            continue;
+        }
+        float x = low_bf16(pair), y = high_bf16(pair), most = fmaxf(fmaxf(fabsf(x), fabsf(y)), 1e-20f);
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-        int column = threadIdx.x + i * THREADS, at = blockIdx.x * W + column;
-        if (column < W) x[at] = mine[i] = x[at] + y[at];
+        for (int offset = 16; offset; offset /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+        float by = 127 / most;
+        ((u16*)eight)[word % 4] = (u16)pack_bytes(x * by, y * by, -128, -128);
+        if (word % 32 == 0) scales[head * BLOCK_SIZE + position] = most / 127;
     }
-    write_normed(normed, mine);
 }
 
-// hidden [rows][4 W] in place, two elements a thread
-extern "C" __global__ void __launch_bounds__(THREADS) gelu(u32* hidden, int n_pairs) {
-    int i = blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n_pairs) return;
-    u32 pair = hidden[i];
-    float a = low_bf16(pair), b = high_bf16(pair);
-    hidden[i] = pack_bf16(0.5f * a * (1 + erff(a * 0.70710678f)), 0.5f * b * (1 + erff(b * 0.70710678f)));
-}
-
+#if BITS == 16
 __device__ __forceinline__ void unpack(float (&v)[8], const uint4& words) {
     v[0] = low_bf16(words.x), v[1] = high_bf16(words.x), v[2] = low_bf16(words.y), v[3] = high_bf16(words.y);
     v[4] = low_bf16(words.z), v[5] = high_bf16(words.z), v[6] = low_bf16(words.w), v[7] = high_bf16(words.w);
 }
 
-// One block a token of a prefill, n_tokens a row: its keys and values into the cache.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    store(const int* slots, const u32* qkv, u16* cache, int n_slots, int layer, int n_tokens) {
-    int position = blockIdx.x % n_tokens;
-    for (int i = threadIdx.x; i < W; i += THREADS) {  // W words: keys, then values
-        int kind = i / (W / 2), word = i % (W / 2);
-        size_t head = ((size_t)(layer * 2 + kind) * n_slots + slots[blockIdx.x / n_tokens]) * H + word / 32;
-        ((u32*)cache)[(head * BLOCK_SIZE + position) * 32 + word % 32] =
-            qkv[(size_t)blockIdx.x * (3 * W / 2) + W / 2 + i];
-    }
-}
-
 // One block a (head, row): the new position's keys and values into the cache, attention over the row's true length.
 // A warp takes 4 positions at a time, 8 lanes and 16 bytes each, UNROLL times before it looks at any of them.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attend(const Row* rows, const RowState* states, const u16* qkv, u16* cache, int n_slots, int layer, u16* out) {
-    constexpr int WARPS = THREADS / 32, UNROLL = 4;
+    attend(const Row* rows, const RowState* states, const u16* qkv, u8* cache, int n_slots, int layer, u16* out) {
+    constexpr int UNROLL = 4;
     __shared__ float part[WARPS][64], peaks[WARPS], sums[WARPS];
     int head = blockIdx.x, b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, d8 = lane % 8 * 8,
         length = states[b].length;
-    size_t at = ((size_t)(layer * 2 * n_slots + rows[b].slot) * H + head) * BLOCK_SIZE * 64 + d8;
-    u16 *keys = cache + at, *values = keys + (size_t)n_slots * H * BLOCK_SIZE * 64;
+    u8 *keys = cache + ((size_t)(layer * 2 * n_slots + rows[b].slot) * H + head) * BLOCK_SIZE * CACHED,
+       *values = keys + (size_t)n_slots * H * BLOCK_SIZE * CACHED;
+    int eight = d8 / 8;
     const u16* mine = qkv + (size_t)b * 3 * W + head * 64 + d8;
     float q[8], peak = -1e30f, sum = 0, acc[8] = {};
     if (!states[b].running) return;
     unpack(q, *(const uint4*)mine);
     uint4 new_key = *(const uint4*)(mine + W), new_value = *(const uint4*)(mine + 2 * W);
-    if (threadIdx.x < 8) *(uint4*)(keys + length * 64) = new_key, *(uint4*)(values + length * 64) = new_value;
+    if (threadIdx.x < 8)
+        *(uint4*)(keys + cached_at(length, eight)) = new_key, *(uint4*)(values + cached_at(length, eight)) = new_value;
     for (int first = warp * 4 + lane / 8; first < ((length + 4) & ~3); first += WARPS * 4 * UNROLL) {
         uint4 key[UNROLL], value[UNROLL];
         float score[UNROLL], highest = peak;
@@ -109,7 +80,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             int position = first + j * WARPS * 4;
             key[j] = new_key, value[j] = new_value;
             if (position < length)
-                key[j] = load_cached_l2(keys + position * 64), value[j] = load_cached_l2(values + position * 64);
+                key[j] = load_cached_l2(keys + cached_at(position, eight)),
+                value[j] = load_cached_l2(values + cached_at(position, eight));
         }
 #pragma unroll
         for (int j = 0; j < UNROLL; j++) {
@@ -165,12 +137,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
+#endif
+
 // One block a row: draw its token from logits [rows][N_BOOKS * BOOK_SIZE] and advance its state.
 extern "C" __global__ void __launch_bounds__(1024)
     sample(const Row* rows, RowState* states, const float* logits, int* tokens) {
-    constexpr int WARPS = 32, N = (BOOK_SIZE + 8191) / 8192 * 8;
-    __shared__ float scratch[WARPS];
-    __shared__ Candidate candidates[WARPS];
+    constexpr int ALL_WARPS = 32, N = (BOOK_SIZE + 8191) / 8192 * 8;
+    __shared__ float scratch[ALL_WARPS];
+    __shared__ Candidate candidates[ALL_WARPS];
     const Row row = rows[blockIdx.x];
     const RowState before = states[blockIdx.x];
     if (!before.running) return;
@@ -184,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         x[i] = index < BOOK_SIZE ? mine[index] : NEVER;
     }
     if (row.top_p < 1 || row.top_k > 0) {
-        u32 least = smallest_kept<WARPS>(x, row, scratch, 1);
+        u32 least = smallest_kept<ALL_WARPS>(x, row, scratch, 1);
 #pragma unroll
         for (int i = 0; i < N; i++)
             if (ordered(x[i]) < least) x[i] = NEVER;

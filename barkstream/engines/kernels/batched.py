@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from barkstream.engines import Head
 from barkstream.engines.kernels import Kernel, build
-from barkstream.engines.kernels.fused import RowArguments, kernel_constants
+from barkstream.engines.kernels.fused import KVCache, RowArguments, kernel_constants, pointer
 from barkstream.engines.kernels.weights import GPTWeights
 from barkstream.engines.transfers import upload
 from barkstream.sampling import Ints
@@ -30,14 +30,13 @@ Attend = Callable[[int, Tensor], Tensor]  # (layer, q | k | v [rows, 3 width]) -
 class Layers:
     """The transformer over rows of activations; attention is the caller's."""
 
-    def __init__(self, weights: GPTWeights, size: GPTSize, head: Head, cache: Tensor):
-        """cache: [layers, 2, slots, heads, block, 64] bf16; the last slot is scratch."""
+    def __init__(self, weights: GPTWeights, size: GPTSize, head: Head, cache: KVCache):
         self.weights, self.size, self.head, self.cache = weights, size, head, cache
         major, minor = torch.cuda.get_device_capability()
-        module = build("batched.cu", f"sm_{major}{minor}", **kernel_constants(size, head))
-        self.kernels: dict[str, Kernel] = {
-            name: module.kernel(name) for name in ("embed", "add_norm", "gelu", "store", "attend", "sample")
-        }
+        module = build("batched.cu", f"sm_{major}{minor}", **kernel_constants(size, head, cache.bits))
+        names = ["embed", "layer_norm", "store", "sample"] + ["attend"] * (cache.bits == 16)
+        self.kernels: dict[str, Kernel] = {name: module.kernel(name) for name in names}
+        self._no_bias = torch.zeros(4 * size.width, dtype=torch.bfloat16, device="cuda")
 
     def run(self, states: Tensor, attend: Attend, n_layers: int) -> Tensor:
         """states: [rows, 6] int32, what to feed where. Returns the normed activations [rows, width] bf16 behind n_layers."""
@@ -46,20 +45,40 @@ class Layers:
         self.launch("embed", (len(x), 1, 1), states, self.weights.embedding, self.weights.positions, x, normed)
         for i in range(n_layers):
             layer = self.weights.layers[i]
-            attended = attend(i, normed @ layer.qkv.t())
-            self._add_norm(x, torch.mm(attended, layer.out.t(), out_dtype=torch.float32), normed)
-            hidden = normed @ layer.up.t()
-            n_pairs = hidden.numel() // 2
-            self.launch("gelu", (-(-n_pairs // 256), 1, 1), hidden, n_pairs)
-            self._add_norm(x, torch.mm(hidden, layer.down.t(), out_dtype=torch.float32), normed)
+            add_product(x, attend(i, normed @ layer.qkv.t()), layer.out)
+            self._norm(x, normed)
+            add_product(x, gelu_of_product(normed, layer.up, self._no_bias), layer.down)
+            self._norm(x, normed)
         return normed
 
-    def launch(self, name: str, grid: tuple[int, int, int], *arguments: Tensor | int, block: int = 256) -> None:
-        passed = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int(a) for a in arguments]
+    def store(self, slots: Tensor, qkv: Tensor, layer: int) -> None:
+        """Keys and values of whole prefixes, q | k | v [rows * tokens, 3 width] bf16, into the cache's slots [rows]."""
+        cache = self.cache
+        places = slots, qkv, cache.values, cache.scales, cache.n_slots
+        self.launch("store", (len(qkv), 1, 1), *places, layer, len(qkv) // len(slots))
+
+    def launch(self, name: str, grid: tuple[int, int, int], *arguments: Tensor | int | None, block: int = 256) -> None:
+        """None: no such tensor."""
+        passed = [c_int(a) if isinstance(a, int) else c_void_p(pointer(a)) for a in arguments]
         self.kernels[name].launch(grid, block, passed, torch.cuda.current_stream().cuda_stream)
 
-    def _add_norm(self, x: Tensor, y: Tensor, normed: Tensor) -> None:
-        self.launch("add_norm", (len(x), 1, 1), x, y, normed)
+    def _norm(self, x: Tensor, normed: Tensor) -> None:
+        self.launch("layer_norm", (len(x), 1, 1), x, normed, block=norm_threads(self.size.width))
+
+
+def add_product(x: Tensor, y: Tensor, weight: Tensor) -> None:
+    """x [rows, out] float32 += y [rows, in] weight [out, in]^T, both bf16: one kernel, which adds before it rounds."""
+    torch.ops.aten.addmm.dtype_out(x, y, weight.t(), torch.float32, out=x)
+
+
+def gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x weight^T + bias), bf16, in one kernel of cuBLAS: by tanh, which differs from Bark's erf by less than bf16 does."""
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+def norm_threads(width: int) -> int:
+    """Of a block of `layer_norm` in norm.cuh."""
+    return -(-width // 128) * 32
 
 
 class Prefill:
@@ -89,7 +108,7 @@ class Prefill:
 
     def _capture(self, n_rows: int, n_tokens: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         states = torch.zeros(n_rows * n_tokens, STATE_FIELDS, dtype=torch.int32, device="cuda")
-        slots = torch.full((n_rows,), self._layers.cache.shape[2] - 1, dtype=torch.int32, device="cuda")
+        slots = torch.full((n_rows,), self._layers.cache.n_slots - 1, dtype=torch.int32, device="cuda")
         graph = capture(lambda: self._forward(states, slots))
         self._graphs[n_rows, n_tokens] = graph, states, slots
         return self._graphs[n_rows, n_tokens]
@@ -99,19 +118,18 @@ class Prefill:
         n_tokens = len(states) // len(slots)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            layers.launch("store", (len(states), 1, 1), slots, qkv, layers.cache, layers.cache.shape[2], i, n_tokens)
+            layers.store(slots, qkv, i)
             q, k, v = qkv.view(len(slots), n_tokens, 3, size.n_heads, 64).permute(2, 0, 3, 1, 4)
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             return attended.transpose(1, 2).reshape(len(states), size.width)
 
         last = size.n_layers - 1  # of the last layer only keys and values are wanted
         normed = layers.run(states, attend, last)
-        qkv = normed @ layers.weights.layers[last].qkv.t()
-        layers.launch("store", (len(states), 1, 1), slots, qkv, layers.cache, layers.cache.shape[2], last, n_tokens)
+        layers.store(slots, normed @ layers.weights.layers[last].qkv.t(), last)
 
 
 class BatchedDecoder:
-    """Decode steps of up to max_rows rows, one CUDA graph for each power of two."""
+    """Decode steps of up to max_rows rows, one CUDA graph for each power of two. The cache holds bf16."""
 
     def __init__(self, layers: Layers):
         self._layers = layers
@@ -137,7 +155,7 @@ class _Step:
     """One decode step of n_rows rows: its graph and the memory it works on."""
 
     def __init__(self, layers: Layers, n_rows: int):
-        self._n_rows, self._scratch = n_rows, layers.cache.shape[2] - 1
+        self._n_rows, self._scratch = n_rows, layers.cache.n_slots - 1
         self.rows = torch.zeros(n_rows, ctypes.sizeof(RowArguments), dtype=torch.uint8, device="cuda")
         self.states = torch.zeros(n_rows, STATE_FIELDS, dtype=torch.int32, device="cuda")
         self.tokens = torch.zeros(n_rows, layers.size.block_size, dtype=torch.int32, device="cuda")
@@ -156,7 +174,7 @@ class _Step:
         def attend(i: int, qkv: Tensor) -> Tensor:
             attended = torch.empty(self._n_rows, size.width, dtype=torch.bfloat16, device="cuda")
             grid = (size.n_heads, self._n_rows, 1)
-            layers.launch("attend", grid, self.rows, self.states, qkv, cache, cache.shape[2], i, attended)
+            layers.launch("attend", grid, self.rows, self.states, qkv, cache.values, cache.n_slots, i, attended)
             return attended
 
         normed = layers.run(self.states, attend, size.n_layers)

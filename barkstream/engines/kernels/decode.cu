@@ -30,7 +30,7 @@
 
 constexpr int TILE = 2 * UNIT;  // the tensor cores' left operand: two units
 constexpr int STAGES = 3, STAGE_TILES = 2, STAGE_UNITS = 4;
-constexpr int TILE_CHUNKS = 4, CHUNK = TILE / TILE_CHUNKS, STAGE_CHUNKS = STAGE_TILES * TILE_CHUNKS;
+constexpr int TILE_CHUNKS = QUANTIZED ? 2 : 4, CHUNK = TILE / TILE_CHUNKS, STAGE_CHUNKS = STAGE_TILES * TILE_CHUNKS;
 constexpr int IN_FLIGHT = 2;  // chunks of a block that are on their way
 constexpr int HEAD_STAGES = (HEAD_TILES + STAGE_TILES - 1) / STAGE_TILES, HEAD_ROWS = HEAD_TILES * 16;
 constexpr int HEAD_CYCLES = (HEAD_STAGES + STAGES - 1) / STAGES;  // a cycle fills every stage once; a layer is one
@@ -49,7 +49,9 @@ struct Arguments {
     const u8* weights;       // [BLOCKS][ALL_UNITS][UNIT]
     const u16* embedding;    // [ids][W], bf16
     const float* positions;  // [BLOCK_SIZE][W]
-    u16* cache;              // [N_LAYERS][2][slots][H][BLOCK_SIZE][64], bf16
+    const float* scales;     // [BLOCKS][ALL_UNITS][8], of quantized weights
+    u8* cache;               // see cache.cuh
+    float* cache_scales;
     u8* packets;
     int* tokens;    // [B][BLOCK_SIZE]: vocabulary indices within the book
     int* result;    // [B][2]: how many tokens, and whether speech ended
@@ -116,7 +118,7 @@ struct Copier {
                 u64* landed = &shared.landed[n_issued % IN_FLIGHT];
                 bool there = i < n_tiles * TILE_CHUNKS;
                 barrier_expect(landed, there ? CHUNK : 0);
-                if (there) copy_to_shared(stages + i * CHUNK, from + i * CHUNK, CHUNK, landed);
+                if (there) copy_once_to_shared(stages + i * CHUNK, from + i * CHUNK, CHUNK, landed);
             }
         }
         return true;
@@ -129,12 +131,12 @@ __device__ void prefetch_cache(const Arguments& a, int layer, int step) {
     for (int b = 0; b < B; b++) {
         int length = min(a.rows[b].length + step, BLOCK_SIZE);
         for (int kind = 0; kind < 2; kind++) {
-            const u16* keys =
-                a.cache + ((((size_t)layer * 2 + kind) * a.n_slots + a.rows[b].slot) * H + head) * BLOCK_SIZE * 64;
+            size_t at = ((((size_t)layer * 2 + kind) * a.n_slots + a.rows[b].slot) * H + head) * BLOCK_SIZE;
             for (int i = lane();; i += 32) {
                 int p = ((i / 8) * 8 + rank) * 8 + i % 8;
                 if (p >= length) break;
-                prefetch_l2(keys + p * 64);
+                if (!QUANTIZED || i % 2 == 0) prefetch_l2(a.cache + (at + p) * CACHED);
+                if (QUANTIZED && i % 8 == 0) prefetch_l2(a.cache_scales + at + p);
             }
         }
     }
@@ -178,7 +180,8 @@ __device__ void copying_warp(const Arguments& a, Shared& shared, u8* stages) {
 struct Place {
     Shared& shared;
     const u8* stages;
-    float* partial;  // [2][WARPS][units][B][8]
+    float* partial;       // [2][WARPS][units][B][8]
+    const float* scales;  // [ALL_UNITS][8]: this block's
     int cycle;       // of the stages
     int buffer;      // of the partial sums
 };
@@ -188,13 +191,14 @@ __device__ __forceinline__ u8* copy_at(const Arguments& a, int from,
     return at(a, from + blockIdx.x % COPIES * (B * words_per_row / 4));
 }
 
-// This warp's slices of a tile: 16 bytes, 8 of k, of either unit.
+// This warp's slices of a tile: 8 of k a lane, of either unit.
 __device__ __forceinline__ void load_tile(uint4 (&weights)[2 * PAIRS], const Place& place, int tile) {
-    const uint4* from = (const uint4*)(place.stages + tile * TILE) + warp() * 32 + lane();
 #pragma unroll
-    for (int i = 0; i < 2 * PAIRS; i++)
-        weights[i] = warp() + i / 2 * WARPS < SLICES ? from[i / 2 * WARPS * 32 + i % 2 * (UNIT / 16)]
-                                                     : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < 2 * PAIRS; i++) {
+        const u8* unit = place.stages + tile * TILE + i % 2 * UNIT;
+        int slice = warp() + i / 2 * WARPS;
+        weights[i] = slice < SLICES ? weights_at(unit, slice * 32 + lane()) : make_uint4(0, 0, 0, 0);
+    }
 }
 
 __device__ __forceinline__ void wait_for_stage(const Place& place, int stage) {
@@ -219,8 +223,8 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint4 (&weights
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         const uint4 &first = weights[2 * i], &second = weights[2 * i + 1];
-        multiply_add(sums, first.x, second.x, first.y, second.y, act[i].x, act[i].y);
-        multiply_add(sums, first.z, second.z, first.w, second.w, act[i].z, act[i].w);
+        multiply_add<QUANTIZED>(sums, first.x, second.x, first.y, second.y, act[i].x, act[i].y);
+        multiply_add<QUANTIZED>(sums, first.z, second.z, first.w, second.w, act[i].z, act[i].w);
     }
 }
 
@@ -245,16 +249,15 @@ __device__ __forceinline__ void await_slices(uint4 (&act)[N_CHUNKS][PAIRS], cons
 // Sums and sums of squares of this warp's slices of x, by tensor cores: ones times x, and the diagonal of x times x.
 __device__ __forceinline__ void note_moments(const uint4 (&act)[PAIRS], const Place& place) {
     constexpr bool EVEN = SLICES % WARPS == 0;
-    constexpr u32 ONES = 0x3f803f80u;
     float sums[4] = {}, even[4] = {}, odd[4] = {};
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         if (!EVEN && warp() + i * WARPS >= SLICES) break;
         const uint4& x = act[i];
-        multiply_add(sums, ONES, ONES, ONES, ONES, x.x, x.y);
-        multiply_add(sums, ONES, ONES, ONES, ONES, x.z, x.w);
-        multiply_add(even, x.x, x.y, x.z, x.w, x.x, x.z);  // words 0 and 2 in rows 0 to 7
-        multiply_add(odd, x.x, x.y, x.z, x.w, x.y, x.w);   // words 1 and 3 in rows 8 to 15
+        multiply_add<QUANTIZED>(sums, ONES, ONES, ONES, ONES, x.x, x.y);
+        multiply_add<QUANTIZED>(sums, ONES, ONES, ONES, ONES, x.z, x.w);
+        multiply_add<QUANTIZED>(even, x.x, x.y, x.z, x.w, x.x, x.z);  // words 0 and 2 in rows 0 to 7
+        multiply_add<QUANTIZED>(odd, x.x, x.y, x.z, x.w, x.y, x.w);   // words 1 and 3 in rows 8 to 15
     }
     int row = lane() / 4;  // of the diagonal
     if (row < B && lane() % 4 == row / 2) {
@@ -267,14 +270,22 @@ __device__ __forceinline__ void note_moments(const uint4 (&act)[PAIRS], const Pl
     }
 }
 
+// Of what each warp noted. Every lane adds for itself: shuffles would take longer than loads of which the warp's lanes share each.
+template <class Noted>
+__device__ __forceinline__ float2 sum_of_warps(Noted noted) {
+    float2 v[WARPS];
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) v[w] = noted(w);
+#pragma unroll
+    for (int step = WARPS / 2; step; step /= 2)
+#pragma unroll
+        for (int w = 0; w < step; w++) v[w] = make_float2(v[w].x + v[w + step].x, v[w].y + v[w + step].y);
+    return v[0];
+}
+
 // 1 / standard deviation of a row of x, found by a warp
 __device__ __forceinline__ float scale_of(const Place& place, int row) {
-    float2 m = place.shared.moments[place.buffer][lane() % WARPS][row];
-#pragma unroll
-    for (int offset = 1; offset < WARPS; offset *= 2) {
-        m.x += __shfl_xor_sync(~0u, m.x, offset);
-        m.y += __shfl_xor_sync(~0u, m.y, offset);
-    }
+    float2 m = sum_of_warps([&](int w) { return place.shared.moments[place.buffer][w][row]; });
     float mean = m.x / W;
     return rsqrtf(fmaxf(m.y / W - mean * mean, 0) + 1e-5f);
 }
@@ -294,23 +305,22 @@ __device__ __forceinline__ void note_sums(const float (&sums)[N_TILES][4], const
 
 // Columns 2 * (lane % 4), + 1 of item = unit * B + row, summed over warps by a warp.
 __device__ __forceinline__ float2 total_of(int item, const Place& place) {
-    static_assert(WARPS == 8, "one for each group of 4 lanes");
-    const float* from =
-        place.partial + (place.buffer * WARPS + lane() / 4) * (STAGE_UNITS * B * 8) + item * 8 + lane() % 4 * 2;
-    float2 v = *(const float2*)from;
-#pragma unroll
-    for (int offset = 4; offset < 32; offset *= 2) {
-        v.x += __shfl_xor_sync(~0u, v.x, offset);
-        v.y += __shfl_xor_sync(~0u, v.y, offset);
-    }
-    return v;
+    const float* from = place.partial + place.buffer * WARPS * (STAGE_UNITS * B * 8) + item * 8 + lane() % 4 * 2;
+    return sum_of_warps([&](int w) { return *(const float2*)(from + w * (STAGE_UNITS * B * 8)); });
+}
+
+// The same of a layer's unit, or of one of the head's, scaled as its weights are, and by `norm`.
+__device__ __forceinline__ float2 total_of(int item, const Place& place, int unit, float norm = 1) {
+    float2 v = total_of(item, place), scale = make_float2(1, 1);
+    if (QUANTIZED) scale = *(const float2*)(place.scales + unit * 8 + lane() % 4 * 2);
+    return make_float2(v.x * (scale.x * norm), v.y * (scale.y * norm));
 }
 
 // 8 columns of a row, 2 in each of 4 neighbouring lanes, as one packet, from `to` on: every group of 4 lanes writes one
 // of the copies.
 __device__ __forceinline__ void publish_columns(u8* to, int bytes_per_copy, float2 v, u32 odd) {
     static_assert(COPIES == 8);
-    u32 word = pack_bf16(v.x, v.y);
+    u32 word = pack_pair(v.x, v.y);
     int first = lane() & ~3;
     uint4 packet = make_uint4(__shfl_sync(~0u, word, first), __shfl_sync(~0u, word, first + 1),
                               __shfl_sync(~0u, word, first + 2), __shfl_sync(~0u, word, first + 3));
@@ -336,13 +346,47 @@ __device__ __forceinline__ void embed(uint4 (&act)[PAIRS], const Arguments& a, S
 
 // ---- attention ----
 
-// Where a row's keys of this block's head begin in the cache, for this lane's 8 dimensions; its values lie
-// `values_after` further on.
-__device__ __forceinline__ u16* keys_at(const Arguments& a, int layer, int b) {
-    return a.cache + ((size_t)(layer * 2 * a.n_slots + a.rows[b].slot) * H + blockIdx.x / 8) * BLOCK_SIZE * 64 +
-           lane() % 8 * 8;
+// Where a row's positions of this block's head begin in the cache, counted in positions; their values' `values_after` further on.
+__device__ __forceinline__ size_t head_at(const Arguments& a, int layer, int b) {
+    return ((size_t)(layer * 2 * a.n_slots + a.rows[b].slot) * H + blockIdx.x / 8) * BLOCK_SIZE;
 }
-__device__ __forceinline__ size_t values_after(const Arguments& a) { return (size_t)a.n_slots * H * BLOCK_SIZE * 64; }
+__device__ __forceinline__ size_t values_after(const Arguments& a) { return (size_t)a.n_slots * H * BLOCK_SIZE; }
+
+// 8 dimensions of a cached position's keys, or values, and what they are to be multiplied by.
+struct Eight {
+    uint4 words;  // quantized: the first two
+    float scale;
+
+    __device__ __forceinline__ void fetch(const Arguments& a, size_t head, int position) {
+        const u8* from = a.cache + head * CACHED + cached_at(position, lane() % 8);
+        if (QUANTIZED) {
+            uint2 bytes = load_cached_l2_8(from);
+            words = make_uint4(bytes.x, bytes.y, 0, 0), scale = load_cached_l2_4(a.cache_scales + head + position);
+        } else {
+            words = load_cached_l2(from);
+        }
+    }
+    __device__ __forceinline__ float by() const { return QUANTIZED ? scale : 1; }
+    __device__ __forceinline__ void unscaled(float (&v)[8]) const {
+        uint4 pairs = words;
+        if (QUANTIZED)
+            pairs = make_uint4(bytes_as_f16(words.x, BYTES_01), bytes_as_f16(words.x, BYTES_23),
+                               bytes_as_f16(words.y, BYTES_01), bytes_as_f16(words.y, BYTES_23));
+        unpack(v, pairs);
+    }
+};
+
+// This lane's 8 dimensions of a position into the cache, if it is one of the first 8; all lanes call it.
+__device__ __forceinline__ void cache_eight(const Arguments& a, size_t head, int position, const float (&v)[8]) {
+    u8* to = a.cache + head * CACHED + cached_at(position, lane() % 8);
+    if (QUANTIZED) {
+        float scale = scale_of_eights(v);
+        if (lane() < 8) *(uint2*)to = as_bytes(v, scale);
+        if (lane() == 0) a.cache_scales[head + position] = scale;
+    } else if (lane() < 8) {
+        *(uint4*)to = pack(v);
+    }
+}
 
 // 8 dimensions a lane of the query (which = 0), the new key (1) or the new value (2) of this block's head.
 __device__ __forceinline__ void receive(float (&v)[8], const Arguments& a, int b, int which, u32 odd) {
@@ -367,10 +411,10 @@ __device__ __forceinline__ void attend_newest(const Arguments& a, Shared& shared
             receive(k, a, b, 1, odd);
             receive(v, a, b, 2, odd);
             uint4 key = pack(k), value = pack(v);
-            score = score_of(q, key), sum = 1;
-            unpack(v, value);
-            u16* keys = keys_at(a, layer, b) + length * 64;
-            if (lane() < 8) *(uint4*)keys = key, *(uint4*)(keys + values_after(a)) = value;
+            unpack(k, key), unpack(v, value);
+            score = score_of(q, k), sum = 1;
+            size_t keys = head_at(a, layer, b);
+            cache_eight(a, keys, length, k), cache_eight(a, keys + values_after(a), length, v);
         }
         if (lane() < 8) {
             *(float4*)&shared.part[WARPS + b][lane() * 8] = make_float4(v[0], v[1], v[2], v[3]);
@@ -413,7 +457,7 @@ __device__ __forceinline__ void share_attention(const Arguments& a, const Shared
     x.x += __shfl_xor_sync(~0u, x.x, 16), x.y += __shfl_xor_sync(~0u, x.y, 16), x.z += __shfl_xor_sync(~0u, x.z, 16),
         x.w += __shfl_xor_sync(~0u, x.w, 16);
     if constexpr (B == 1) {
-        u32 low = pack_bf16(x.x, x.y), high = pack_bf16(x.z, x.w);
+        u32 low = pack_pair(x.x, x.y), high = pack_pair(x.z, x.w);
         int first = lane() % 8 * 2;
         uint4 packet = make_uint4(__shfl_sync(~0u, low, first), __shfl_sync(~0u, high, first),
                                   __shfl_sync(~0u, low, first + 1), __shfl_sync(~0u, high, first + 1));
@@ -480,8 +524,8 @@ __device__ __forceinline__ void multiply_attention(float (&sum)[1][4], const uin
     for (int i = 0; i < PAIRS; i++) {
         const uint4 &first = weights[2 * i], &second = weights[2 * i + 1];
         float of[4] = {};
-        multiply_add(of, first.x, second.x, first.y, second.y, v[i].x, v[i].y);
-        multiply_add(of, first.z, second.z, first.w, second.w, v[i].z, v[i].w);
+        multiply_add<QUANTIZED>(of, first.x, second.x, first.y, second.y, v[i].x, v[i].y);
+        multiply_add<QUANTIZED>(of, first.z, second.z, first.w, second.w, v[i].z, v[i].w);
         int from = i * 8 + lane() % 4 * 2;
         all = fmaf(of[2], __shfl_sync(~0u, share, from), all);
         all = fmaf(of[3], __shfl_sync(~0u, share, from + 1), all);
@@ -496,15 +540,15 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int l
     constexpr int GROUPS = BLOCK_SIZE / 32,
                   TOGETHER = B == 2 ? 2 : 4;  // groups of 4 positions that a block owns at most
     int rank = blockIdx.x % 8, b = warp() % B, sub = lane() / 8, length = shared.rows[b].length;
-    const u16 *keys = keys_at(a, layer, b), *values = keys + values_after(a);
-    uint4 key[TOGETHER], value[TOGETHER];
+    size_t keys = head_at(a, layer, b), values = keys + values_after(a);
+    Eight key[TOGETHER], value[TOGETHER];
     auto position = [&](int group) { return (group / 2 * 8 + rank) * 8 + group % 2 * 4 + sub; };
     auto fetch = [&](int first) {
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
             int p = position(first + j * SPLIT);
-            key[j] = value[j] = make_uint4(0, 0, 0, 0);
-            if (p < length) key[j] = load_cached_l2(keys + p * 64), value[j] = load_cached_l2(values + p * 64);
+            key[j] = value[j] = Eight{};
+            if (p < length) key[j].fetch(a, keys, p), value[j].fetch(a, values, p);
         }
     };
     fetch(warp() / B);
@@ -515,7 +559,9 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int l
         float score[TOGETHER], highest = peak;
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
-            score[j] = score_of(q, key[j]);
+            float k[8];
+            key[j].unscaled(k);
+            score[j] = score_of(q, k) * key[j].by();
             if (position(first + j * SPLIT) >= length) score[j] = -1e30f;
             highest = fmaxf(highest, score[j]);
         }
@@ -526,8 +572,8 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int l
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
             float weight = position(first + j * SPLIT) < length ? power_of_2(score[j] - peak) : 0, v[8];
-            unpack(v, value[j]);
-            sum += weight;
+            value[j].unscaled(v);
+            sum += weight, weight *= value[j].by();
 #pragma unroll
             for (int d = 0; d < 8; d++) out[d] = fmaf(weight, v[d], out[d]);
         }
@@ -571,6 +617,7 @@ __device__ __forceinline__ float2 add_to_residual(Shared& shared, float2 v) {
 // One layer. x of the first layer comes in `act`.
 __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, uint4 (&act)[1][PAIRS], int layer) {
     u32 odd = layer % 2 == 0;
+    int first_unit = layer * LAYER_UNITS;
     uint4 weights[STAGE_TILES][2 * PAIRS];
     take_stage(weights, place, 0);  // queries and keys; values and the output projection
     if (layer) await_slices<1>(act, copy_at(a, X2_AT, W / 2), odd ^ 1);
@@ -584,9 +631,8 @@ __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, uin
 #pragma unroll 1
         for (int item = warp(); item < 3 * B; item += WARPS) {
             int row = item % B, unit = item / B;
-            float2 v = total_of(item, place);
-            float scale = scale_of(place, row), x = v.x * scale, y = v.y * scale, z = __shfl_down_sync(~0u, x, 1),
-                  w = __shfl_down_sync(~0u, y, 1);
+            float2 v = total_of(item, place, first_unit + unit, scale_of(place, row));
+            float x = v.x, y = v.y, z = __shfl_down_sync(~0u, x, 1), w = __shfl_down_sync(~0u, y, 1);
             if (lane() < 4 && lane() % 2 == 0)
                 publish(at(a, QKV_AT + (blockIdx.x / 8 * B + row) * 48 + unit * 16 + blockIdx.x % 8 * 2 + lane() / 2),
                         as_words(x, y, z, w), odd);
@@ -605,7 +651,7 @@ __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, uin
         note_sums<1, 1>(sums, place);
         sync();
         if (warp() < B) {
-            float2 v = total_of(warp(), place);
+            float2 v = total_of(warp(), place, first_unit + OUT_UNIT);
             v = add_to_residual(place.shared, v);
             publish_columns(at(a, X1_AT + warp() * (W / 8) + blockIdx.x), B * W * 2, v, odd);
         }
@@ -623,9 +669,8 @@ __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, uin
 #pragma unroll 1
         for (int item = warp(); item < 4 * B; item += WARPS) {
             int row = item % B, unit = item / B;
-            float2 v = total_of(item, place);
-            float scale = scale_of(place, row);
-            v = make_float2(gelu(v.x * scale), gelu(v.y * scale));
+            float2 v = total_of(item, place, first_unit + UP_UNIT + unit, scale_of(place, row));
+            v = make_float2(gelu(v.x), gelu(v.y));
             publish_columns(at(a, HIDDEN_AT + row * (W / 2) + blockIdx.x * 4 + unit), B * W * 8, v, odd);
         }
         place.buffer ^= 1;
@@ -646,7 +691,7 @@ __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, uin
         note_sums<0, 1>(all, place);
         sync();
         if (warp() < B) {
-            float2 v = total_of(warp(), place);
+            float2 v = total_of(warp(), place, first_unit + DOWN_UNIT);  // all 4 pieces of k have one scale
             v = add_to_residual(place.shared, v);
             publish_columns(at(a, X2_AT + warp() * (W / 8) + blockIdx.x), B * W * 2, v, odd);
         }
@@ -688,11 +733,11 @@ __device__ __forceinline__ void head_step(const Arguments& a, Place& place, int 
 #pragma unroll 1
             for (int item = warp(); item < 4 * B; item += WARPS) {
                 int row = item % B, local = (i * STAGE_UNITS + item / B) * 8 + lane() % 4 * 2;
-                float2 v = total_of(item, place);
-                float scale = scale_of(place, row);
+                int unit = N_LAYERS * LAYER_UNITS + book * HEAD_UNITS + min(i * STAGE_UNITS + item / B, HEAD_UNITS - 1);
+                float2 v = total_of(item, place, unit, scale_of(place, row));
                 if (lane() < 4 && local < HEAD_ROWS && book == book_of(a, row, step)) {
-                    note_logit(a, place.shared, row, local, v.x * scale, number);
-                    note_logit(a, place.shared, row, local + 1, v.y * scale, number);
+                    note_logit(a, place.shared, row, local, v.x, number);
+                    note_logit(a, place.shared, row, local + 1, v.y, number);
                 }
             }
             place.buffer ^= 1;
@@ -805,10 +850,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
         const Row& row = a.rows[thread()];
         shared.rows[thread()] = {row.length, {row.ids[0], row.ids[1]}, 0, row.n_tokens > 0, 0};
     }
+    float* partial = (float*)(memory + STAGES * STAGE_TILES * TILE);
+    float* scales = partial + 2 * WARPS * STAGE_UNITS * B * 8;
+    if (QUANTIZED)
+        for (int i = thread(); i < ALL_UNITS * 8; i += THREADS + 64)
+            scales[i] = a.scales[(size_t)blockIdx.x * ALL_UNITS * 8 + i];
     __syncthreads();
     if (warp() == WARPS) return copying_warp(a, shared, memory);
     if (warp() == WARPS + 1) return helping_warp(a, shared);
-    Place place = {shared, memory, (float*)(memory + STAGES * STAGE_TILES * TILE), 0, 0};
+    Place place = {shared, memory, partial, scales, 0, 0};
     for (int step = 0; step < a.n_steps; step++) {
         uint4 act[1][PAIRS];
         embed(act[0], a, shared);

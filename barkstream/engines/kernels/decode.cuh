@@ -1,14 +1,31 @@
 // What the two persistent kernels share, decode.cu (up to 8 rows) and wide.cu (8 to 64).
 #pragma once
+#include "cache.cuh"
 #include "sampling.cuh"
 
 constexpr int W = WIDTH, H = N_HEADS, B = N_ROWS, BLOCKS = 8 * H, WARPS = 8, THREADS = WARPS * 32;
 constexpr int SLICES = W / 32, PAIRS = (SLICES + WARPS - 1) / WARPS;  // slices of k, 32 wide, and how many a warp takes
-constexpr int UNIT = 16 * W;  // the bytes of 8 rows of W weights
+constexpr int UNIT = 8 * W * BITS / 8;  // the bytes of 8 rows of W weights
 // The units of a block b = 8 * head + rank, in their order in memory (`pack_units` of fused.py)
 constexpr int OUT_UNIT = 3, UP_UNIT = 4, DOWN_UNIT = 8, LAYER_UNITS = 12, HEAD_UNITS = 2 * HEAD_TILES;
 constexpr int ALL_UNITS = N_LAYERS * LAYER_UNITS + N_BOOKS * HEAD_UNITS;
 static_assert(W == 64 * H && (B & (B - 1)) == 0);
+
+// What blocks exchange, and multiply, two to a word: bf16, or f16 in a quantized model, whose bytes become f16 in fewer instructions.
+__device__ __forceinline__ u32 pack_pair(float low, float high) {
+    return QUANTIZED ? pack_f16(low, high) : pack_bf16(low, high);
+}
+__device__ __forceinline__ float low_of(u32 pair) { return QUANTIZED ? low_f16(pair) : low_bf16(pair); }
+__device__ __forceinline__ float high_of(u32 pair) { return QUANTIZED ? high_f16(pair) : high_bf16(pair); }
+constexpr u32 ONES = QUANTIZED ? 0x3c003c00u : 0x3f803f80u;
+
+// 8 weights of a row, which lane `i` of a slice has of the unit that lies at `unit`.
+__device__ __forceinline__ uint4 weights_at(const u8* unit, int i) {
+    if (!QUANTIZED) return *(const uint4*)(unit + i * 16);
+    uint2 bytes = *(const uint2*)(unit + i * 8);
+    return make_uint4(bytes_as_f16(bytes.x, BYTES_01), bytes_as_f16(bytes.x, BYTES_23), bytes_as_f16(bytes.y, BYTES_01),
+                      bytes_as_f16(bytes.y, BYTES_23));
+}
 
 struct RowState {
     int length, ids[2], n_drawn, running, ended;
@@ -74,12 +91,12 @@ __device__ __forceinline__ void await(uint4 (&v)[N], Address address, Wanted wan
 // ---- arithmetic ----
 
 __device__ __forceinline__ void unpack(float (&v)[8], const uint4& words) {
-    v[0] = low_bf16(words.x), v[1] = high_bf16(words.x), v[2] = low_bf16(words.y), v[3] = high_bf16(words.y);
-    v[4] = low_bf16(words.z), v[5] = high_bf16(words.z), v[6] = low_bf16(words.w), v[7] = high_bf16(words.w);
+    v[0] = low_of(words.x), v[1] = high_of(words.x), v[2] = low_of(words.y), v[3] = high_of(words.y);
+    v[4] = low_of(words.z), v[5] = high_of(words.z), v[6] = low_of(words.w), v[7] = high_of(words.w);
 }
 
 __device__ __forceinline__ uint4 pack(const float (&v)[8]) {
-    return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+    return make_uint4(pack_pair(v[0], v[1]), pack_pair(v[2], v[3]), pack_pair(v[4], v[5]), pack_pair(v[6], v[7]));
 }
 
 __device__ __forceinline__ uint4 as_words(float x, float y, float z, float w) {
@@ -94,15 +111,16 @@ __device__ __forceinline__ float power_of_2(float x) {
 
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
 
-// A position's score / sqrt(64), to base 2: 8 dimensions in each of 8 neighbouring lanes
-__device__ __forceinline__ float score_of(const float (&q)[8], const uint4& key) {
-    float k[8], score = 0;
-    unpack(k, key);
+constexpr float SCORE_SCALE = 0.125f * 1.44269504f;  // 1 / sqrt(64), to base 2
+
+// A position's score: 8 dimensions in each of 8 neighbouring lanes
+__device__ __forceinline__ float score_of(const float (&q)[8], const float (&k)[8]) {
+    float score = 0;
 #pragma unroll
     for (int d = 0; d < 8; d++) score = fmaf(q[d], k[d], score);
 #pragma unroll
     for (int offset = 1; offset < 8; offset *= 2) score += __shfl_xor_sync(~0u, score, offset);
-    return score * (0.125f * 1.44269504f);
+    return score * SCORE_SCALE;
 }
 
 // Columns column ... + N of x at a row's next position: the embeddings of its ids and of the position.

@@ -1,41 +1,9 @@
 // What the fine stage needs beside matrix products and attention (those are cuBLAS and PyTorch). A block a frame of a
 // window; B windows of T frames, K codebooks.
-#include "ptx.cuh"
+#include "norm.cuh"
 
-constexpr int W = WIDTH, THREADS = 256, PER_THREAD = (W + THREADS - 1) / THREADS, WARPS = THREADS / 32;
 constexpr int CODES = BOOK_SIZE / THREADS;  // codes a thread draws from
 static_assert(BOOK_SIZE % THREADS == 0, "a codebook is dealt evenly to a block's threads");
-
-__device__ __forceinline__ float sum_of_block(float x, float* scratch) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-    __syncthreads();
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) total += scratch[i];
-    return total;
-}
-
-// x [W] of the block's frame -> its layer norm without weights, bf16
-__device__ __forceinline__ void write_normed(u16* normed, const float (&x)[PER_THREAD]) {
-    __shared__ float scratch[WARPS];
-    float sum = 0, squares = 0;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++)
-        if (threadIdx.x + i * THREADS < W) sum += x[i];
-    float mean = sum_of_block(sum, scratch) / W;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++)
-        if (threadIdx.x + i * THREADS < W) squares += (x[i] - mean) * (x[i] - mean);
-    float scale = rsqrtf(sum_of_block(squares, scratch) / W + 1e-5f);
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-        int column = threadIdx.x + i * THREADS;
-        if (column < W) normed[(size_t)blockIdx.x * W + column] = (u16)pack_bf16((x[i] - mean) * scale, 0);
-    }
-}
 
 // codes [B][K][T], tables [K][ids][W] -> x [B T][W]: codebooks 0..k of each frame and its position, and their norm.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -63,27 +31,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (column < W) x[(size_t)blockIdx.x * W + column] = mine[i];
     }
     write_normed(normed, mine);
-}
-
-// x += y, and the norm of that.
-extern "C" __global__ void __launch_bounds__(THREADS) add_norm(float* x, const float* y, u16* normed) {
-    float mine[PER_THREAD];
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-        int column = threadIdx.x + i * THREADS;
-        size_t at = (size_t)blockIdx.x * W + column;
-        if (column < W) x[at] = mine[i] = x[at] + y[at];
-    }
-    write_normed(normed, mine);
-}
-
-// hidden in place, two elements a thread
-extern "C" __global__ void __launch_bounds__(THREADS) gelu(u32* hidden, int n_pairs) {
-    int i = blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n_pairs) return;
-    u32 pair = hidden[i];
-    float a = low_bf16(pair), b = high_bf16(pair);
-    hidden[i] = pack_bf16(0.5f * a * (1 + erff(a * 0.70710678f)), 0.5f * b * (1 + erff(b * 0.70710678f)));
 }
 
 struct Best {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_uint, c_uint64, c_void_p
+from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -40,9 +41,42 @@ class RowArguments(ctypes.Structure):
         return self.top_k > 0 or self.top_p < 1
 
 
-def kernel_constants(size: GPTSize, head: Head) -> dict[str, int]:
-    """What both kernel files are compiled with."""
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all slots, as cache.cuh lays them out; the last slot is scratch, for the rows that fill a batch up."""
+
+    values: Tensor  # [layers, 2, slots, heads, block, 64] bf16; or uint8, 128 + value / scale
+    scales: Tensor | None  # of the latter, [layers, 2, slots, heads, block] float32
+
+    @classmethod
+    def zeros(cls, size: GPTSize, n_slots: int, bits: int) -> KVCache:
+        shape = (size.n_layers, 2, n_slots + 1, size.n_heads, size.block_size)
+        values = torch.zeros(*shape, 64, dtype=torch.bfloat16 if bits == 16 else torch.uint8, device="cuda")
+        return cls(values, None if bits == 16 else torch.zeros(shape, device="cuda"))
+
+    @property
+    def n_slots(self) -> int:
+        """The scratch slot included."""
+        return self.values.shape[2]
+
+    @property
+    def bits(self) -> int:
+        return 16 if self.scales is None else 8
+
+    @property
+    def scales_at(self) -> int | None:
+        return pointer(self.scales)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """For a kernel; a null pointer if there is no tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def kernel_constants(size: GPTSize, head: Head, bits: int) -> dict[str, int]:
+    """What the causal GPTs' kernel files are compiled with. bits: of weights, keys and values."""
     return dict(
+        BITS=bits,
         WIDTH=size.width,
         N_HEADS=size.n_heads,
         BLOCK_SIZE=size.block_size,
@@ -58,9 +92,8 @@ def kernel_constants(size: GPTSize, head: Head) -> dict[str, int]:
 class FusedDecoder:
     """Decodes up to 8 rows on compute capability 9.0 or later, if the GPU can run 8 blocks a head at once."""
 
-    def __init__(self, weights: GPTWeights, units: Tensor, size: GPTSize, head: Head, cache: Tensor):
-        """units: the weights as `pack_units` orders them.
-        cache: [layers, 2, slots, heads, block, 64] bf16; the last slot is scratch, for the rows that fill a batch up."""
+    def __init__(self, weights: GPTWeights, units: Units, size: GPTSize, head: Head, cache: KVCache):
+        """units: the weights as `pack_units` orders them, of as many bits as the cache's numbers."""
         self._weights, self._units, self._size, self._head, self._cache = weights, units, size, head, cache
         self._n_blocks = 8 * size.n_heads
         self._variants: dict[int, _Variant] = {}
@@ -86,7 +119,7 @@ class FusedDecoder:
         """
         n_rows = next(n for n in ROW_COUNTS if n >= len(rows))
         variant = self._variants.get(n_rows) or self._build(n_rows)
-        idle = RowArguments(slot=self._cache.shape[2] - 1, position=rows[0].position, temperature=0, top_p=1)
+        idle = RowArguments(slot=self._cache.n_slots - 1, position=rows[0].position, temperature=0, top_p=1)
         arguments = variant.arguments
         arguments.n_steps, arguments.number = max(row.n_tokens for row in rows), self._number
         arguments.filter = any(row.filters for row in rows)
@@ -116,15 +149,16 @@ class _Variant:
     def __init__(self, decoder: FusedDecoder, n_rows: int):
         size, head, width = decoder._size, decoder._head, decoder._size.width
         head_tiles = n_head_tiles(size, head)
-        stages, partials = 12 * 16 * width, N_WARPS * 4 * n_rows * 8 * 4
+        bits = decoder._cache.bits
+        stages, partials = 12 * width * bits, N_WARPS * 4 * n_rows * 8 * 4
         self.kernel: Kernel = build(
             "decode.cu",
             "sm_90a",
             N_LAYERS=size.n_layers,
             N_ROWS=n_rows,
             HEAD_TILES=head_tiles,
-            **kernel_constants(size, head),
-        ).kernel("decode", stages + 2 * partials, cooperative=True)
+            **kernel_constants(size, head, bits),
+        ).kernel("decode", stages + 2 * partials + decoder._units.scale_bytes, cooperative=True)
         blocks = decoder._n_blocks
         parts = COPIES * 8 if n_rows == 1 else 17  # packets of a block and row, of attention
         packets = size.n_heads * 48 + blocks * (parts + 2 + head_tiles * 8) + COPIES * width * 7 // 8
@@ -132,20 +166,33 @@ class _Variant:
         self.tokens = torch.zeros(n_rows, size.block_size, dtype=torch.int32, device="cuda")
         self.result = torch.zeros(n_rows, 2, dtype=torch.int32, device="cuda")
         self.arguments = _arguments(n_rows)(
-            weights=decoder._units.data_ptr(),
+            weights=decoder._units.words.data_ptr(),
             embedding=decoder._weights.embedding.data_ptr(),
             positions=decoder._weights.positions.data_ptr(),
-            cache=decoder._cache.data_ptr(),
+            scales=pointer(decoder._units.scales),
+            cache=decoder._cache.values.data_ptr(),
+            cache_scales=decoder._cache.scales_at,
             packets=self.packets.data_ptr(),
             tokens=self.tokens.data_ptr(),
             result=self.result.data_ptr(),
-            n_slots=decoder._cache.shape[2],
+            n_slots=decoder._cache.n_slots,
         )
 
 
 def _arguments(n_rows: int) -> type[ctypes.Structure]:
     """`Arguments` of decode.cu."""
-    pointers = ("weights", "embedding", "positions", "cache", "packets", "tokens", "result", "logits")
+    pointers = (
+        "weights",
+        "embedding",
+        "positions",
+        "scales",
+        "cache",
+        "cache_scales",
+        "packets",
+        "tokens",
+        "result",
+        "logits",
+    )
     fields: list[tuple[str, type]] = [(name, c_void_p) for name in pointers]
     fields += [("n_slots", c_int), ("n_steps", c_int), ("number", c_uint), ("filter", c_int), ("one_book", c_int)]
     return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", RowArguments * n_rows)]})
@@ -159,33 +206,62 @@ def n_head_tiles(size: GPTSize, head: Head) -> int:
 UNITS = (3, 1, 4, 4)  # of a block and a layer: queries, keys and values; output projection; the MLP's matrices
 
 
-def pack_units(weights: GPTWeights, size: GPTSize, head: Head) -> Tensor:
-    """Every block's weights in the order in which it uses them: [blocks, units, width / 32, 32 lanes, 8] bf16.
+@dataclass(frozen=True)
+class Units:
+    """A causal GPT's weights in the order in which the kernels use them, see `pack_units`."""
+
+    words: Tensor  # [blocks, units, width / 32, 32 lanes, 8] bf16; or uint8, 128 + weight / scale
+    scales: Tensor | None  # of the latter, [blocks, units, 8 rows] float32
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of a block."""
+        return 0 if self.scales is None else self.scales[0].nbytes
+
+
+def pack_units(weights: GPTWeights, size: GPTSize, head: Head, bits: int = 16) -> Units:
+    """Every block's weights in the order in which it uses them; with 8 bits, each row by the scale that makes its largest 127.
 
     A unit is 8 rows of `width` weights. Block 8 h + r has rows 8 r .. of head h's queries, keys and values, rows 8 b .. of both
     output projections (the MLP's in 4 pieces of k), rows 32 b .. of the MLP's first matrix, and its share of each codebook's head.
     Two units make the left operand of the tensor cores' m16n8k16: of each 32 of k, lane 4 g + j has eight, 8 j .., of row g.
     """
     width, n_blocks = size.width, 8 * size.n_heads
-    parts = []
+    parts: list[
+        tuple[Tensor, int]
+    ] = []  # [blocks, units, 8, width], and how many units in a row have a row's scale in common
     for layer in weights.layers:
-        parts.append(layer.qkv.view(3, n_blocks, 8, width).transpose(0, 1))
-        parts.append(layer.out.view(n_blocks, 1, 8, width))
-        parts.append(layer.up.view(n_blocks, 4, 8, width))
-        parts.append(layer.down.view(n_blocks, 8, 4, width).transpose(1, 2))
+        parts.append((layer.qkv.view(3, n_blocks, 8, width).transpose(0, 1), 1))
+        parts.append((layer.out.view(n_blocks, 1, 8, width), 1))
+        parts.append((layer.up.view(n_blocks, 4, 8, width), 1))
+        parts.append((layer.down.view(n_blocks, 8, 4, width).transpose(1, 2), 4))
     n_rows = n_blocks * n_head_tiles(size, head) * 16
     for book in weights.head.split(head.size):
         padded = torch.nn.functional.pad(book, (0, 0, 0, n_rows - head.size))
-        parts.append(padded.view(n_blocks, -1, 8, width))
-    units = torch.cat(parts, 1)
-    return units.view(n_blocks, -1, 8, width // 32, 32).transpose(2, 3).reshape(n_blocks, -1, width // 32, 32, 8)
+        parts.append((padded.view(n_blocks, -1, 8, width), 1))
+    scales = None
+    if bits == 16:
+        units = torch.cat([part for part, _ in parts], 1)
+    else:
+        quantized = [quantize(*part) for part in parts]
+        units, scales = (torch.cat(each, 1) for each in zip(*quantized, strict=True))
+    words = units.view(n_blocks, -1, 8, width // 32, 32).transpose(2, 3).reshape(n_blocks, -1, width // 32, 32, 8)
+    return Units(words, scales)
+
+
+def quantize(units: Tensor, together: int) -> tuple[Tensor, Tensor]:
+    """units [blocks, n, 8, width] in bytes, 128 + weight / scale, and scales [blocks, n, 8]: `together` units in a row share theirs."""
+    largest = units.abs().amax(-1).float()
+    largest = largest.view(len(units), -1, together, 8).amax(2, keepdim=True).expand(-1, -1, together, -1)
+    scales = (largest / 127).clamp(min=1e-12).reshape(len(units), -1, 8)
+    return (units / scales[..., None] + 128).round().to(torch.uint8), scales
 
 
 class PackedLayers(Sequence[LayerWeights]):
     """The layers' matrices out of packed units, each made anew whenever it is asked for: so that no second copy stays in memory."""
 
     def __init__(self, units: Tensor, size: GPTSize):
-        """units: see `pack_units`."""
+        """units: the words of `pack_units`, 16 bits each."""
         n_blocks, width = len(units), size.width
         self._n_layers, self._width = size.n_layers, width
         # 16 bytes an element, which copies move at once: [blocks, units, 8 rows, width / 32, 4]

@@ -18,7 +18,8 @@
 // - Layer norm: as in decode.cu.
 #include "decode.cuh"
 
-constexpr int POSITIONS = UNIT / 256;                    // whose keys and values fill a stage
+constexpr int POSITIONS = UNIT / (2 * CACHED);           // whose keys and values fill a stage: as much as a unit of weights,
+constexpr int STAGE_BYTES = UNIT + (QUANTIZED ? POSITIONS * 8 : 0);  // and, behind them, their scales
 constexpr int PART = B == 8 ? 8 : B / 2;                 // rows that go through a phase together
 constexpr int SHARE = B / 8;                             // rows whose attention a block computes
 constexpr int PADDED = BLOCKS * HEAD_UNITS * 8;          // logits of a row
@@ -28,12 +29,14 @@ struct Arguments {
     const u8* weights;       // [BLOCKS][ALL_UNITS][UNIT]
     const u16* embedding;    // [ids][W], bf16
     const float* positions;  // [BLOCK_SIZE][W]
-    u16* cache;              // [N_LAYERS][2][slots][H][BLOCK_SIZE][64], bf16
+    const float* scales;     // [BLOCKS][ALL_UNITS][8], of quantized weights
+    u8* cache;               // see cache.cuh
+    float* cache_scales;
     // Packets, and numbers of steps: zero at the start
-    u8 *x, *middle;         // [B][W] bf16: the input of attention, and of the MLP
-    u8* qkv;                // [3][B][W] bf16
-    u8* attended;           // [B][W] bf16
-    u8* hidden;             // [B][4 W] bf16
+    u8 *x, *middle;         // [B][W] pairs (bf16, or f16): the input of attention, and of the MLP
+    u8* qkv;                // [3][B][W] pairs
+    u8* attended;           // [B][W] pairs
+    u8* hidden;             // [B][4 W] pairs
     u8* exchange;           // [BLOCKS][4 sources][B][2 halves]: partial sums of the MLP's output
     u8* drawn;              // [B]: token, whether it ended, -, step + 1
     u32* logits_ready;      // [BLOCKS]: step + 1
@@ -62,10 +65,11 @@ __device__ __forceinline__ int row_of(const Arguments& a, int i) { return a.orde
 __device__ __forceinline__ int book_of(const Arguments& a, int row, int step) {
     return (a.rows[row].position + step) % N_BOOKS;
 }
-__device__ __forceinline__ u16* keys_at(const Arguments& a, int layer, int row) {
-    return a.cache + ((size_t)(layer * 2 * a.n_slots + a.rows[row].slot) * H + blockIdx.x / 8) * BLOCK_SIZE * 64;
+// Where a row's positions of this block's head begin in the cache, counted in positions; their values' `values_after` further on.
+__device__ __forceinline__ size_t head_at(const Arguments& a, int layer, int row) {
+    return ((size_t)(layer * 2 * a.n_slots + a.rows[row].slot) * H + blockIdx.x / 8) * BLOCK_SIZE;
 }
-__device__ __forceinline__ size_t values_after(const Arguments& a) { return (size_t)a.n_slots * H * BLOCK_SIZE * 64; }
+__device__ __forceinline__ size_t values_after(const Arguments& a) { return (size_t)a.n_slots * H * BLOCK_SIZE; }
 
 // ---- the copying warp, of which one lane works ----
 
@@ -88,19 +92,23 @@ struct Copier {
         for (int i = 0; i < count; i++, n++) {
             u64* full = next(UNIT, WEIGHTS_IN_FLIGHT);
             const u8* from = a.weights + ((size_t)block * ALL_UNITS + first + i) * UNIT;
-            copy_once_to_shared(stages + n % STAGES * UNIT, from, UNIT, full);
+            copy_once_to_shared(stages + n % STAGES * STAGE_BYTES, from, UNIT, full);
         }
     }
     __device__ void keys_and_values(int layer) {
         for (int i = 0; i < SHARE; i++) {
             int row = row_of(a, i), length = shared.rows[row].running ? shared.rows[row].length : 0;
-            const u16* keys = keys_at(a, layer, row);
+            size_t keys = head_at(a, layer, row), values = keys + values_after(a);
             for (int first = 0; first < length; first += POSITIONS, n++) {
-                int bytes = min(POSITIONS, length - first) * 128;
-                u64* full = next(2 * bytes, KEYS_IN_FLIGHT);
-                u8* stage = stages + n % STAGES * UNIT;
-                copy_once_to_shared(stage, keys + first * 64, bytes, full);
-                copy_once_to_shared(stage + UNIT / 2, keys + values_after(a) + first * 64, bytes, full);
+                int count = min(POSITIONS, length - first), bytes = count * CACHED, of_scales = (count + 3) / 4 * 16;
+                u64* full = next(2 * bytes + (QUANTIZED ? 2 * of_scales : 0), KEYS_IN_FLIGHT);
+                u8* stage = stages + n % STAGES * STAGE_BYTES;
+                copy_once_to_shared(stage, a.cache + (keys + first) * CACHED, bytes, full);
+                copy_once_to_shared(stage + UNIT / 2, a.cache + (values + first) * CACHED, bytes, full);
+                if (QUANTIZED) {
+                    copy_once_to_shared(stage + UNIT, a.cache_scales + keys + first, of_scales, full);
+                    copy_once_to_shared(stage + UNIT + POSITIONS * 4, a.cache_scales + values + first, of_scales, full);
+                }
             }
         }
     }
@@ -141,14 +149,15 @@ __device__ void copying_warp(const Arguments& a, Shared& shared, u8* stages) {
 struct Place {
     Shared& shared;
     const u8* stages;
-    float* partial;  // [WARPS][4 units][B rows][8 columns]
-    u32 n_taken;     // stages
+    float* partial;       // [WARPS][4 units][B rows][8 columns]
+    const float* scales;  // [ALL_UNITS][8]: this block's
+    u32 n_taken;          // stages
     u32 turn, x_turn;  // of which the lowest bit marks packets: layers so far, and times that x was written
 };
 
 // Stages are taken in the order in which they were filled; i: how many after the next one.
 __device__ __forceinline__ const u8* stage_at(const Place& place, int i) {
-    return place.stages + (place.n_taken + i) % STAGES * UNIT;
+    return place.stages + (place.n_taken + i) % STAGES * STAGE_BYTES;
 }
 __device__ __forceinline__ void wait_for_stage(const Place& place, int i) {
     u32 n = place.n_taken + i;
@@ -161,11 +170,16 @@ __device__ __forceinline__ void release_stages(Place& place, int n) {
     place.n_taken += n;
 }
 
-// 8 columns of a row, of which this lane has 4 and its neighbour the others, as a packet. The first one is rounded to
-// the nearest number whose lowest bit is the turn's.
+// 8 columns of a row, of which this lane has 4 and its neighbour the others, as a packet. The first one gets the turn's lowest
+// bit; a bf16 is rounded to the nearest number that has it.
 __device__ __forceinline__ void publish_halves(u8* to, const float4& v, u32 turn) {
-    u32 odd = (turn & 1) << 16, first = ((__float_as_uint(v.x) - odd + 0x10000u) & ~0x1ffffu) + odd;
-    u32 low = lane() % 2 ? pack_bf16(v.x, v.y) : first >> 16 | pack_bf16(0, v.y), high = pack_bf16(v.z, v.w);
+    u32 low = pack_pair(v.x, v.y), high = pack_pair(v.z, v.w);
+    if (QUANTIZED) {
+        if (lane() % 2 == 0) low = (low & ~1u) | (turn & 1);
+    } else {
+        u32 odd = (turn & 1) << 16, first = ((__float_as_uint(v.x) - odd + 0x10000u) & ~0x1ffffu) + odd;
+        if (lane() % 2 == 0) low = first >> 16 | pack_bf16(0, v.y);
+    }
     u32 next_low = __shfl_down_sync(~0u, low, 1), next_high = __shfl_down_sync(~0u, high, 1);
     if (lane() % 2 == 0) store_packet(to, (u64)high << 32 | low, (u64)next_high << 32 | next_low);
 }
@@ -227,29 +241,28 @@ __device__ __forceinline__ int sum_at(int w, int unit, int row) {
 template <int N_UNITS, bool MOMENTS, int N>
 __device__ __forceinline__ void multiply(Place& place, const uint4 (&act)[N][PAIRS], int first, bool last) {
     constexpr int TILES = (N_UNITS + 1) / 2;
-    constexpr u32 ONES = 0x3f803f80u;
 #pragma unroll
     for (int i = 0; i < N_UNITS; i++) wait_for_stage(place, i);
     float sums[TILES][N][4] = {}, moments[N][4] = {};
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         if (SLICES % WARPS && warp() + i * WARPS >= SLICES) break;
-        int at = ((warp() + i * WARPS) * 32 + lane()) * 16;
+        int at = (warp() + i * WARPS) * 32 + lane();
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            uint4 upper = *(const uint4*)(stage_at(place, 2 * t) + at), lower = make_uint4(0, 0, 0, 0);
-            if (2 * t + 1 < N_UNITS) lower = *(const uint4*)(stage_at(place, 2 * t + 1) + at);
+            uint4 upper = weights_at(stage_at(place, 2 * t), at), lower = make_uint4(0, 0, 0, 0);
+            if (2 * t + 1 < N_UNITS) lower = weights_at(stage_at(place, 2 * t + 1), at);
 #pragma unroll
             for (int n = 0; n < N; n++) {
-                multiply_add(sums[t][n], upper.x, lower.x, upper.y, lower.y, act[n][i].x, act[n][i].y);
-                multiply_add(sums[t][n], upper.z, lower.z, upper.w, lower.w, act[n][i].z, act[n][i].w);
+                multiply_add<QUANTIZED>(sums[t][n], upper.x, lower.x, upper.y, lower.y, act[n][i].x, act[n][i].y);
+                multiply_add<QUANTIZED>(sums[t][n], upper.z, lower.z, upper.w, lower.w, act[n][i].z, act[n][i].w);
             }
         }
         if (MOMENTS)  // x times x above, of which the diagonal counts, and ones times x below
 #pragma unroll
             for (int n = 0; n < N; n++) {
-                multiply_add(moments[n], act[n][i].x, ONES, act[n][i].y, ONES, act[n][i].x, act[n][i].y);
-                multiply_add(moments[n], act[n][i].z, ONES, act[n][i].w, ONES, act[n][i].z, act[n][i].w);
+                multiply_add<QUANTIZED>(moments[n], act[n][i].x, ONES, act[n][i].y, ONES, act[n][i].x, act[n][i].y);
+                multiply_add<QUANTIZED>(moments[n], act[n][i].z, ONES, act[n][i].w, ONES, act[n][i].z, act[n][i].w);
             }
     }
     if (last) release_stages(place, N_UNITS);
@@ -283,8 +296,15 @@ __device__ __forceinline__ float4 total_of(const Place& place, int unit, int row
     return sum;
 }
 
-// The same, scaled by 1 / standard deviation of the row of x.
-__device__ __forceinline__ float4 normed_total_of(const Place& place, int unit, int row, int half) {
+// The same, of the unit of this block that its weights' scales go by.
+__device__ __forceinline__ float4 scaled(const Place& place, const float4& v, int unit, int half) {
+    if (!QUANTIZED) return v;
+    float4 scale = *(const float4*)(place.scales + unit * 8 + half * 4);
+    return make_float4(v.x * scale.x, v.y * scale.y, v.z * scale.z, v.w * scale.w);
+}
+
+// The same, scaled by 1 / standard deviation of the row of x. first_unit: the phase's.
+__device__ __forceinline__ float4 normed_total_of(const Place& place, int first_unit, int unit, int row, int half) {
     float sum = 0, squares = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
@@ -292,7 +312,7 @@ __device__ __forceinline__ float4 normed_total_of(const Place& place, int unit, 
         sum += m.x, squares += m.y;
     }
     float mean = sum / W, scale = rsqrtf(fmaxf(squares / W - mean * mean, 0) + 1e-5f);
-    float4 v = total_of(place, unit, row, half);
+    float4 v = scaled(place, total_of(place, unit, row, half), first_unit + unit, half);
     return make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
 }
 
@@ -339,80 +359,127 @@ __device__ __forceinline__ void add_to_residual(Place& place, u8* x, const float
 // Queries, new keys and new values of this block's rows into shared memory, and those of rows that run into the cache.
 __device__ __forceinline__ void fetch_newest(const Arguments& a, Place& place, int layer) {
     static_assert(SHARE * 24 <= THREADS);
-    int i = thread() / 24, which = thread() / 8 % 3, part = thread() % 8;
+    int i = thread() / 24, which = thread() / 8 % 3, part = thread() % 8, row = row_of(a, min(i, SHARE - 1));
+    uint4 packet[1] = {};
     if (i < SHARE) {
-        int row = row_of(a, i);
-        uint4 packet[1];
         const u8* from = a.qkv + ((size_t)(which * B + row) * W + blockIdx.x / 8 * 64 + part * 8) * 2;
         await(
             packet, [&](int) { return from; }, [&](const uint4& packet) { return is_of(packet, place.turn); });
         place.shared.newest[i][which][part] = packet[0];
-        u16* to = keys_at(a, layer, row) + (which == 2 ? values_after(a) : 0) + place.shared.rows[row].length * 64;
-        if (which && place.shared.rows[row].running) *(uint4*)(to + part * 8) = packet[0];
+    }
+    __syncwarp();
+    const RowState& state = place.shared.rows[row];
+    size_t to = head_at(a, layer, row) + (which == 2 ? values_after(a) : 0);
+    u8* eight = a.cache + to * CACHED + cached_at(state.length, part);
+    bool goes = i < SHARE && which && state.running;
+    if (QUANTIZED) {
+        float v[8];
+        unpack(v, packet[0]);
+        float scale = scale_of_eights(v);
+        if (goes) *(uint2*)eight = as_bytes(v, scale);
+        if (goes && part == 0) a.cache_scales[to + state.length] = scale;
+    } else if (goes) {
+        *(uint4*)eight = packet[0];
     }
     sync();
 }
 
-// Attention of a row over this warp's share of its positions: a warp takes 4 at a time, 8 lanes and 8 dimensions each.
+// 8 positions' scores of this warp, two a lane; all 16 rows of the left operand are the same query.
+__device__ __forceinline__ float2 scores_of(const u32 (&q)[8], const u8* keys, int row, int position) {
+    float sums[2][4] = {};
+    u32 k[QUANTIZED ? 1 : 2][4];
+#pragma unroll
+    for (int i = 0; i < (QUANTIZED ? 1 : 2); i++)
+        load_matrices(k[i], shared_address(keys) + row * CACHED + cached_piece(position, i * 4 + lane() / 8) * 16);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // of 16 dimensions; bytes 4 t ... of a piece are its columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9
+        u32 first = QUANTIZED ? bytes_as_f16(k[0][i], BYTES_01) : k[i / 2 % 2][i % 2 * 2],
+            second = QUANTIZED ? bytes_as_f16(k[0][i], BYTES_23) : k[i / 2 % 2][i % 2 * 2 + 1];
+        multiply_add<QUANTIZED>(sums[i % 2], q[2 * i], q[2 * i], q[2 * i + 1], q[2 * i + 1], first, second);
+    }
+    return make_float2((sums[0][0] + sums[1][0]) * SCORE_SCALE, (sums[0][1] + sums[1][1]) * SCORE_SCALE);
+}
+
+// out += powers of 8 positions, two a lane, times their values.
+__device__ __forceinline__ void add_values(float (&out)[8][4], u32 powers, const u8* values, int row, int position) {
+    u32 v[QUANTIZED ? 1 : 2][4];
+#pragma unroll
+    for (int i = 0; i < (QUANTIZED ? 1 : 2); i++)
+        load_transposed(v[i], shared_address(values) + row * CACHED + cached_piece(position, i * 4 + lane() / 8) * 16);
+#pragma unroll
+    for (int d = 0; d < 8; d++)
+        multiply_add_8<QUANTIZED>(out[d], powers,
+                                  QUANTIZED ? bytes_as_f16(v[0][d / 2], d % 2 ? BYTES_13 : BYTES_02)
+                                            : v[d / 4 % 2][d % 4]);
+}
+
+// Which dimension out[d][j] of this lane is: the even ones of 16, then the odd ones, if two of them came as one element.
+__device__ __forceinline__ int dimension_of(int d, int j) {
+    return QUANTIZED ? d / 2 * 16 + lane() % 4 * 4 + j * 2 + d % 2 : d * 8 + lane() % 4 * 2 + j;
+}
+
+// Attention of a row over this warp's share of its positions, 8 of a stage, by tensor cores. The powers of the scores come out
+// where the left operand of powers times values wants them.
 __device__ __forceinline__ void attend_row(Place& place, int i, int length) {
-    constexpr int QUADS = (POSITIONS / 4 + WARPS - 1) / WARPS;  // of a stage, for a warp
+    constexpr int TILES = ((POSITIONS + 7) / 8 + WARPS - 1) / WARPS;  // of 8 positions, of a stage, for a warp
+    constexpr float HEADROOM = 8;  // powers of 2 by which a score may exceed the peak so far
     const uint4(&newest)[3][8] = place.shared.newest[i];
-    int sub = lane() / 8, part = lane() % 8;
-    float q[8], out[8] = {}, peak = -1e30f, sum = 0;
-    unpack(q, newest[0][part]);
-    if (warp() == WARPS - 1) {  // the newest position is one warp's, always the same; its first 8 lanes take it
-        float score = score_of(q, newest[1][part]);
-        if (sub == 0) peak = score, sum = 1, unpack(out, newest[2][part]);
+    const u32* query = (const u32*)newest[0];
+    u32 q[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        q[k] = query[QUANTIZED ? k / 2 * 8 + lane() % 4 * 2 + k % 2 : k * 4 + lane() % 4];
+    float out[8][4] = {}, peak = -1e30f, sum = 0;
+    if (warp() == WARPS - 1) {  // the newest position is one warp's, always the same
+        float eight[2][8];
+        unpack(eight[0], newest[0][lane() % 8]), unpack(eight[1], newest[1][lane() % 8]);
+        peak = score_of(eight[0], eight[1]), sum = lane() % 4 == 0;
+        const u32* value = (const u32*)newest[2];
+#pragma unroll
+        for (int d = 0; d < 8; d++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int of = dimension_of(d, j);
+                out[d][j] = of % 2 ? high_of(value[of / 2]) : low_of(value[of / 2]);
+            }
     }
 #pragma unroll 1
     for (int first = 0; first < length; first += POSITIONS) {
         wait_for_stage(place, 0);
-        const uint4* stage = (const uint4*)stage_at(place, 0) + part;
-        uint4 key[QUADS], value[QUADS];
-        auto position = [&](int j) { return (j * WARPS + warp()) * 4 + sub; };
-        auto there = [&](int j) { return position(j) < min(POSITIONS, length - first); };
+        const u8* stage = stage_at(place, 0);
+        int n = min(POSITIONS, length - first);
 #pragma unroll
-        for (int j = 0; j < QUADS; j++) {
-            key[j] = value[j] = make_uint4(0, 0, 0, 0);
-            if (there(j)) key[j] = stage[position(j) * 8], value[j] = stage[(POSITIONS + position(j)) * 8];
+        for (int tile = 0; tile < TILES; tile++) {
+            int at = (tile * WARPS + warp()) * 8, row = min(at + lane() % 8, n - 1);  // nothing else may be read
+            if (at >= n) break;
+            float2 score = scores_of(q, stage, row, first + row), by = make_float2(1, 1);
+            int mine = at + lane() % 4 * 2;
+            if (QUANTIZED) {
+                const float2* scales = (const float2*)(stage + UNIT + mine * 4);
+                by = scales[POSITIONS / 2], score = make_float2(score.x * scales->x, score.y * scales->y);
+            }
+            float x = mine < n ? score.x : -1e30f, y = mine + 1 < n ? score.y : -1e30f, higher = fmaxf(x, y);
+            if (__any_sync(~0u, higher > peak + HEADROOM)) {
+                higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
+                higher = fmaxf(peak, fmaxf(higher, __shfl_xor_sync(~0u, higher, 2)));
+                float rescale = power_of_2(peak - higher);
+                peak = higher, sum *= rescale;
+#pragma unroll
+                for (int d = 0; d < 8; d++) out[d][0] *= rescale, out[d][1] *= rescale;
+            }
+            x = power_of_2(x - peak), y = power_of_2(y - peak), sum += x + y;
+            u32 powers = pack_pair(mine < n ? x * by.x : 0, mine + 1 < n ? y * by.y : 0);
+            add_values(out, powers, stage + UNIT / 2, row, first + row);
         }
         release_stages(place, 1);
-        float score[QUADS], highest = peak;
-#pragma unroll
-        for (int j = 0; j < QUADS; j++) {
-            score[j] = score_of(q, key[j]);
-            if (!there(j)) score[j] = -1e30f;
-            highest = fmaxf(highest, score[j]);
-        }
-        float rescale = power_of_2(peak - highest);
-        peak = highest, sum *= rescale;
-#pragma unroll
-        for (int d = 0; d < 8; d++) out[d] *= rescale;
-#pragma unroll
-        for (int j = 0; j < QUADS; j++) {
-            float weight = there(j) ? power_of_2(score[j] - peak) : 0, v[8];
-            unpack(v, value[j]);
-            sum += weight;
-#pragma unroll
-            for (int d = 0; d < 8; d++) out[d] = fmaf(weight, v[d], out[d]);
-        }
     }
-    float highest = fmaxf(peak, __shfl_xor_sync(~0u, peak, 8));  // over the warp's 4 groups of 8 lanes
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 16));
-    float rescale = power_of_2(peak - highest);
-    sum *= rescale;
-    sum += __shfl_xor_sync(~0u, sum, 8);
-    sum += __shfl_xor_sync(~0u, sum, 16);
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (lane() < 4) {
+        float* to = place.partial + (i * WARPS + warp()) * 64;
 #pragma unroll
-    for (int d = 0; d < 8; d++) {
-        out[d] *= rescale;
-        out[d] += __shfl_xor_sync(~0u, out[d], 8);
-        out[d] += __shfl_xor_sync(~0u, out[d], 16);
-    }
-    if (sub == 0) {
-        float4* to = (float4*)(place.partial + (i * WARPS + warp()) * 64 + part * 8);
-        to[0] = make_float4(out[0], out[1], out[2], out[3]), to[1] = make_float4(out[4], out[5], out[6], out[7]);
-        if (part == 0) place.shared.part_scale[i][warp()] = make_float2(highest, sum);
+        for (int d = 0; d < 8; d++) to[dimension_of(d, 0)] = out[d][0], to[dimension_of(d, 1)] = out[d][1];
+        if (lane() == 0) place.shared.part_scale[i][warp()] = make_float2(peak, sum);
     }
 }
 
@@ -465,7 +532,7 @@ __device__ __forceinline__ u8* sums_at(const Arguments& a, int block, int source
     return a.exchange + (((size_t)block * 4 + source) * 2 * B + row * 2 + half) * 16;
 }
 
-__device__ __forceinline__ void collect_sums(const Arguments& a, Place& place) {
+__device__ __forceinline__ void collect_sums(const Arguments& a, Place& place, int unit) {
     for_each_half<1, B>(0, [&](int, int row, int half) {
         int mine = blockIdx.x % 4;
         float4 v = total_of(place, mine, row, half);
@@ -478,25 +545,26 @@ __device__ __forceinline__ void collect_sums(const Arguments& a, Place& place) {
         for (int i = 0; i < 3; i++)
             v.x += __uint_as_float(packets[i].x), v.y += __uint_as_float(packets[i].y),
                 v.z += __uint_as_float(packets[i].z), v.w += __uint_as_float(packets[i].w);
-        add_to_residual(place, a.x, v, row, half, place.x_turn);
+        add_to_residual(place, a.x, scaled(place, v, unit, half), row, half, place.x_turn);
     });
 }
 
 __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, int layer) {
     int probed = lane() / 4 % 2 * (PART - 1), part = lane() % 4;  // what to probe: the first part's first and last row
-    int piece = blockIdx.x % 4;
+    int piece = blockIdx.x % 4, first_unit = layer * LAYER_UNITS;
     place.turn++;
     phase<3, true>(place, a.x, W, place.x_turn, probed, part, [&](int which, int row, int half) {
         publish_halves(a.qkv + ((size_t)(which * B + row) * W + blockIdx.x * 8) * 2,
-                       normed_total_of(place, which, row, half), place.turn);
+                       normed_total_of(place, first_unit, which, row, half), place.turn);
     });
     attend(a, place, layer);
     int of_rank = a.order[lane() % 8 * SHARE + SHARE - 1];  // the row that each of a head's blocks attends to last
     phase<1, false>(place, a.attended, W, place.turn, of_rank, 0, [&](int, int row, int half) {
-        add_to_residual(place, a.middle, total_of(place, 0, row, half), row, half, place.turn);
+        float4 v = scaled(place, total_of(place, 0, row, half), first_unit + OUT_UNIT, half);
+        add_to_residual(place, a.middle, v, row, half, place.turn);
     });
     phase<4, true>(place, a.middle, W, place.turn, probed, part, [&](int unit, int row, int half) {
-        float4 v = normed_total_of(place, unit, row, half);
+        float4 v = normed_total_of(place, first_unit + UP_UNIT, unit, row, half);
         publish_halves(a.hidden + ((size_t)row * (4 * W) + blockIdx.x * 32 + unit * 8) * 2,
                        make_float4(gelu(v.x), gelu(v.y), gelu(v.z), gelu(v.w)), place.turn);
     });
@@ -506,7 +574,7 @@ __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, int
         publish(sums_at(a, blockIdx.x - piece + unit, piece, row, half), as_words(v.x, v.y, v.z, v.w), place.turn & 1);
     });
     place.x_turn++;
-    collect_sums(a, place);
+    collect_sums(a, place, first_unit + DOWN_UNIT);  // all 4 pieces of k have one scale
 }
 
 // This block's share of each row's logits, of the codebook at which the row stands.
@@ -517,7 +585,8 @@ __device__ __forceinline__ void head_step(const Arguments& a, Place& place, int 
 #pragma unroll 1
         for (int unit = 0; unit < HEAD_UNITS; unit += HEAD_GROUP)
             phase<HEAD_GROUP, true>(place, a.x, W, place.x_turn, 0, lane() % 4, [&](int i, int row, int half) {
-                float4 v = normed_total_of(place, i, row, half);
+                int first_unit = N_LAYERS * LAYER_UNITS + book * HEAD_UNITS + unit;
+                float4 v = normed_total_of(place, first_unit, i, row, half);
                 int column = (blockIdx.x * HEAD_UNITS + unit + i) * 8 + half * 4;
                 if (book == book_of(a, row, step)) *(float4*)(a.logits + (size_t)row * PADDED + column) = v;
             });
@@ -629,10 +698,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
         const Row& row = a.rows[thread()];
         shared.rows[thread()] = {row.length, {row.ids[0], row.ids[1]}, 0, row.n_tokens > 0, 0};
     }
+    float* partial = (float*)(memory + STAGES * STAGE_BYTES);
+    float* scales = partial + WARPS * 4 * B * 8;
+    if (QUANTIZED)
+        for (int i = thread(); i < ALL_UNITS * 8; i += THREADS + 64)
+            scales[i] = a.scales[(size_t)blockIdx.x * ALL_UNITS * 8 + i];
     __syncthreads();
     if (warp() == WARPS) return copying_warp(a, shared, memory);
     if (warp() == WARPS + 1) return helping_warp(a, shared);
-    Place place = {shared, memory, (float*)(memory + STAGES * UNIT), 0, 0, 0};
+    Place place = {shared, memory, partial, scales, 0, 0, 0};
     for (int step = 0; step < a.n_steps; step++) {
         embed(a, place);
 #pragma unroll 1

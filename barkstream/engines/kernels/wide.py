@@ -11,7 +11,7 @@ from torch import Tensor
 
 from barkstream.engines import Head
 from barkstream.engines.kernels import Kernel, build
-from barkstream.engines.kernels.fused import RowArguments, kernel_constants, n_head_tiles
+from barkstream.engines.kernels.fused import KVCache, RowArguments, Units, kernel_constants, n_head_tiles, pointer
 from barkstream.engines.kernels.weights import GPTWeights
 from barkstream.tokens import GPTSize
 
@@ -25,7 +25,7 @@ MAX_STAGES = 24
 class WideDecoder:
     """Decodes up to 64 rows on the GPUs that `FusedDecoder` fits, from the same weights."""
 
-    def __init__(self, weights: GPTWeights, units: Tensor, size: GPTSize, head: Head, cache: Tensor):
+    def __init__(self, weights: GPTWeights, units: Units, size: GPTSize, head: Head, cache: KVCache):
         """As FusedDecoder."""
         self._weights, self._units, self._size, self._head, self._cache = weights, units, size, head, cache
         self._variants: dict[int, _Variant] = {}
@@ -36,7 +36,7 @@ class WideDecoder:
         if n_rows not in self._variants:
             self._variants[n_rows] = _Variant(self, n_rows)
         variant = self._variants[n_rows]
-        idle = RowArguments(slot=self._cache.shape[2] - 1, position=rows[0].position, temperature=0, top_p=1)
+        idle = RowArguments(slot=self._cache.n_slots - 1, position=rows[0].position, temperature=0, top_p=1)
         variant.launch([*rows, *[idle] * (n_rows - len(rows))])
         if logits is not None:
             logits.copy_(variant.logits[: len(rows), : self._head.size])
@@ -50,9 +50,11 @@ class _Variant:
         size, head = decoder._size, decoder._head
         self._n_rows, self._n_codebooks, self._n_blocks = n_rows, head.n_codebooks, 8 * size.n_heads
         tiles = n_head_tiles(size, head)
-        unit_bytes, sums_bytes = 16 * size.width, N_WARPS * 4 * 8 * n_rows * 4
+        bits, scale_bytes = decoder._cache.bits, decoder._units.scale_bytes
+        unit_bytes, sums_bytes = size.width * bits, N_WARPS * 4 * 8 * n_rows * 4
+        stage_bytes = unit_bytes + (size.width // 2 if bits == 8 else 0)  # a unit, or keys, values and their scales
         static_bytes = 1024 + 180 * n_rows  # `Shared` of wide.cu is no larger
-        n_stages = min((MAX_SHARED_BYTES - static_bytes - sums_bytes) // unit_bytes, MAX_STAGES)
+        n_stages = min((MAX_SHARED_BYTES - static_bytes - sums_bytes - scale_bytes) // stage_bytes, MAX_STAGES)
         self._kernel: Kernel = build(
             "wide.cu",
             "sm_90a",
@@ -62,8 +64,8 @@ class _Variant:
             STAGES=n_stages,
             WEIGHTS_IN_FLIGHT=min(max(WEIGHTS_IN_FLIGHT // unit_bytes, 1), n_stages - 1),
             KEYS_IN_FLIGHT=min(max(KEYS_IN_FLIGHT // unit_bytes, 1), n_stages - 1),
-            **kernel_constants(size, head),
-        ).kernel("decode", n_stages * unit_bytes + sums_bytes, cooperative=True)
+            **kernel_constants(size, head, bits),
+        ).kernel("decode", n_stages * stage_bytes + sums_bytes + scale_bytes, cooperative=True)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device="cuda")
@@ -79,10 +81,12 @@ class _Variant:
         sizes |= dict(exchange=self._n_blocks * 4 * 2 * n_rows * 16, drawn=n_rows * 16, logits_ready=self._n_blocks * 4)
         self._news = zeros(sum(sizes.values()), dtype=torch.uint8)
         self._buffers = dict(
-            weights=decoder._units,
+            weights=decoder._units.words,
             embedding=decoder._weights.embedding,
             positions=decoder._weights.positions,
-            cache=decoder._cache,
+            scales=decoder._units.scales,
+            cache=decoder._cache.values,
+            cache_scales=decoder._cache.scales,
             **dict(zip(sizes, self._news.split(list(sizes.values())), strict=True)),
             logits=self.logits,
             noise=self.noise,
@@ -92,8 +96,8 @@ class _Variant:
         fields: list[tuple[str, type]] = [(name, c_void_p) for name in self._buffers]
         fields += [("n_slots", c_int), ("n_steps", c_int), ("one_book", c_int), ("order", c_ubyte * n_rows)]
         layout = type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", RowArguments * n_rows)]})
-        pointers = {name: buffer.data_ptr() for name, buffer in self._buffers.items()}
-        self._arguments = layout(**pointers, n_slots=decoder._cache.shape[2])
+        pointers = {name: pointer(buffer) for name, buffer in self._buffers.items()}
+        self._arguments = layout(**pointers, n_slots=decoder._cache.n_slots)
 
     def launch(self, rows: Sequence[RowArguments]) -> None:
         """As many steps as the longest row wants. Asynchronous."""
