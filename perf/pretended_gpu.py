@@ -4,7 +4,7 @@
     python3 perf/pretended_gpu.py --set pace_lead_s=inf crowd=0 -- --rate 4 --duration 20
 
 tritonserver, the stages' models, the shared process with its workers and turns, and the load test are the real ones; only the
-engines sleep, for as long as an H200 took for Bark large, and say nothing (`pretended/pretended_engines.py`). So nothing here says
+engines sleep, for as long as a GPU took for Bark large, and say nothing (`pretended/pretended_engines.py`). So nothing here says
 how fast anything is: it says what a change in scheduling does at costs that were measured once, and how far it can be believed
 is in docs/load.md. Clips of 10 s with a preset, as on the GPU. Other options are load_test.py's. Table first; then, by stage,
 rows a batch and GPU milliseconds a second of audio; last line JSON.
@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "pretended")]
 
-from pretended_engines import SAID  # noqa: E402
+from pretended_engines import COSTS, GPU, SAID  # noqa: E402
 from random_checkpoint import write_repository  # noqa: E402
 
 from barkstream.server import MODEL_REPOSITORY, Server, prepend  # noqa: E402
@@ -52,10 +52,12 @@ def main() -> int:
     parser.add_argument(
         "--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="parameters of bark's cuda profile"
     )
+    parser.add_argument("--costs", choices=COSTS, default="h100", help="of which GPU, in which profile")
     parser.add_argument("--repository", type=Path, default=HERE.parent / "build" / "pretended")
     arguments, load = parser.parse_known_args()
     prepare(arguments.repository, dict(arguments.set))
     prepend(os.environ, "PYTHONPATH", HERE / "pretended")
+    os.environ[GPU] = arguments.costs
     with Server(arguments.repository) as server:
         if SAID not in server.log_text:
             raise SystemExit("the stages' process did not get the pretended engines: what it runs is not known")

@@ -1,15 +1,18 @@
-"""Engines that take an H200's time for Bark large and say nothing.
+"""Engines that take a GPU's time for Bark large and say nothing.
 
-One time line stands for the GPU: what is launched begins when all before it is over. Costs: docs/performance.md, docs/load.md.
+One time line stands for the GPU: what is launched begins when all before it is over. Where the costs come
+from: docs/performance.md, docs/load.md.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,20 +22,66 @@ from barkstream.engines import open as engines
 from barkstream.sampling import Floats, Ints
 
 SAID = "this GPU is pretended: its engines sleep"
-STEP_MS = {  # a decode step, by rows; so many rows take what lies between this and the next number
-    "semantic": {1: 0.279, 2: 0.36, 4: 0.45, 8: 0.505, 16: 0.631, 32: 0.95},
-    "coarse": {1: 0.283, 2: 0.39, 4: 0.52, 8: 0.55, 16: 0.70, 32: 1.15},
+GPU = "BARKSTREAM_PRETENDED"  # environment variable: which of COSTS
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds that Bark large was measured to take."""
+
+    step: dict[
+        str, dict[int, float]
+    ]  # a decode step, by rows; so many rows take what lies between this and the next number
+    prefill: dict[str, tuple[float, ...]]  # of 1 to 4 rows; more go in fours
+    fine: tuple[float, ...]  # 1 to 4 windows of 256 frames
+    long_fine: float  # one of more
+    codec: float
+    codec_a_chunk: float
+
+
+COSTS = {
+    "h200": Costs(  # e81596e
+        step={
+            "semantic": {1: 0.279, 2: 0.36, 4: 0.45, 8: 0.505, 16: 0.631, 32: 0.95},
+            "coarse": {1: 0.283, 2: 0.39, 4: 0.52, 8: 0.55, 16: 0.70, 32: 1.15},
+        },
+        prefill={"semantic": (2.5, 2.9, 3.2, 3.6), "coarse": (2.0, 3.24, 4.45, 5.9)},
+        fine=(6.82, 8.3, 11.0, 11.5),
+        long_fine=12.0,
+        codec=1.7,
+        codec_a_chunk=0.5,
+    ),
+    "h100": Costs(
+        step={
+            "semantic": {1: 0.299, 2: 0.35, 4: 0.44, 8: 0.50, 16: 0.65, 32: 1.05},
+            "coarse": {1: 0.310, 2: 0.40, 4: 0.513, 8: 0.552, 16: 0.802, 32: 1.383},
+        },
+        prefill={"semantic": (2.3, 2.6, 2.8, 3.0), "coarse": (1.82, 2.94, 4.27, 5.3)},
+        fine=(6.63, 7.4, 10.0, 10.3),
+        long_fine=11.1,
+        codec=1.7,
+        codec_a_chunk=0.5,
+    ),
+    "h100-int8": Costs(  # the profile cuda-int8
+        step={
+            "semantic": {1: 0.258, 2: 0.344, 4: 0.432, 8: 0.465, 16: 0.58, 32: 0.80},
+            "coarse": {1: 0.264, 2: 0.354, 4: 0.439, 8: 0.503, 16: 0.655, 32: 0.938},
+        },
+        prefill={"semantic": (1.16, 1.4, 1.6, 1.83), "coarse": (1.82, 2.94, 4.27, 5.3)},
+        fine=(6.63, 7.4, 10.0, 10.3),
+        long_fine=11.1,
+        codec=1.7,
+        codec_a_chunk=0.5,
+    ),
 }
-PREFILL_MS = {"semantic": (2.5, 2.9, 3.2, 3.6), "coarse": (2.0, 3.24, 4.45, 5.9)}  # of 1 to 4 rows; more go in fours
-FINE_MS, LONG_FINE_MS = (6.82, 8.3, 11.0, 11.5), 12.0  # 1 to 4 windows of 256 frames; one of more
-CODEC_MS, CODEC_MS_A_CHUNK = 1.7, 0.5
 LAUNCH_S = 0.0008  # Python's own time, before anything is on its way
 
 
 class Gpu:
     """The time line."""
 
-    def __init__(self) -> None:
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
         self._lock = threading.Lock()
         self._free_at = 0.0
 
@@ -64,7 +113,9 @@ class CausalEngine:
 
     def start(self, rows: list[Row]) -> Callable[[], list[Generation]]:
         n_steps, n_new = max(row.n_tokens for row in rows), sum(not self._goes_on(row) for row in rows)
-        wait = self._gpu.launch(n_steps * self._step_ms(len(rows)) + in_fours(PREFILL_MS[self._stage], n_new))
+        wait = self._gpu.launch(
+            n_steps * self._step_ms(len(rows)) + in_fours(self._gpu.costs.prefill[self._stage], n_new)
+        )
 
         def finish() -> list[Generation]:
             wait()
@@ -76,7 +127,7 @@ class CausalEngine:
         return finish
 
     def _step_ms(self, n_rows: int) -> float:
-        measured = STEP_MS[self._stage]
+        measured = self._gpu.costs.step[self._stage]
         padded = next(ms for n, ms in measured.items() if n >= n_rows)
         return (float(np.interp(n_rows, list(measured), list(measured.values()))) + padded) / 2
 
@@ -98,7 +149,8 @@ class FineEngine:
 
     def start(self, windows: list[Window]) -> Callable[[], list[Ints]]:
         n_short = sum(window.n_frames <= 256 for window in windows)
-        wait = self._gpu.launch(in_fours(FINE_MS, n_short) + LONG_FINE_MS * (len(windows) - n_short))
+        costs = self._gpu.costs
+        wait = self._gpu.launch(in_fours(costs.fine, n_short) + costs.long_fine * (len(windows) - n_short))
 
         def finish() -> list[Ints]:
             wait()
@@ -112,7 +164,7 @@ class CodecEngine:
         self._gpu = gpu
 
     def start(self, chunks: list[Chunk]) -> Callable[[], list[tuple[Floats, Floats]]]:
-        wait = self._gpu.launch(CODEC_MS + CODEC_MS_A_CHUNK * len(chunks))
+        wait = self._gpu.launch(self._gpu.costs.codec + self._gpu.costs.codec_a_chunk * len(chunks))
 
         def finish() -> list[tuple[Floats, Floats]]:
             wait()
@@ -128,7 +180,7 @@ def in_fours(costs_ms: tuple[float, ...], n: int) -> float:
 
 def install() -> None:
     """From now on a stage that asks for a GPU gets one of these."""
-    gpu = Gpu()
+    gpu = Gpu(COSTS[os.environ[GPU]])
 
     def open_causal(engine: str, stage: str, path: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> CausalEngine:
         head = Head.semantic(checkpoint.semantic) if stage == "semantic" else Head.coarse(checkpoint.coarse)

@@ -21,6 +21,7 @@
 constexpr int POSITIONS = UNIT / (2 * CACHED);           // whose keys and values fill a stage: as much as a unit of weights,
 constexpr int STAGE_BYTES = UNIT + (QUANTIZED ? POSITIONS * 8 : 0);  // and, behind them, their scales
 constexpr int PART = B == 8 ? 8 : B / 2;                 // rows that go through a phase together
+constexpr int TEAM = 2, TEAMS = WARPS / TEAM;            // warps that take a stage of keys and values together
 constexpr int SHARE = B / 8;                             // rows whose attention a block computes
 constexpr int PADDED = BLOCKS * HEAD_UNITS * 8;          // logits of a row
 constexpr int HEAD_GROUP = HEAD_UNITS % 4 == 0 ? 4 : 2;  // units of the head that are multiplied together
@@ -418,10 +419,17 @@ __device__ __forceinline__ int dimension_of(int d, int j) {
     return QUANTIZED ? d / 2 * 16 + lane() % 4 * 4 + j * 2 + d % 2 : d * 8 + lane() % 4 * 2 + j;
 }
 
-// Attention of a row over this warp's share of its positions, 8 of a stage, by tensor cores. The powers of the scores come out
-// where the left operand of powers times values wants them.
-__device__ __forceinline__ void attend_row(Place& place, int i, int length) {
-    constexpr int TILES = ((POSITIONS + 7) / 8 + WARPS - 1) / WARPS;  // of 8 positions, of a stage, for a warp
+// Attention of a row over this warp's share of its positions, by tensor cores. Teams of warps take stages in turn, across rows, so
+// that a warp has several tiles of 8 positions to work on at once; `turn`: whose turn it is with the row's first stage. The powers of
+// the scores come out where the left operand of powers times values wants them.
+//
+// A warp waits for its own stages only. A barrier tells a turn of the ring from the next one and no further, so those TEAMS stages on
+// must not be more than a turn ahead of what has surely landed.
+__device__ __forceinline__ void attend_row(Place& place, int i, int length, int turn) {
+    constexpr int TILES = ((POSITIONS + 7) / 8 + TEAM - 1) / TEAM;
+    static_assert(STAGES - KEYS_IN_FLIGHT >= TEAMS);
+    // The first team is the one whose turn it is: so a row's sums do not depend on the rows before it.
+    int team = (warp() / TEAM + TEAMS - turn) % TEAMS, me = team * TEAM + warp() % TEAM;
     constexpr float HEADROOM = 8;  // powers of 2 by which a score may exceed the peak so far
     const uint4(&newest)[3][8] = place.shared.newest[i];
     const u32* query = (const u32*)newest[0];
@@ -430,7 +438,7 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length) {
     for (int k = 0; k < 8; k++)
         q[k] = query[QUANTIZED ? k / 2 * 8 + lane() % 4 * 2 + k % 2 : k * 4 + lane() % 4];
     float out[8][4] = {}, peak = -1e30f, sum = 0;
-    if (warp() == WARPS - 1) {  // the newest position is one warp's, always the same
+    if (me == WARPS - 1) {  // the newest position is one warp's, always the same
         float eight[2][8];
         unpack(eight[0], newest[0][lane() % 8]), unpack(eight[1], newest[1][lane() % 8]);
         peak = score_of(eight[0], eight[1]), sum = lane() % 4 == 0;
@@ -444,42 +452,55 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length) {
             }
     }
 #pragma unroll 1
-    for (int first = 0; first < length; first += POSITIONS) {
-        wait_for_stage(place, 0);
-        const u8* stage = stage_at(place, 0);
-        int n = min(POSITIONS, length - first);
+    for (int taken = team; taken * POSITIONS < length; taken += TEAMS) {
+        wait_for_stage(place, taken);
+        const u8* stage = stage_at(place, taken);
+        int first = taken * POSITIONS, n = min(POSITIONS, length - first);
+        auto begin = [&](int tile) { return (tile * TEAM + warp() % TEAM) * 8; };
+        auto row = [&](int tile) { return min(begin(tile) + lane() % 8, n - 1); };  // nothing else may be read
+        float2 score[TILES];
+        float higher = -1e30f;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            int at = (tile * WARPS + warp()) * 8, row = min(at + lane() % 8, n - 1);  // nothing else may be read
-            if (at >= n) break;
-            float2 score = scores_of(q, stage, row, first + row), by = make_float2(1, 1);
-            int mine = at + lane() % 4 * 2;
+            score[tile] = scores_of(q, stage, row(tile), first + row(tile));
+            int mine = begin(tile) + lane() % 4 * 2;
             if (QUANTIZED) {
-                const float2* scales = (const float2*)(stage + UNIT + mine * 4);
-                by = scales[POSITIONS / 2], score = make_float2(score.x * scales->x, score.y * scales->y);
+                float2 by = *(const float2*)(stage + UNIT + mine * 4);
+                score[tile] = make_float2(score[tile].x * by.x, score[tile].y * by.y);
             }
-            float x = mine < n ? score.x : -1e30f, y = mine + 1 < n ? score.y : -1e30f, higher = fmaxf(x, y);
-            if (__any_sync(~0u, higher > peak + HEADROOM)) {
-                higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
-                higher = fmaxf(peak, fmaxf(higher, __shfl_xor_sync(~0u, higher, 2)));
-                float rescale = power_of_2(peak - higher);
-                peak = higher, sum *= rescale;
-#pragma unroll
-                for (int d = 0; d < 8; d++) out[d][0] *= rescale, out[d][1] *= rescale;
-            }
-            x = power_of_2(x - peak), y = power_of_2(y - peak), sum += x + y;
-            u32 powers = pack_pair(mine < n ? x * by.x : 0, mine + 1 < n ? y * by.y : 0);
-            add_values(out, powers, stage + UNIT / 2, row, first + row);
+            score[tile] = make_float2(mine < n ? score[tile].x : -1e30f, mine + 1 < n ? score[tile].y : -1e30f);
+            higher = fmaxf(higher, fmaxf(score[tile].x, score[tile].y));
         }
-        release_stages(place, 1);
+        if (__any_sync(~0u, higher > peak + HEADROOM)) {
+            higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
+            higher = fmaxf(peak, fmaxf(higher, __shfl_xor_sync(~0u, higher, 2)));
+            float rescale = power_of_2(peak - higher);
+            peak = higher, sum *= rescale;
+#pragma unroll
+            for (int d = 0; d < 8; d++) out[d][0] *= rescale, out[d][1] *= rescale;
+        }
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            int mine = begin(tile) + lane() % 4 * 2;
+            float x = mine < n ? power_of_2(score[tile].x - peak) : 0, y = mine + 1 < n ? power_of_2(score[tile].y - peak) : 0;
+            sum += x + y;
+            if (QUANTIZED) {  // scales of positions that are not there may be anything
+                float2 by = *(const float2*)(stage + UNIT + (POSITIONS + mine) * 4);
+                x = mine < n ? x * by.x : 0, y = mine + 1 < n ? y * by.y : 0;
+            }
+            add_values(out, pack_pair(x, y), stage + UNIT / 2, row(tile), first + row(tile));
+        }
+        __syncwarp();
+        if (lane() == 0) barrier_arrive(&place.shared.empty[(place.n_taken + taken) % STAGES], TEAMS);
     }
+    place.n_taken += (length + POSITIONS - 1) / POSITIONS;
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     if (lane() < 4) {
-        float* to = place.partial + (i * WARPS + warp()) * 64;
+        float* to = place.partial + (i * WARPS + me) * 64;
 #pragma unroll
         for (int d = 0; d < 8; d++) to[dimension_of(d, 0)] = out[d][0], to[dimension_of(d, 1)] = out[d][1];
-        if (lane() == 0) place.shared.part_scale[i][warp()] = make_float2(peak, sum);
+        if (lane() == 0) place.shared.part_scale[i][me] = make_float2(peak, sum);
     }
 }
 
@@ -507,10 +528,11 @@ __device__ __forceinline__ void combine_row(const Arguments& a, const Place& pla
 
 __device__ __forceinline__ void attend(const Arguments& a, Place& place, int layer) {
     fetch_newest(a, place, layer);
+    u32 first_stage = place.n_taken;
 #pragma unroll 1
     for (int i = 0; i < SHARE; i++) {
         const RowState& row = place.shared.rows[row_of(a, i)];
-        if (row.running) attend_row(place, i, row.length);
+        if (row.running) attend_row(place, i, row.length, (place.n_taken - first_stage) % TEAMS);
     }
     sync();
     if (warp() < SHARE) combine_row(a, place, warp(), place.shared.rows[row_of(a, warp())].running);

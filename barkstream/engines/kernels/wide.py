@@ -16,9 +16,9 @@ from barkstream.engines.kernels.weights import GPTWeights
 from barkstream.tokens import GPTSize
 
 ROW_COUNTS = (8, 16, 32, 64)
-N_WARPS = 8
+N_WARPS, N_TEAMS = 8, 4
 MAX_SHARED_BYTES = 227 << 10  # of a block, compute capability 9.0
-WEIGHTS_IN_FLIGHT, KEYS_IN_FLIGHT = 16 << 10, 48 << 10  # bytes of a block's stream that are on their way at once
+WEIGHTS_IN_FLIGHT, KEYS_IN_FLIGHT = 16 << 10, 32 << 10  # bytes of a block's stream that are on their way at once
 MAX_STAGES = 24
 
 
@@ -63,7 +63,7 @@ class _Variant:
             HEAD_TILES=tiles,
             STAGES=n_stages,
             WEIGHTS_IN_FLIGHT=min(max(WEIGHTS_IN_FLIGHT // unit_bytes, 1), n_stages - 1),
-            KEYS_IN_FLIGHT=min(max(KEYS_IN_FLIGHT // unit_bytes, 1), n_stages - 1),
+            KEYS_IN_FLIGHT=min(max(KEYS_IN_FLIGHT // unit_bytes, 1), n_stages - N_TEAMS),
             **kernel_constants(size, head, bits),
         ).kernel("decode", n_stages * stage_bytes + sums_bytes + scale_bytes, cooperative=True)
 
