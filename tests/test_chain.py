@@ -234,6 +234,29 @@ def test_a_chains_next_window_is_known_to_need_a_prefill_unless_it_goes_on(start
     assert said == pytest.approx([1.02, 0.005, 0.02, 0.005])
 
 
+def test_an_only_rows_windows_go_together_to_an_engine_that_knows_chains(start):
+    engine, given = Attentive(), []
+
+    def generate(rows):
+        given.append([len(row.chain.heads) if row.chain else 0 for row in rows])
+        return by_windows(engine.generate, rows)
+
+    window_s = 0.018  # three fit in HURRIED_PIECE_S, and one in PIECE_S
+    policy = replace(POLICIES["coarse"], is_hurried=lambda row: False)
+    worker = start(
+        CausalWorker(
+            at_once(generate), engine.release, 4, Turns(), policy, lambda n: window_s / LAYOUT.window, knows_chains=True
+        )
+    )
+    whole = by_windows(Attentive().generate, [chain_of(5)])[0].tokens
+    assert np.array_equal(worker.submit([chain_of(5)])[0].result(timeout=10).tokens, whole)
+    assert given == [[2], [1]]
+    given.clear()
+    both = worker.submit([chain_of(5), chain_of(5, stream=2)])
+    assert all(np.array_equal(each.result(timeout=10).tokens, whole) for each in both)
+    assert [0, 0] in given and all(len(rows) == 1 or not any(rows) for rows in given)
+
+
 def test_a_chain_that_is_left_ends_after_its_piece(worker):
     worker.engine.gate = threading.Semaphore(0)
     whole = by_windows(Attentive().generate, [chain_of(5)])[0].tokens

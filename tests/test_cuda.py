@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from barkstream.engines import Head, Row  # noqa: E402
+from barkstream.engines import Chain, Head, Row, by_windows  # noqa: E402
 from barkstream.engines.cuda import CudaEngine, GpuSlot  # noqa: E402
 from barkstream.sampling import COARSE, SEMANTIC, Sampling, draw, ends, gumbel_noise  # noqa: E402
 from barkstream.tokens import GPTSize  # noqa: E402
@@ -242,6 +242,28 @@ def test_windows_may_be_cut_anywhere(model):
             )  # prefilled keys round differently: a near-tie may fall the other way
     model.engine.release(5)
     assert model.engine.n_owned_slots == 0
+
+
+@pytest.mark.parametrize(
+    "n_behind", [630, 100]
+)  # a history that slides from the first window on, and one that grows at first
+def test_a_chain_says_what_its_windows_say(model, n_behind):
+    if model.head.end is not None or model.way != "fused":
+        pytest.skip("only coarse has windows, and an only row is the fused kernel's")
+    model.poison()
+    head_ids = np.random.randint(0, 768, (5, 257)).astype(np.int32)
+    if n_behind < 630:
+        head_ids[:] = head_ids[0]  # then nothing slides, and the cache goes on
+    books = model.head.first_id + model.head.size * (np.arange(n_behind) % 2) + np.random.randint(0, 1024, n_behind)
+    prefix = np.concatenate([head_ids[0], books]).astype(np.int32)[:, None]
+    row = Row(prefix, 4 * 60 + 22, 0, Sampling(seed=9, temperature=0.7), 3, Chain(head_ids[1:], 60, 630))
+    row.check(model.size)
+    whole = model.engine.generate([row])[0].tokens
+    model.engine.release(3)
+    model.poison()
+    apart = by_windows(model.engine.generate, [row])[0].tokens
+    assert np.array_equal(whole, apart) and len(whole) == row.n_tokens
+    model.engine.release(3)
 
 
 def test_full_block(model):

@@ -62,7 +62,9 @@ class Row:
     position: int  # index of the first new token in the generation: the noise's counter
     sampling: Sampling
     stream: int = 0  # key of the KV cache kept between calls; 0: keep none
-    chain: Chain | None = None  # engines know none: they are given a window at a time
+    chain: Chain | None = (
+        None  # engines know none, but for the cuda engine's only row: they are given a window at a time
+    )
 
     @property
     def n_whole(self) -> int:
@@ -89,6 +91,13 @@ class Row:
         """At most n tokens of it, and none of another window: what an engine is given."""
         return replace(self, n_tokens=min(n, self.n_whole), chain=None)
 
+    def windows(self, n: int) -> Row:
+        """Its window and the next ones, at most n in all."""
+        if self.chain is None or n == 1:
+            return self.piece(self.n_whole)
+        n_tokens = min(self.n_tokens, self.n_whole + (n - 1) * self.chain.window)
+        return replace(self, n_tokens=n_tokens, chain=replace(self.chain, heads=self.chain.heads[: n - 1]))
+
     def ids_with(self, tokens: Ints) -> Ints:
         """The prefix [S + n, C] that this row and n tokens drawn after it make."""
         drawn = np.repeat(self.ids[-1:], len(tokens), axis=0)
@@ -96,7 +105,9 @@ class Row:
         return np.concatenate([self.ids, drawn])
 
     def after(self, tokens: Ints) -> Row:
-        """What is left of the row's call once these tokens [n <= n_whole] are drawn: the next window, where one follows."""
+        """What is left of the row's call once these tokens [n] are drawn: the next window, where one is whole."""
+        if len(tokens) > self.n_whole:
+            return self.after(tokens[: self.n_whole]).after(tokens[self.n_whole :])
         n, ids, chain = len(tokens), self.ids_with(tokens), self.chain
         if chain and n == self.n_whole:
             ids, behind = chain.next_ids(ids), chain.heads[1:]

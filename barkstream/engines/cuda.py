@@ -85,6 +85,8 @@ class CudaEngine:
         self._prefill = Prefill(layers)
         if bits == 16:
             self._batched = BatchedDecoder(layers)
+        books = torch.arange(size.block_size + head.n_codebooks, dtype=torch.int32, device="cuda") % head.n_codebooks
+        self._first_ids = head.first_id + head.size * books
         self._slots = Slots([GpuSlot(np.zeros((0, 1), np.int32), i) for i in range(n_slots)])
 
     @classmethod
@@ -106,6 +108,11 @@ class CudaEngine:
         """Slots that streams hold now, those of a call under way included."""
         return self._slots.n_owned
 
+    @property
+    def knows_chains(self) -> bool:
+        """Whether an only row may have a chain."""
+        return self._fused is not None
+
     def release(self, *streams: int) -> None:
         """Free streams' slots; nothing happens for one that has none."""
         for stream in streams:
@@ -119,10 +126,12 @@ class CudaEngine:
     def start(self, rows: list[Row]) -> Callable[[], list[Generation]]:
         """`generate` for at most max_batch rows: launches, and returns what waits for the results. To be called before the next start.
 
-        Raises ValueError for a row that does not fit.
+        An only row may have a chain. Raises ValueError for a row that does not fit.
         """
         for row in rows:
             row.check(self.size)
+        if rows and rows[0].chain:
+            return self._start_chain(*rows)
         with ExitStack() as undo:
             slots = undo.enter_context(self._slots.lease(rows))
             wait = self._launch(rows, slots)
@@ -137,6 +146,64 @@ class CudaEngine:
             return generations
 
         return finish
+
+    def _start_chain(self, row: Row) -> Callable[[], list[Generation]]:
+        """`start` for a row and its next windows: each is launched behind the one before, whose tokens it finds on the GPU.
+
+        Nothing may end a window early, so what is not known of the next one's prefix is its last ids only, and on the host they are 0.
+        """
+        assert self.head.end is None, "what ends by itself has no chain"
+        with ExitStack() as undo:
+            slot = undo.enter_context(self._slots.lease([row]))[0]
+            window, rest = row.piece(row.n_whole), row
+            waits = [self._launch([window], [slot])]
+            slot.ids = slot.ids[:0]  # not known until it is over
+            while (n := window.n_tokens) < rest.n_tokens:
+                rest, known = rest.after(np.zeros(n, np.int32)), window.ids_with(np.zeros(n, np.int32))
+                window = rest.piece(rest.n_whole)
+                waits.append(self._launch_behind(window, slot, n, is_cached=np.array_equal(rest.ids, known)))
+            leased = undo.pop_all()
+
+        def finish() -> list[Generation]:
+            with leased:
+                pieces, rest = [], row
+                for wait in waits:
+                    window = rest.piece(rest.n_whole)
+                    generation = self._take([window], *wait())[0]
+                    pieces.append(generation.tokens)
+                    slot.ids, rest = _held(window, generation), rest.after(generation.tokens)
+            return [Generation.joined(pieces, False)]
+
+        return finish
+
+    def _launch_behind(
+        self, row: Row, slot: GpuSlot, n_before: int, is_cached: bool
+    ) -> Callable[[], tuple[Ints, Ints]]:
+        """`_launch` for a row whose last n_before ids are what was launched last will have drawn. is_cached: all before them goes on
+        from there."""
+        assert self._fused is not None
+        drawn, _ = self._fused.results(1)
+
+        def amend(ids: Tensor) -> None:
+            first = len(row.ids) - n_before  # the last one is for the decode step
+            torch.add(
+                drawn[0, : n_before - 1],
+                self._ids_of_books(row.position - n_before, n_before - 1),
+                out=ids[first : first + n_before - 1],
+            )
+
+        if not is_cached:
+            self._prefill([row.ids[:-1]], [slot.index], amend)
+        arguments = self._arguments(row, slot)
+        arguments.ids[0] = -n_before
+        tokens, results = self.decode([arguments])
+        tokens, results = download(tokens[:1]), download(results[:1])
+        return lambda: (tokens(), results())
+
+    def _ids_of_books(self, position: int, n: int) -> Tensor:
+        """The id of the first token of each codebook that n positions draw from, from `position` on. [n] int32"""
+        first = position % self.head.n_codebooks
+        return self._first_ids[first : first + n]
 
     def warm_up(self, prefix_lengths: Sequence[int]) -> None:
         """Compile the kernels and capture the graphs of every batch size, and those of prefixes of these lengths."""

@@ -108,6 +108,7 @@ class Stage:
             policy,
             costs.step_s,
             costs.prefill_s,
+            knows_chains=not is_cpu(spec.engine) and engine.knows_chains,
         )
         self._drop = worker.drop
         return worker

@@ -20,7 +20,7 @@ from barkstream.engines.turns import LONE, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
 PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
-HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
+HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it, or it is the only one
 MIN_PIECE = 8  # tokens: between two pieces the GPU idles for some milliseconds
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
 STEPS_TIMED = 8, 24
@@ -54,6 +54,7 @@ class Policy(Generic[Call]):
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
     is_followed: bool = True  # a hurried call's listener calls another stage next
+    is_long: Callable[[Call], bool] = lambda call: False  # of many pieces: it does not wait for company before each
 
 
 # Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
@@ -73,6 +74,7 @@ POLICIES: dict[str, Policy[Any]] = {
         urgency=3,
         company=16,
         patience_s=0.15,
+        is_long=lambda row: row.n_tokens > LISTENED_TO,
     ),
     "coarse": Policy(lambda row: row.position <= 60, hurried=2, urgency=4),
 }
@@ -178,6 +180,7 @@ class Worker(Generic[Call, Result]):
             now_s = time.monotonic()
             longest_s = now_s - min((each.since_s for each in self._waiting), default=now_s)
             can_wait = len(self._waiting) < policy.company and longest_s < policy.patience_s
+            can_wait = can_wait and not any(policy.is_long(each.call) for each in self._waiting)
         return LONE if can_wait else policy.urgency
 
     def _wait(self) -> bool:
@@ -222,13 +225,16 @@ class CausalWorker(Worker[Row, Generation]):
         policy: Policy[Row],
         step_s: Callable[[int], float],
         prefill_s: Callable[[int], float] = lambda n_rows: 0.0,
+        knows_chains: bool = False,
     ):
-        """start, release: the engine's. step_s, prefill_s: what a decode step, or prefills, of so many rows take."""
+        """start, release: the engine's. step_s, prefill_s: what a decode step, or prefills, of so many rows take.
+        knows_chains: the engine takes an only row's next windows with it, and begins them without waiting for us."""
         super().__init__(start, max_batch, turns, policy)
-        self._release, self._step_s, self._prefill_s = release, step_s, prefill_s
+        self._release, self._step_s, self._prefill_s, self._knows_chains = release, step_s, prefill_s, knows_chains
         # A stream's ids when its latest piece was over: a call that goes on from there needs no prefill.
         self._held: dict[int, int] = {}
-        self._n_piece = 0  # tokens of the piece under way
+        self._n_piece = 0  # tokens of the piece under way,
+        self._n_followed = 0  # and windows of its only row that follow the first
         self._drawn: dict[Future[Generation], list[Ints]] = {}
         self._under_way: list[_Pending[Row, Generation]] = []
         self._n_nameless = 0
@@ -269,20 +275,34 @@ class CausalWorker(Worker[Row, Generation]):
         n = self._piece_tokens(
             [each.call.n_whole for each in batch], [each.call.n_whole for each in batch if each.is_hurried]
         )
-        self._n_piece = n
+        self._n_piece, self._n_followed = n, 0
+        if self._knows_chains and len(batch) == 1 and (row := self._several(batch[0].call)).chain:
+            self._n_piece, self._n_followed = row.n_tokens, len(row.chain.heads)
+            return self._start([row])
         return self._start([each.call.piece(n) for each in batch])
+
+    def _several(self, row: Row) -> Row:
+        """As many of an only row's windows as fit in HURRIED_PIECE_S."""
+        if row.chain is None:
+            return row
+        window_s = row.chain.window * self._step_s(1) + self._prefill_s(1)
+        return row.windows(max(1, int(HURRIED_PIECE_S / window_s)))
 
     def _takes_s(self, batch: Sequence[_Pending[Row, Generation]]) -> float:
         n_new = sum(self._held.get(each.call.stream) != len(each.call.ids) for each in batch)
-        return self._n_piece * self._step_s(len(batch)) + (self._prefill_s(n_new) if n_new else 0.0)
+        prefills_s = (self._prefill_s(n_new) if n_new else 0.0) + self._n_followed * self._prefill_s(1)
+        return self._n_piece * self._step_s(len(batch)) + prefills_s
 
     def _piece_tokens(self, n_wanted: list[int], n_hurried: list[int]) -> int:
         """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than three quarters of that.
 
-        All that a hurried row wants, up to HURRIED_PIECE_S: between two pieces of it others would have their turn.
+        All that a hurried row wants, up to HURRIED_PIECE_S: between two pieces of it others would have their turn. An only row that
+        wants many more: as much, for between two of its pieces the GPU idles.
         """
         step_s = self._step_s(len(n_wanted))
         most = max(MIN_PIECE, int(PIECE_S / step_s))
+        if len(n_wanted) == 1 and n_wanted[0] > LISTENED_TO:
+            n_hurried = n_wanted
         n = min(most, max(most * 3 // 4, min(n_wanted)), max(n_wanted))
         return max(n, min(max(n_hurried, default=0), int(HURRIED_PIECE_S / step_s)))
 

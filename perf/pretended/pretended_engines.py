@@ -96,6 +96,8 @@ class Gpu:
 
 
 class CausalEngine:
+    knows_chains = True
+
     def __init__(self, gpu: Gpu, stage: str, head: Head):
         self._gpu, self._stage, self._head = gpu, stage, head
         self._held: dict[int, Ints] = {}

@@ -88,8 +88,11 @@ class Prefill:
         self._layers = layers
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
-    def __call__(self, ids: Sequence[Ints], slots: Sequence[int]) -> None:
-        """ids: [S, C] of each row (C = 1 or 2), all of which goes into the row's slot. Asynchronous."""
+    def __call__(
+        self, ids: Sequence[Ints], slots: Sequence[int], amend: Callable[[Tensor], None] = lambda ids: None
+    ) -> None:
+        """ids: [S, C] of each row (C = 1 or 2), all of which goes into the row's slot. amend: told of the first ids of all rows' positions
+        on the GPU, [rows * padded S], before they are used. Asynchronous."""
         size = self._layers.size
         n_rows = len(ids)
         n_tokens = min(-(-max(map(len, ids)) // PREFILL_STEP) * PREFILL_STEP, size.block_size)
@@ -99,11 +102,14 @@ class Prefill:
             states[i, : len(row), 1 : 1 + row.shape[1]] = row
         arrays = states.reshape(-1, STATE_FIELDS), np.array(slots, np.int32)
         if n_rows * n_tokens > GRAPH_TOKENS:
-            self._forward(*map(upload, arrays))
+            on_gpu, slots_on_gpu = map(upload, arrays)
+            amend(on_gpu[:, 1])
+            self._forward(on_gpu, slots_on_gpu)
             return
         graph, *inputs = self._graphs.get((n_rows, n_tokens)) or self._capture(n_rows, n_tokens)
         for place, array in zip(inputs, arrays, strict=True):
             upload(array, place)
+        amend(inputs[0][:, 1])
         graph.replay()
 
     def _capture(self, n_rows: int, n_tokens: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:

@@ -848,7 +848,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
     }
     if (thread() < B) {
         const Row& row = a.rows[thread()];
-        shared.rows[thread()] = {row.length, {row.ids[0], row.ids[1]}, 0, row.n_tokens > 0, 0};
+        int id = row.ids[0];
+        if (id < 0)  // -n: the n-th token of the call before, which drew it for the position before
+            id = FIRST_ID + (row.position + N_BOOKS - 1) % N_BOOKS * BOOK_SIZE + a.tokens[thread() * BLOCK_SIZE - id - 1];
+        shared.rows[thread()] = {row.length, {id, row.ids[1]}, 0, row.n_tokens > 0, 0};
     }
     float* partial = (float*)(memory + STAGES * STAGE_TILES * TILE);
     float* scales = partial + 2 * WARPS * STAGE_UNITS * B * 8;
