@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 import site
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "barkstream"  # compiled kernels
 
 # CUlaunchAttributeID and CUfunction_attribute of cuda.h
 COOPERATIVE, CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
@@ -114,10 +118,41 @@ def build(file: str, architecture: str, **constants: int) -> Module:
 
 
 def compile_source(file: str, architecture: str, **constants: int) -> bytes:
-    """Machine code of kernels/<file>. Raises RuntimeError with the compiler's log."""
+    """Machine code of kernels/<file>. Raises RuntimeError with the compiler's log.
+
+    It is kept in CACHE for the next start, under a name that sources, options and the compiler's version make.
+    """
+    headers = {path.name: path.read_bytes() for path in sorted(HERE.glob("*.cuh"))}
+    options = [
+        f"-arch={architecture}",
+        "-std=c++17",
+        "-default-device",
+        *(f"-D{name}={value}" for name, value in constants.items()),
+    ]
+    major, minor = c_int(), c_int()
+    _check_nvrtc(_nvrtc().nvrtcVersion(byref(major), byref(minor)))
+    made_of = [
+        (HERE / file).read_bytes(),
+        *headers.values(),
+        *map(str.encode, options),
+        bytes([major.value, minor.value]),
+    ]
+    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:32]
+    kept = CACHE / f"{Path(file).stem}-{name}.cubin"
+    with suppress(OSError):
+        return kept.read_bytes()
+    image = _compile(file, headers, options)
+    with suppress(OSError):  # a folder that nobody may write costs the next start its time
+        CACHE.mkdir(parents=True, exist_ok=True)
+        written = kept.with_suffix(f".{os.getpid()}")
+        written.write_bytes(image)
+        written.replace(kept)
+    return image
+
+
+def _compile(file: str, headers: dict[str, bytes], options: Sequence[str]) -> bytes:
     nvrtc = _nvrtc()
-    names = [path.name for path in sorted(HERE.glob("*.cuh"))]
-    sources = (c_char_p * len(names))(*((HERE / name).read_bytes() for name in names))
+    names = list(headers)
     program = c_void_p()
     _check_nvrtc(
         nvrtc.nvrtcCreateProgram(
@@ -125,20 +160,14 @@ def compile_source(file: str, architecture: str, **constants: int) -> bytes:
             (HERE / file).read_bytes(),
             file.encode(),
             len(names),
-            sources,
+            (c_char_p * len(names))(*headers.values()),
             (c_char_p * len(names))(*map(str.encode, names)),
         )
     )
-    options = [
-        f"-arch={architecture}",
-        "-std=c++17",
-        "-default-device",
-        *(f"-D{name}={value}" for name, value in constants.items()),
-    ]
     status = nvrtc.nvrtcCompileProgram(program, len(options), (c_char_p * len(options))(*map(str.encode, options)))
     if status:
         log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()
-        raise RuntimeError(f"{file} does not compile for {architecture}:\n{log}")
+        raise RuntimeError(f"{file} does not compile with {' '.join(options)}:\n{log}")
     image = _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     nvrtc.nvrtcDestroyProgram(byref(program))
     return image
