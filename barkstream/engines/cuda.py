@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,7 @@ class CudaEngine:
         self._prefill = Prefill(layers)
         if bits == 16:
             self._batched = BatchedDecoder(layers)
+        # The id of the first token of the codebook that a position draws from.
         books = torch.arange(size.block_size + head.n_codebooks, dtype=torch.int32, device="cuda") % head.n_codebooks
         self._first_ids = head.first_id + head.size * books
         self._slots = Slots([GpuSlot(np.zeros((0, 1), np.int32), i) for i in range(n_slots)])
@@ -150,18 +152,26 @@ class CudaEngine:
     def _start_chain(self, row: Row) -> Callable[[], list[Generation]]:
         """`start` for a row and its next windows: each is launched behind the one before, whose tokens it finds on the GPU.
 
-        Nothing may end a window early, so what is not known of the next one's prefix is its last ids only, and on the host they are 0.
+        Nothing may end a window early, so all that is not known of the next one's prefix are the ids drawn before it. On the host they
+        are 0.
         """
-        assert self.head.end is None, "what ends by itself has no chain"
+        assert self.head.end is None and row.chain, "what ends by itself has no chain"
+        drawn = torch.empty(row.n_tokens, dtype=torch.int32, device="cuda")  # ids of all windows
+        n_most = row.chain.max_history
         with ExitStack() as undo:
             slot = undo.enter_context(self._slots.lease([row]))[0]
-            window, rest = row.piece(row.n_whole), row
+            window, rest, n_drawn = row.piece(row.n_whole), row, 0
             waits = [self._launch([window], [slot])]
             slot.ids = slot.ids[:0]  # not known until it is over
             while (n := window.n_tokens) < rest.n_tokens:
+                self._note_ids(window, drawn[n_drawn : n_drawn + n])
+                n_drawn += n
                 rest, known = rest.after(np.zeros(n, np.int32)), window.ids_with(np.zeros(n, np.int32))
                 window = rest.piece(rest.n_whole)
-                waits.append(self._launch_behind(window, slot, n, is_cached=np.array_equal(rest.ids, known)))
+                unknown = drawn[max(0, n_drawn - n_most) : n_drawn]
+                if not np.array_equal(rest.ids, known):  # else the cache goes on from there
+                    self._prefill([window.ids[:-1]], [slot.index], partial(_amend, len(window.ids), unknown))
+                waits.append(self._launch_behind(window, slot, n))
             leased = undo.pop_all()
 
         def finish() -> list[Generation]:
@@ -176,34 +186,20 @@ class CudaEngine:
 
         return finish
 
-    def _launch_behind(
-        self, row: Row, slot: GpuSlot, n_before: int, is_cached: bool
-    ) -> Callable[[], tuple[Ints, Ints]]:
-        """`_launch` for a row whose last n_before ids are what was launched last will have drawn. is_cached: all before them goes on
-        from there."""
-        assert self._fused is not None
-        drawn, _ = self._fused.results(1)
-
-        def amend(ids: Tensor) -> None:
-            first = len(row.ids) - n_before  # the last one is for the decode step
-            torch.add(
-                drawn[0, : n_before - 1],
-                self._ids_of_books(row.position - n_before, n_before - 1),
-                out=ids[first : first + n_before - 1],
-            )
-
-        if not is_cached:
-            self._prefill([row.ids[:-1]], [slot.index], amend)
+    def _launch_behind(self, row: Row, slot: GpuSlot, n_before: int) -> Callable[[], tuple[Ints, Ints]]:
+        """Decode steps of a row whose last id is the last of the n_before tokens of the launch before."""
         arguments = self._arguments(row, slot)
         arguments.ids[0] = -n_before
         tokens, results = self.decode([arguments])
         tokens, results = download(tokens[:1]), download(results[:1])
         return lambda: (tokens(), results())
 
-    def _ids_of_books(self, position: int, n: int) -> Tensor:
-        """The id of the first token of each codebook that n positions draw from, from `position` on. [n] int32"""
-        first = position % self.head.n_codebooks
-        return self._first_ids[first : first + n]
+    def _note_ids(self, row: Row, into: Tensor) -> None:
+        """The ids [n] of an only row's tokens, which were launched last."""
+        assert self._fused is not None
+        tokens, _ = self._fused.results(1)
+        first = row.position % self.head.n_codebooks
+        torch.add(tokens[0, : len(into)], self._first_ids[first : first + len(into)], out=into)
 
     def warm_up(self, prefix_lengths: Sequence[int]) -> None:
         """Compile the kernels and capture the graphs of every batch size, and those of prefixes of these lengths."""
@@ -272,3 +268,8 @@ def _held(row: Row, generation: Generation) -> Ints:
     """The prefix [n, C] that a row's slot holds after a call: all that was fed, which is not the token drawn last."""
     held = row.ids_with(generation.tokens)
     return held if generation.ended else held[: len(held) - 1]
+
+
+def _amend(n_ids: int, unknown: Tensor, ids: Tensor) -> None:
+    """Put into a prefix of n_ids on the GPU, which is prefilled but for its last one, those that were not known on the host."""
+    ids[n_ids - len(unknown) : n_ids - 1].copy_(unknown[:-1])
