@@ -36,7 +36,7 @@ def generate_coarse(
     """
     past_semantic, past_coarse = coarse_history(history, layout)
     windows = _Windows(semantic, past_semantic, layout, lookahead)
-    generated = NO_TOKENS
+    generated, n_calls = NO_TOKENS, 0
     while True:
         n = len(generated)
         start = n - n % layout.window
@@ -47,10 +47,10 @@ def generate_coarse(
         prefix = np.concatenate(
             [windows.head(start), _history(past_coarse, generated[:start], layout), generated[start:]]
         )
-        heads, end = windows.chain(end, schedule.coarse_windows - 1 if may_chain() else 0)
+        heads, end = windows.chain(end, schedule.windows(n_calls) - 1 if may_chain() else 0)
         new = stages.coarse(prefix, end - n, n, sampling, stream, heads)
         new = new[: len(new) - len(new) % layout.n_codebooks]  # a call whose listener has left ends anywhere
-        generated = np.concatenate([generated, new])
+        generated, n_calls = np.concatenate([generated, new]), n_calls + 1
         yield codes_from_tokens(new, layout)
 
 

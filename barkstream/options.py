@@ -118,7 +118,8 @@ class Schedule:
     fine_window: int = 0  # a window's frames, at least: more context, and where there is none, unknown frames behind
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
     semantic_call: int = 64  # semantic tokens asked for in one call, at most
-    coarse_windows: int = 1  # that one call may chain, after the first audio, where their semantic tokens are there
+    # that a sentence's calls may chain, after the first audio, where their semantic tokens are there; the last one repeats
+    coarse_windows: tuple[int, ...] = (1,)
     offline_coarse_windows: int = 1  # the same without streaming; above 1: once all semantic tokens are there
     offline_semantic_call: int = 0  # semantic_call without streaming or a guard, who looks in between; 0: the same
     semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
@@ -129,11 +130,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         calls = (self.coarse_call, self.semantic_call, self.semantic_least)
-        counts = (*self.chunk_frames, *calls, self.coarse_windows, self.offline_coarse_windows)
+        counts = (*self.chunk_frames, *calls, *self.coarse_windows, self.offline_coarse_windows)
         ahead = (self.coarse_ahead, self.semantic_ahead)
         extents = (self.fine_context, *self.fine_lookahead, self.fine_window, *ahead, self.offline_semantic_call)
-        if not (self.chunk_frames and self.fine_lookahead):
-            raise ValueError(f"chunk_frames and fine_lookahead must have at least one value: {self}")
+        if not (self.chunk_frames and self.fine_lookahead and self.coarse_windows):
+            raise ValueError(f"chunk_frames, fine_lookahead and coarse_windows must have at least one value: {self}")
         if min(counts) < 1 or min(extents) < 0:
             raise ValueError(f"chunks and calls must be at least 1, windows and what is ahead at least 0: {self}")
 
@@ -145,14 +146,18 @@ class Schedule:
         """Coarse frames that a sentence's chunk number `index` sees after its end, where the sentence has so many."""
         return self.fine_lookahead[min(index, len(self.fine_lookahead) - 1)]
 
+    def windows(self, index: int) -> int:
+        """Coarse windows that a sentence's call number `index` may chain."""
+        return self.coarse_windows[min(index, len(self.coarse_windows) - 1)]
+
     def offline(self, is_guarded: bool) -> Schedule:
         """For speech that is not streamed: nobody listens until all of it is there."""
         longer = self.semantic_call if is_guarded else self.offline_semantic_call or self.semantic_call
-        return replace(self, coarse_windows=self.offline_coarse_windows, semantic_call=longer)
+        return replace(self, coarse_windows=(self.offline_coarse_windows,), semantic_call=longer)
 
     def in_company(self) -> Schedule:
         """No call longer than a window: where many streams share instances, each would keep one from the others."""
-        return replace(self, coarse_windows=1, offline_coarse_windows=1, offline_semantic_call=0)
+        return replace(self, coarse_windows=(1,), offline_coarse_windows=1, offline_semantic_call=0)
 
     def for_a_crowd(self) -> Schedule:
         """A sentence's first two chunks in one, which plays for longer than the next takes when many streams share a GPU."""
@@ -186,7 +191,7 @@ class Schedule:
     def parse(cls, given: dict[str, str]) -> Schedule:
         """A schedule from config.pbtxt parameters; unknown names are ignored, they are Triton's.
 
-        chunk_frames and fine_lookahead are lists ("24, 30, 60"); one number holds for all chunks. Raises ValueError that
+        chunk_frames, fine_lookahead and coarse_windows are lists ("24, 30, 60"); one number holds for all. Raises ValueError that
         names the parameter.
         """
         parsed: dict[str, Any] = {}
@@ -209,6 +214,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 _PARSERS: dict[str, Any] = {
     "chunk_frames": _whole_numbers,
     "fine_lookahead": _whole_numbers,
+    "coarse_windows": _whole_numbers,
     "sentence_pause_s": float,
     "ahead_at_once": lambda text: {"true": True, "false": False}[text],
 }  # the rest are integers

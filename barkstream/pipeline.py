@@ -147,7 +147,7 @@ class Pipeline:
         watch = guard.watch if guard else None
         waits = asked.is_first and options.streaming  # somebody, for the first audio
         schedule = self.schedule if options.streaming else self.schedule.offline(is_guarded=guard is not None)
-        knows_all_first = (guard and not waits) or (not options.streaming and schedule.coarse_windows > 1)
+        knows_all_first = (guard and not waits) or (not options.streaming and schedule.offline_coarse_windows > 1)
         nobody_waits = Event()  # from the first audio on
         if not waits:
             nobody_waits.set()

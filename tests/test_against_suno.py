@@ -214,7 +214,7 @@ def suno_coarse(bark: RandomBark, draws: Draws, ours: Ints, semantic: Ints, **op
         return suno.generate_coarse(semantic, silent=True, use_kv_caching=True, **options).T.ravel()
 
 
-@pytest.mark.parametrize("calls", [{}, {"coarse_windows": 64}], ids=["windows", "chain"])
+@pytest.mark.parametrize("calls", [{}, {"coarse_windows": (64,)}], ids=["windows", "chain"])
 @pytest.mark.parametrize("voice", [None, *VOICES])
 def test_coarse_codes_are_sunos_in_every_window(
     bark: RandomBark, stages: LocalStages, voice: str | None, calls: dict[str, int]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -259,11 +261,10 @@ def test_a_chain_says_what_its_windows_say(model, n_behind):
     row = Row(prefix, 4 * 60 + 22, 0, Sampling(seed=9, temperature=0.7), 3, Chain(head_ids[1:], 60, 630))
     row.check(model.size)
     whole = model.engine.generate([row])[0].tokens
-    model.engine.release(3)
-    model.poison()
-    apart = by_windows(model.engine.generate, [row])[0].tokens
+    apart = by_windows(model.engine.generate, [replace(row, stream=4)])[0].tokens  # in another slot
     assert np.array_equal(whole, apart) and len(whole) == row.n_tokens
-    model.engine.release(3)
+    model.engine.release(3, 4)
+    assert model.engine.n_owned_slots == 0
 
 
 def test_full_block(model):

@@ -166,7 +166,7 @@ def shared_server(repository, tmp_path_factory):
         config = re.sub("max_batch_size: 32", "max_batch_size: 4", config)
         config = re.sub(r"count: \d+", "count: 2", config)
         (folder / f"bark_{stage}" / "config.pbtxt").write_text(config)
-    chains = dict(coarse_windows=2, offline_coarse_windows=64, offline_semantic_call=768, quiet=2)
+    chains = dict(coarse_windows="1, 2", offline_coarse_windows=64, offline_semantic_call=768, quiet=2)
     with (folder / "bark" / "config.pbtxt").open("a") as config:
         for name, value in (chains | dict(crowd=3)).items():
             config.write(f'parameters [ {{ key: "{name}" value: {{ string_value: "{value}" }} }} ]\n')

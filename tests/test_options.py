@@ -107,7 +107,7 @@ def test_a_schedule_without_a_value_is_refused(name):
 
 def test_only_who_does_not_stream_makes_long_calls_and_only_while_few_are_served():
     schedule = Schedule(offline_coarse_windows=64, offline_semantic_call=768)
-    calls = lambda schedule: (schedule.coarse_windows, schedule.semantic_call)  # noqa: E731
+    calls = lambda schedule: (schedule.coarse_windows[0], schedule.semantic_call)  # noqa: E731
     assert calls(schedule) == (1, 64)
     assert calls(schedule.offline(is_guarded=False)) == (64, 768)
     assert calls(schedule.offline(is_guarded=True)) == (64, 64)

@@ -338,7 +338,7 @@ def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_wa
     """Against a stage that wants every turn (urgency 4): who has it next?"""
     turns, order = Turns(), []
 
-    def next_turn(*rows, wait_s=0.0):
+    def next_turn(*rows, wait_s=0.0, n_known=2 * POLICY.company):
         gpt = FakeGPT()
         worker = CausalWorker(
             at_once(lambda batch: order.append("patient") or gpt.generate(batch)),
@@ -348,10 +348,12 @@ def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_wa
             POLICY,
             lambda n: 1.0,
         )
+        start(worker)
+        for known in worker.submit([row(1, stream=100 + i, position=0) for i in range(n_known)]):
+            known.result()
         order.clear()
         with ThreadPoolExecutor(1) as pool:
             with turns.turn(lambda: -1):
-                start(worker)
                 answers = worker.submit(rows)
                 other = pool.submit(take_turn)
                 while len(turns._waiting) < 2:
@@ -368,6 +370,7 @@ def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_wa
 
     later = row(4)
     assert next_turn(later) == "other"
+    assert next_turn(later, n_known=1) == "patient"  # whose company would it wait for?
     assert next_turn(later, row(4, stream=2, position=0)) == "patient"  # a new stream
     assert next_turn(*[replace(later, stream=i) for i in range(1, POLICY.company + 1)]) == "patient"
     assert next_turn(later, wait_s=2 * POLICY.patience_s) == "patient"

@@ -22,6 +22,7 @@ from barkstream.sampling import Ints, Sampling
 PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
 HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it, or it is the only one
 MIN_PIECE = 8  # tokens: between two pieces the GPU idles for some milliseconds
+SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
 STEPS_TIMED = 8, 24
 
@@ -54,7 +55,7 @@ class Policy(Generic[Call]):
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
     is_followed: bool = True  # a hurried call's listener calls another stage next
-    is_long: Callable[[Call], bool] = lambda call: False  # of many pieces: it does not wait for company before each
+    is_soon: Callable[[Call], bool] = lambda call: False  # nobody waits for it yet, and it does not wait for company
 
 
 # Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
@@ -74,9 +75,16 @@ POLICIES: dict[str, Policy[Any]] = {
         urgency=3,
         company=16,
         patience_s=0.15,
-        is_long=lambda row: row.n_tokens > LISTENED_TO,
+        is_soon=lambda row: row.n_tokens > LISTENED_TO,  # of many pieces
     ),
-    "coarse": Policy(lambda row: row.position <= 60, hurried=2, urgency=4),
+    "coarse": Policy(
+        lambda row: row.position <= 60,
+        hurried=2,
+        urgency=4,
+        company=16,
+        patience_s=0.3,
+        is_soon=lambda row: row.position <= SOON or row.chain is not None,
+    ),
 }
 
 
@@ -179,9 +187,13 @@ class Worker(Generic[Call, Result]):
                 return policy.hurried
             now_s = time.monotonic()
             longest_s = now_s - min((each.since_s for each in self._waiting), default=now_s)
-            can_wait = len(self._waiting) < policy.company and longest_s < policy.patience_s
-            can_wait = can_wait and not any(policy.is_long(each.call) for each in self._waiting)
+            can_wait = len(self._waiting) < self._company() and longest_s < policy.patience_s
+            can_wait = can_wait and not any(policy.is_soon(each.call) for each in self._waiting)
         return LONE if can_wait else policy.urgency
+
+    def _company(self) -> int:
+        """Calls that need wait for no more."""
+        return self._policy.company
 
     def _wait(self) -> bool:
         """Return when there is something to run; false: the worker was closed."""
@@ -254,6 +266,10 @@ class CausalWorker(Worker[Row, Generation]):
                 self._held.pop(stream, None)
         for each, generation in answers:
             each.answer.set_result(generation)
+
+    def _company(self) -> int:
+        """No more than half of the streams that are known: the others may be anywhere."""
+        return min(self._policy.company, max(1, len(self._held) * 3 // 4))
 
     def _said(self, pending: _Pending[Row, Generation], ended: bool) -> Generation:
         return Generation.joined(self._drawn.pop(pending.answer, []), ended)
