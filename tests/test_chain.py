@@ -244,7 +244,7 @@ def test_an_only_rows_windows_go_together_to_an_engine_that_knows_chains(start):
         return by_windows(engine.generate, rows)
 
     window_s = 0.018  # three fit in HURRIED_PIECE_S, and one in PIECE_S
-    policy = replace(POLICIES["coarse"], is_hurried=lambda row: False)
+    policy = replace(POLICIES["coarse"], is_hurried=lambda row: False, is_long=lambda row: row.stream == 1)
     worker = start(
         CausalWorker(
             at_once(generate), engine.release, 4, Turns(), policy, lambda n: window_s / LAYOUT.window, knows_chains=True
@@ -257,6 +257,9 @@ def test_an_only_rows_windows_go_together_to_an_engine_that_knows_chains(start):
     both = worker.submit([chain_of(5), chain_of(5, stream=2)])
     assert all(np.array_equal(each.result(timeout=10).tokens, whole) for each in both)
     assert [0, 0] in given and all(len(rows) == 1 or not any(rows) for rows in given)
+    given.clear()
+    assert np.array_equal(worker.submit([chain_of(5, stream=2)])[0].result(timeout=10).tokens, whole)
+    assert given == [[0]] * 5  # somebody listens: nobody else waits for longer than a piece
 
 
 def test_a_chain_that_is_left_ends_after_its_piece(worker):

@@ -20,9 +20,9 @@ from barkstream.engines.turns import LONE, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
 PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
-HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it, or it is the only one
+HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it, or its only row is a long call's
 MIN_PIECE = 8  # tokens: between two pieces the GPU idles for some milliseconds
-SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company
+SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
 STEPS_TIMED = 8, 24
 
@@ -55,7 +55,10 @@ class Policy(Generic[Call]):
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
     is_followed: bool = True  # a hurried call's listener calls another stage next
-    is_soon: Callable[[Call], bool] = lambda call: False  # nobody waits for it yet, and it does not wait for company
+    is_soon: Callable[[Call], bool] = lambda call: False  # nobody waits for it yet, and it does not wait for company;
+    is_long: Callable[[Call], bool] = lambda call: (
+        False
+    )  # nor does one of more pieces than any that somebody listens to
 
 
 # Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
@@ -75,7 +78,7 @@ POLICIES: dict[str, Policy[Any]] = {
         urgency=3,
         company=16,
         patience_s=0.15,
-        is_soon=lambda row: row.n_tokens > LISTENED_TO,  # of many pieces
+        is_long=lambda row: row.n_tokens > LISTENED_TO,
     ),
     "coarse": Policy(
         lambda row: row.position <= 60,
@@ -84,6 +87,7 @@ POLICIES: dict[str, Policy[Any]] = {
         company=16,
         patience_s=0.3,
         is_soon=lambda row: row.position <= SOON or row.chain is not None,
+        is_long=lambda row: row.n_tokens > SOON,
     ),
 }
 
@@ -188,7 +192,9 @@ class Worker(Generic[Call, Result]):
             now_s = time.monotonic()
             longest_s = now_s - min((each.since_s for each in self._waiting), default=now_s)
             can_wait = len(self._waiting) < self._company() and longest_s < policy.patience_s
-            can_wait = can_wait and not any(policy.is_soon(each.call) for each in self._waiting)
+            can_wait = can_wait and not any(
+                policy.is_soon(each.call) or policy.is_long(each.call) for each in self._waiting
+            )
         return LONE if can_wait else policy.urgency
 
     def _company(self) -> int:
@@ -288,8 +294,9 @@ class CausalWorker(Worker[Row, Generation]):
             return replace(row, stream=-self._n_nameless)
 
     def _start_batch(self, batch: Sequence[_Pending[Row, Generation]]) -> Finish[Generation]:
+        alone = len(batch) == 1 and self._policy.is_long(batch[0].call)
         n = self._piece_tokens(
-            [each.call.n_whole for each in batch], [each.call.n_whole for each in batch if each.is_hurried]
+            [each.call.n_whole for each in batch], [each.call.n_whole for each in batch if each.is_hurried or alone]
         )
         self._n_piece, self._n_followed = n, 0
         if self._knows_chains and len(batch) == 1 and (row := self._several(batch[0].call)).chain:
@@ -298,9 +305,9 @@ class CausalWorker(Worker[Row, Generation]):
         return self._start([each.call.piece(n) for each in batch])
 
     def _several(self, row: Row) -> Row:
-        """As many of an only row's windows as fit in HURRIED_PIECE_S."""
-        if row.chain is None:
-            return row
+        """As many of an only row's windows as fit in HURRIED_PIECE_S, if the call is long."""
+        if row.chain is None or not self._policy.is_long(row):
+            return row.piece(row.n_whole)
         window_s = row.chain.window * self._step_s(1) + self._prefill_s(1)
         return row.windows(max(1, int(HURRIED_PIECE_S / window_s)))
 
@@ -312,13 +319,11 @@ class CausalWorker(Worker[Row, Generation]):
     def _piece_tokens(self, n_wanted: list[int], n_hurried: list[int]) -> int:
         """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than three quarters of that.
 
-        All that a hurried row wants, up to HURRIED_PIECE_S: between two pieces of it others would have their turn. An only row that
-        wants many more: as much, for between two of its pieces the GPU idles.
+        All that a hurried row wants, up to HURRIED_PIECE_S: between two pieces of it others would have their turn. The same for a long
+        call's only row: between two of its pieces the GPU idles.
         """
         step_s = self._step_s(len(n_wanted))
         most = max(MIN_PIECE, int(PIECE_S / step_s))
-        if len(n_wanted) == 1 and n_wanted[0] > LISTENED_TO:
-            n_hurried = n_wanted
         n = min(most, max(most * 3 // 4, min(n_wanted)), max(n_wanted))
         return max(n, min(max(n_hurried, default=0), int(HURRIED_PIECE_S / step_s)))
 
