@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from barkstream.engines import Head  # noqa: E402
+from barkstream.engines import Head, kernels  # noqa: E402
 from barkstream.engines.kernels.fused import PackedLayers, pack_units  # noqa: E402
 from barkstream.engines.kernels.weights import GPTWeights, LayerWeights  # noqa: E402
 from barkstream.sampling import COARSE  # noqa: E402
@@ -33,3 +33,52 @@ def test_packed_layers_are_the_layers(n_heads):
         for name in ("qkv", "out", "up", "down"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
             assert getattr(found, name).is_contiguous()
+
+
+def test_8_bits_are_the_weights_to_half_a_step():
+    width, size = 256, GPTSize(1, 4, 256, block_size=1024, n_input_ids=10, n_output_ids=200)
+    head = Head(COARSE, first_id=0, n_codebooks=2, size=100, end=None)
+    shapes = dict(qkv=(3 * width, width), out=(width, width), up=(4 * width, width), down=(width, 4 * width))
+    layer = LayerWeights(**{name: (torch.randn(shape) * 0.1).to(torch.bfloat16) for name, shape in shapes.items()})
+    layer.down[5] = 0  # a row of zeros has a scale, too
+    tables = torch.zeros(11, width, dtype=torch.bfloat16), torch.zeros(1024, width)
+    weights = GPTWeights(*tables, [layer], torch.randn(200, width).to(torch.bfloat16))
+    exact, packed = (pack_units(weights, size, head, bits) for bits in (16, 8))
+    assert packed.words.dtype == torch.uint8 and packed.words.min() >= 1
+    # A unit's lanes 4 g ... hold row g.
+    scales = packed.scales[:, :, None, :, None].expand(-1, -1, width // 32, -1, 4).reshape(*exact.words.shape[:-1], 1)
+    error = (packed.words.float() - 128) * scales - exact.words.float()
+    assert (error.abs() <= 0.501 * scales).all() and (error != 0).any()
+    down = packed.scales[:, 8:12]  # the four pieces of k of one product's rows
+    assert torch.equal(down, down[:, :1].expand_as(down))
+    assert packed.scale_bytes == packed.scales[0].numel() * 4 and exact.scale_bytes == 0
+
+
+class FakeNvrtc:
+    def nvrtcVersion(self, major, minor):
+        return 0
+
+
+def test_a_kernel_is_compiled_once_for_each_set_of_options(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_options(file, headers, options):
+        compiled.append(options)
+        return b"machine code " + str(len(compiled)).encode()
+
+    monkeypatch.setattr(kernels, "CACHE", tmp_path / "kept")
+    monkeypatch.setattr(kernels, "_nvrtc", FakeNvrtc)
+    monkeypatch.setattr(kernels, "_compile", compile_options)
+    first = kernels.compile_source("fine.cu", "sm_90a", WIDTH=1024)
+    assert kernels.compile_source("fine.cu", "sm_90a", WIDTH=1024) == first and len(compiled) == 1
+    assert kernels.compile_source("fine.cu", "sm_90a", WIDTH=768) != first
+    assert kernels.compile_source("fine.cu", "sm_90", WIDTH=1024) != first
+    assert len(compiled) == 3 and {path.suffix for path in (tmp_path / "kept").iterdir()} == {".cubin"}
+
+
+def test_a_folder_that_nobody_may_write_costs_only_time(tmp_path, monkeypatch):
+    (tmp_path / "kept").write_text("not a folder")
+    monkeypatch.setattr(kernels, "CACHE", tmp_path / "kept")
+    monkeypatch.setattr(kernels, "_nvrtc", FakeNvrtc)
+    monkeypatch.setattr(kernels, "_compile", lambda file, headers, options: b"machine code")
+    assert kernels.compile_source("fine.cu", "sm_90a", WIDTH=1024) == b"machine code"
