@@ -11,6 +11,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def some_semantic(n: int) -> Ints:
     return np.random.default_rng(n).integers(0, END, n).astype(np.int32)
 
 
-def our_coarse(stages: LocalStages, semantic: Ints, sampling: Sampling, voice: str | None = None, **calls: int) -> Ints:
+def our_coarse(stages: LocalStages, semantic: Ints, sampling: Sampling, voice: str | None = None, **calls: Any) -> Ints:
     """Codes in the order they are drawn: codebook 0 and 1 of a frame, then the next frame's."""
     history, layout, given = preset(voice, stages.checkpoint), stages.checkpoint.coarse, Given(semantic)
     if "coarse_windows" in calls:
@@ -217,7 +218,7 @@ def suno_coarse(bark: RandomBark, draws: Draws, ours: Ints, semantic: Ints, **op
 @pytest.mark.parametrize("calls", [{}, {"coarse_windows": (64,)}], ids=["windows", "chain"])
 @pytest.mark.parametrize("voice", [None, *VOICES])
 def test_coarse_codes_are_sunos_in_every_window(
-    bark: RandomBark, stages: LocalStages, voice: str | None, calls: dict[str, int]
+    bark: RandomBark, stages: LocalStages, voice: str | None, calls: dict[str, Any]
 ) -> None:
     semantic = some_semantic(290)  # 14 windows of 60 and a last one of 30; the history fills up and slides
     draws, ours = greedy(), our_coarse(stages, semantic, Sampling(temperature=0), voice, **calls)

@@ -37,10 +37,8 @@ def exact_float32():
 
 
 WAYS = ("fused", "wide", "batched", "fused-8", "wide-8")  # 8 bits
-BOUNDS = {
-    16: 0.03,
-    8: 0.05,
-}  # of logits' relative error; with 8 bits most of it is what rounding weights, keys and values costs
+# Of logits' relative error, by bits: with 8 most of it is what rounding weights, keys and values costs.
+BOUNDS = {16: 0.03, 8: 0.05}
 
 
 @pytest.fixture(scope="module", params=[(name, way) for name in MODELS for way in WAYS], ids="-".join)
@@ -246,9 +244,7 @@ def test_windows_may_be_cut_anywhere(model):
     assert model.engine.n_owned_slots == 0
 
 
-@pytest.mark.parametrize(
-    "n_behind", [630, 100]
-)  # a history that slides from the first window on, and one that grows at first
+@pytest.mark.parametrize("n_behind", [630, 100], ids=["history slides", "history grows"])
 def test_a_chain_says_what_its_windows_say(model, n_behind):
     if model.head.end is not None or model.way != "fused":
         pytest.skip("only coarse has windows, and an only row is the fused kernel's")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,8 +11,12 @@ torch = pytest.importorskip("torch")
 from barkstream.engines import Head, kernels  # noqa: E402
 from barkstream.engines.kernels.fused import PackedLayers, pack_units  # noqa: E402
 from barkstream.engines.kernels.weights import GPTWeights, LayerWeights  # noqa: E402
+from barkstream.engines.open import EngineError, open_causal  # noqa: E402
+from barkstream.export.checkpoint import open_huggingface  # noqa: E402
 from barkstream.sampling import COARSE  # noqa: E402
 from barkstream.tokens import GPTSize  # noqa: E402
+
+NANO_BARK = Path(__file__).resolve().parents[1] / "checkpoints" / "nano-bark"
 
 
 @pytest.mark.parametrize("n_heads", [4, 5])
@@ -52,6 +58,12 @@ def test_8_bits_are_the_weights_to_half_a_step():
     down = packed.scales[:, 8:12]  # the four pieces of k of one product's rows
     assert torch.equal(down, down[:, :1].expand_as(down))
     assert packed.scale_bytes == packed.scales[0].numel() * 4 and exact.scale_bytes == 0
+
+
+def test_bits_that_a_cpu_does_not_know_are_no_secret(tmp_path):
+    checkpoint = open_huggingface(NANO_BARK).checkpoint
+    with pytest.raises(EngineError, match="bits 8 is the cuda engine's"):
+        open_causal("onnxruntime", "coarse", tmp_path, checkpoint, n_slots=1, max_batch=1, bits=8)
 
 
 class FakeNvrtc:

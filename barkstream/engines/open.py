@@ -97,6 +97,10 @@ def open_causal(
     layout = checkpoint.semantic if stage == "semantic" else checkpoint.coarse
     head = Head.semantic(checkpoint.semantic) if stage == "semantic" else Head.coarse(checkpoint.coarse)
     if is_cpu(engine):
+        if bits != 16:
+            raise EngineError(
+                f"bits {bits} is the cuda engine's; on a CPU the artifact says it: barkstream export --int8"
+            )
         from barkstream.engines.onnxruntime import CausalEngine as CpuEngine
 
         on_cpu = CpuEngine(path, layout.size, head, n_slots, max_batch, n_threads)

@@ -55,10 +55,9 @@ class Policy(Generic[Call]):
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
     is_followed: bool = True  # a hurried call's listener calls another stage next
-    is_soon: Callable[[Call], bool] = lambda call: False  # nobody waits for it yet, and it does not wait for company;
-    is_long: Callable[[Call], bool] = lambda call: (
-        False
-    )  # nor does one of more pieces than any that somebody listens to
+    # Who does not wait for company either: whom somebody will soon wait for, and who is longer than any call that is listened to.
+    is_soon: Callable[[Call], bool] = lambda call: False
+    is_long: Callable[[Call], bool] = lambda call: False
 
 
 # Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
@@ -274,7 +273,7 @@ class CausalWorker(Worker[Row, Generation]):
             each.answer.set_result(generation)
 
     def _company(self) -> int:
-        """No more than half of the streams that are known: the others may be anywhere."""
+        """No more than three quarters of the streams that are known: the others may be anywhere."""
         return min(self._policy.company, max(1, len(self._held) * 3 // 4))
 
     def _said(self, pending: _Pending[Row, Generation], ended: bool) -> Generation:

@@ -29,9 +29,8 @@ GPU = "BARKSTREAM_PRETENDED"  # environment variable: which of COSTS
 class Costs:
     """Milliseconds that Bark large was measured to take."""
 
-    step: dict[
-        str, dict[int, float]
-    ]  # a decode step, by rows; so many rows take what lies between this and the next number
+    # A decode step, by rows; so many rows take what lies between this and the next number.
+    step: dict[str, dict[int, float]]
     prefill: dict[str, tuple[float, ...]]  # of 1 to 4 rows; more go in fours
     fine: tuple[float, ...]  # 1 to 4 windows of 256 frames
     long_fine: float  # one of more
@@ -115,9 +114,10 @@ class CausalEngine:
 
     def start(self, rows: list[Row]) -> Callable[[], list[Generation]]:
         n_steps, n_new = max(row.n_tokens for row in rows), sum(not self._goes_on(row) for row in rows)
-        wait = self._gpu.launch(
-            n_steps * self._step_ms(len(rows)) + in_fours(self._gpu.costs.prefill[self._stage], n_new)
-        )
+        costs_ms = self._gpu.costs.prefill[self._stage]
+        n_behind = len(rows[0].chain.heads) if rows[0].chain else 0  # windows of an only row: a prefill each
+        prefills_ms = in_fours(costs_ms, n_new) + n_behind * costs_ms[0]
+        wait = self._gpu.launch(n_steps * self._step_ms(len(rows)) + prefills_ms)
 
         def finish() -> list[Generation]:
             wait()

@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-#if BITS == 16
+#if BITS == 16  // decode steps in 8 bits are the fused kernels'
 __device__ __forceinline__ void unpack(float (&v)[8], const uint4& words) {
     v[0] = low_bf16(words.x), v[1] = high_bf16(words.x), v[2] = low_bf16(words.y), v[3] = high_bf16(words.y);
     v[4] = low_bf16(words.z), v[5] = high_bf16(words.z), v[6] = low_bf16(words.w), v[7] = high_bf16(words.w);
@@ -136,7 +136,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         ((u32*)out)[((size_t)b * W + head * 64) / 2 + lane] = pack_bf16(x / total, y / total);
     }
 }
-
 #endif
 
 // One block a row: draw its token from logits [rows][N_BOOKS * BOOK_SIZE] and advance its state.

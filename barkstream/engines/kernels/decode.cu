@@ -182,8 +182,8 @@ struct Place {
     const u8* stages;
     float* partial;       // [2][WARPS][units][B][8]
     const float* scales;  // [ALL_UNITS][8]: this block's
-    int cycle;       // of the stages
-    int buffer;      // of the partial sums
+    int cycle;            // of the stages
+    int buffer;           // of the partial sums
 };
 
 __device__ __forceinline__ u8* copy_at(const Arguments& a, int from,
@@ -270,7 +270,7 @@ __device__ __forceinline__ void note_moments(const uint4 (&act)[PAIRS], const Pl
     }
 }
 
-// Of what each warp noted. Every lane adds for itself: shuffles would take longer than loads of which the warp's lanes share each.
+// Of what each warp noted. Every lane adds for itself: shuffles take longer than loads, each of which a warp's lanes share.
 template <class Noted>
 __device__ __forceinline__ float2 sum_of_warps(Noted noted) {
     float2 v[WARPS];
@@ -346,12 +346,6 @@ __device__ __forceinline__ void embed(uint4 (&act)[PAIRS], const Arguments& a, S
 
 // ---- attention ----
 
-// Where a row's positions of this block's head begin in the cache, counted in positions; their values' `values_after` further on.
-__device__ __forceinline__ size_t head_at(const Arguments& a, int layer, int b) {
-    return ((size_t)(layer * 2 * a.n_slots + a.rows[b].slot) * H + blockIdx.x / 8) * BLOCK_SIZE;
-}
-__device__ __forceinline__ size_t values_after(const Arguments& a) { return (size_t)a.n_slots * H * BLOCK_SIZE; }
-
 // 8 dimensions of a cached position's keys, or values, and what they are to be multiplied by.
 struct Eight {
     uint4 words;  // quantized: the first two
@@ -368,11 +362,7 @@ struct Eight {
     }
     __device__ __forceinline__ float by() const { return QUANTIZED ? scale : 1; }
     __device__ __forceinline__ void unscaled(float (&v)[8]) const {
-        uint4 pairs = words;
-        if (QUANTIZED)
-            pairs = make_uint4(bytes_as_f16(words.x, BYTES_01), bytes_as_f16(words.x, BYTES_23),
-                               bytes_as_f16(words.y, BYTES_01), bytes_as_f16(words.y, BYTES_23));
-        unpack(v, pairs);
+        unpack(v, QUANTIZED ? as_pairs(make_uint2(words.x, words.y)) : words);
     }
 };
 

@@ -19,12 +19,27 @@ __device__ __forceinline__ float low_of(u32 pair) { return QUANTIZED ? low_f16(p
 __device__ __forceinline__ float high_of(u32 pair) { return QUANTIZED ? high_f16(pair) : high_bf16(pair); }
 constexpr u32 ONES = QUANTIZED ? 0x3c003c00u : 0x3f803f80u;
 
+__device__ __forceinline__ uint4 as_pairs(uint2 bytes) {
+    return make_uint4(bytes_as_f16(bytes.x, BYTES_01), bytes_as_f16(bytes.x, BYTES_23), bytes_as_f16(bytes.y, BYTES_01),
+                      bytes_as_f16(bytes.y, BYTES_23));
+}
+
 // 8 weights of a row, which lane `i` of a slice has of the unit that lies at `unit`.
 __device__ __forceinline__ uint4 weights_at(const u8* unit, int i) {
     if (!QUANTIZED) return *(const uint4*)(unit + i * 16);
     uint2 bytes = *(const uint2*)(unit + i * 8);
-    return make_uint4(bytes_as_f16(bytes.x, BYTES_01), bytes_as_f16(bytes.x, BYTES_23), bytes_as_f16(bytes.y, BYTES_01),
-                      bytes_as_f16(bytes.y, BYTES_23));
+    return as_pairs(bytes);
+}
+
+// Where the positions of a row and of this block's head begin in the cache, counted in positions; their values'
+// `values_after` further on.
+template <class Arguments>
+__device__ __forceinline__ size_t head_at(const Arguments& a, int layer, int row) {
+    return ((size_t)(layer * 2 * a.n_slots + a.rows[row].slot) * H + blockIdx.x / 8) * BLOCK_SIZE;
+}
+template <class Arguments>
+__device__ __forceinline__ size_t values_after(const Arguments& a) {
+    return (size_t)a.n_slots * H * BLOCK_SIZE;
 }
 
 struct RowState {

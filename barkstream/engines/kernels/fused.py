@@ -63,10 +63,6 @@ class KVCache:
     def bits(self) -> int:
         return 16 if self.scales is None else 8
 
-    @property
-    def scales_at(self) -> int | None:
-        return pointer(self.scales)
-
 
 def pointer(tensor: Tensor | None) -> int | None:
     """For a kernel; a null pointer if there is no tensor."""
@@ -177,7 +173,7 @@ class _Variant:
             positions=decoder._weights.positions.data_ptr(),
             scales=pointer(decoder._units.scales),
             cache=decoder._cache.values.data_ptr(),
-            cache_scales=decoder._cache.scales_at,
+            cache_scales=pointer(decoder._cache.scales),
             packets=self.packets.data_ptr(),
             tokens=self.tokens.data_ptr(),
             result=self.result.data_ptr(),
@@ -233,9 +229,8 @@ def pack_units(weights: GPTWeights, size: GPTSize, head: Head, bits: int = 16) -
     Two units make the left operand of the tensor cores' m16n8k16: of each 32 of k, lane 4 g + j has eight, 8 j .., of row g.
     """
     width, n_blocks = size.width, 8 * size.n_heads
-    parts: list[
-        tuple[Tensor, int]
-    ] = []  # [blocks, units, 8, width], and how many units in a row have a row's scale in common
+    # [blocks, units, 8, width], and how many units in a row have a row's scale in common
+    parts: list[tuple[Tensor, int]] = []
     for layer in weights.layers:
         parts.append((layer.qkv.view(3, n_blocks, 8, width).transpose(0, 1), 1))
         parts.append((layer.out.view(n_blocks, 1, 8, width), 1))

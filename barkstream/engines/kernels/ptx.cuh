@@ -80,8 +80,8 @@ __device__ __forceinline__ void multiply_add_8(float (&d)[4], u32 a, u32 b) {
             : "r"(a), "r"(0), "r"(b));
 }
 
-// Four matrices [8 x 8] of 16 bits an element out of shared memory, 16 bytes a row, at the addresses of lanes 0-7, 8-15 ...: lane 4 g + t gets
-// elements 2 t, 2 t + 1 of row g; transposed, of column g.
+// Four matrices [8 x 8] of 16 bits an element out of shared memory, 16 bytes a row, at the addresses of lanes 0-7,
+// 8-15 ...: lane 4 g + t gets elements 2 t, 2 t + 1 of row g; transposed, of column g.
 __device__ __forceinline__ void load_matrices(u32 (&m)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])

@@ -3,13 +3,13 @@
 #pragma once
 #include "ptx.cuh"
 
-// One row of a batch on its way through n decode steps. Mirrored in barkstream/engines/cuda.py.
+// One row of a batch on its way through n decode steps. Mirrored in kernels/fused.py.
 struct Row {
     u64 seed;
     int slot;      // of the KV cache
     int length;    // positions in the cache, so the index of the position to feed first
     int position;  // of the first token in the generation: the noise's counter
-    int ids[2];    // summed at the position to feed first
+    int ids[2];    // summed at the position to feed first; the first may be -n, see decode.cu
     int n_tokens;  // wanted
     int top_k;     // 0: off
     float temperature, top_p, min_eos_p;

@@ -66,11 +66,6 @@ __device__ __forceinline__ int row_of(const Arguments& a, int i) { return a.orde
 __device__ __forceinline__ int book_of(const Arguments& a, int row, int step) {
     return (a.rows[row].position + step) % N_BOOKS;
 }
-// Where a row's positions of this block's head begin in the cache, counted in positions; their values' `values_after` further on.
-__device__ __forceinline__ size_t head_at(const Arguments& a, int layer, int row) {
-    return ((size_t)(layer * 2 * a.n_slots + a.rows[row].slot) * H + blockIdx.x / 8) * BLOCK_SIZE;
-}
-__device__ __forceinline__ size_t values_after(const Arguments& a) { return (size_t)a.n_slots * H * BLOCK_SIZE; }
 
 // ---- the copying warp, of which one lane works ----
 
