@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -236,30 +237,104 @@ def test_a_chains_next_window_is_known_to_need_a_prefill_unless_it_goes_on(start
     assert said == pytest.approx([1.02, 0.005, 0.02, 0.005])
 
 
-def test_an_only_rows_windows_go_together_to_an_engine_that_knows_chains(start):
-    engine, given = Attentive(), []
+class Alone(Attentive):
+    """One that knows how to go on by itself; remembers how many pieces each start had, and what it asked."""
 
-    def generate(rows):
-        given.append([len(row.chain.heads) if row.chain else 0 for row in rows])
-        return by_windows(engine.generate, rows)
+    def __init__(self):
+        super().__init__()
+        self.n_pieces, self.may = [], []
 
-    window_s = 0.018  # three fit in HURRIED_PIECE_S, and one in PIECE_S
+    def start_alone(self, row, n_piece, goes_on):
+        def finish():
+            left, said = row, []
+            while not said or (left.n_tokens and self._ask(goes_on)):
+                said += self.generate([left.piece(n_piece)])
+                left = left.after(said[-1].tokens)
+            self.n_pieces.append(len(said))
+            return [Generation.joined([each.tokens for each in said], False)]
+
+        return finish
+
+    def _ask(self, goes_on):
+        self.may.append(goes_on())
+        return self.may[-1]
+
+
+@pytest.fixture
+def alone(start):
+    """A worker over such an engine (`.engine`), for which stream 1's calls are long, and turns (`.turns`)."""
+    engine, turns = Alone(), Turns()
     policy = replace(POLICIES["coarse"], is_hurried=lambda row: False, is_long=lambda row: row.stream == 1)
-    worker = start(
-        CausalWorker(
-            at_once(generate), engine.release, 4, Turns(), policy, lambda n: window_s / LAYOUT.window, knows_chains=True
-        )
+    step_s = PIECE_S / LAYOUT.window
+    worker = CausalWorker(
+        at_once(engine.generate),
+        engine.release,
+        4,
+        turns,
+        policy,
+        lambda n: step_s,
+        start_alone=engine.start_alone,
     )
+    worker.engine, worker.turns = engine, turns
+    return start(worker)
+
+
+def test_an_only_long_call_goes_on_by_itself(alone):
     whole = by_windows(Attentive().generate, [chain_of(5)])[0].tokens
-    assert np.array_equal(worker.submit([chain_of(5)])[0].result(timeout=10).tokens, whole)
-    assert given == [[2], [1]]
-    given.clear()
-    both = worker.submit([chain_of(5), chain_of(5, stream=2)])
+    assert np.array_equal(alone.submit([chain_of(5)])[0].result(timeout=10).tokens, whole)
+    assert alone.engine.n_pieces == [5]
+    assert [row.n_tokens for (row,) in alone.engine.batches] == [10] * 5
+
+
+def test_a_call_that_somebody_listens_to_goes_piece_by_piece(alone):
+    alone.submit([chain_of(5, stream=2)])[0].result(timeout=10)
+    assert not alone.engine.n_pieces and len(alone.engine.batches) == 5
+
+
+def test_two_long_calls_share_their_pieces(alone):
+    whole = by_windows(Attentive().generate, [chain_of(5)])[0].tokens
+    alone.engine.gate = threading.Semaphore(0)
+    both = alone.submit([chain_of(5), replace(chain_of(5), stream=1)])
+    alone.engine.gate.release(100)
     assert all(np.array_equal(each.result(timeout=10).tokens, whole) for each in both)
-    assert [0, 0] in given and all(len(rows) == 1 or not any(rows) for rows in given)
-    given.clear()
-    assert np.array_equal(worker.submit([chain_of(5, stream=2)])[0].result(timeout=10).tokens, whole)
-    assert given == [[0]] * 5  # somebody listens: nobody else waits for longer than a piece
+    assert max(len(batch) for batch in alone.engine.batches) == 2
+
+
+def test_a_long_call_gives_way_to_who_waits_for_a_turn(alone):
+    engine = alone.engine
+    engine.gate = threading.Semaphore(0)
+    answer = alone.submit([chain_of(5)])[0]
+    engine.gate.release()
+    while len(engine.batches) < 1 or not engine.may:
+        time.sleep(0.001)
+
+    def other():
+        with alone.turns.turn(lambda: 0) as turn:
+            turn.launched(0.0)
+
+    waiting = threading.Thread(target=other)
+    waiting.start()
+    while not alone.turns._waiting:
+        time.sleep(0.001)
+    engine.gate.release(100)
+    whole = by_windows(Attentive().generate, [chain_of(5)])[0].tokens
+    assert np.array_equal(answer.result(timeout=10).tokens, whole)
+    waiting.join(timeout=10)
+    assert not waiting.is_alive() and engine.n_pieces[0] < 5 and sum(engine.n_pieces) == 5 and False in engine.may
+
+
+def test_a_long_call_that_is_left_ends_with_the_piece_under_way(alone):
+    engine = alone.engine
+    engine.gate = threading.Semaphore(0)
+    answer = alone.submit([chain_of(5)])[0]
+    engine.gate.release()
+    while not engine.may:
+        time.sleep(0.001)
+    alone.drop(1)
+    engine.gate.release(100)
+    said = answer.result(timeout=5).tokens
+    assert len(said) == 20 and engine.n_pieces == [2]
+    assert not alone._drawn and not alone._held
 
 
 def test_a_chain_that_is_left_ends_after_its_piece(worker):

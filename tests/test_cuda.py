@@ -256,11 +256,35 @@ def test_a_chain_says_what_its_windows_say(model, n_behind):
     prefix = np.concatenate([head_ids[0], books]).astype(np.int32)[:, None]
     row = Row(prefix, 4 * 60 + 22, 0, Sampling(seed=9, temperature=0.7), 3, Chain(head_ids[1:], 60, 630))
     row.check(model.size)
-    whole = model.engine.generate([row])[0].tokens
     apart = by_windows(model.engine.generate, [replace(row, stream=4)])[0].tokens  # in another slot
-    assert np.array_equal(whole, apart) and len(whole) == row.n_tokens
+    for n_piece in (60, 25):
+        whole = model.engine.start_alone(row, n_piece, lambda: True)()[0].tokens
+        assert np.array_equal(whole, apart) and len(whole) == row.n_tokens
+        model.engine.release(3)
+    begun = model.engine.start_alone(row, 60, lambda: False)()[0].tokens
+    assert np.array_equal(begun, apart[:60])
+    rest = model.engine.start_alone(row.after(begun), 60, lambda: True)()[0].tokens
+    assert np.array_equal(rest, apart[60:])
     model.engine.release(3, 4)
     assert model.engine.n_owned_slots == 0
+
+
+@pytest.mark.parametrize("min_eos_p", [1.0, 3e-4], ids=["goes on", "may end"])
+def test_pieces_behind_one_another_say_what_one_says(model, min_eos_p):
+    if model.head.end is None or model.way != "fused":
+        pytest.skip("the fused kernel's, and coarse never ends by itself")
+    model.poison()
+    ended = 0
+    for seed in range(12):
+        row = Row(model.prefix(257), 90, 0, Sampling(seed=seed, temperature=0.7, min_eos_p=min_eos_p), 3)
+        whole = model.engine.generate([replace(row, stream=4)])[0]
+        pieces = model.engine.start_alone(row, 20, lambda: True)()[0]
+        assert np.array_equal(pieces.tokens, whole.tokens) and pieces.ended == whole.ended
+        held = model.engine._slots._owned[3].ids
+        assert np.array_equal(held[257:, 0], whole.tokens[: len(held) - 257])
+        ended += whole.ended
+        model.engine.release(3, 4)
+    assert model.engine.n_owned_slots == 0 and (ended > 0) == (min_eos_p < 1)
 
 
 def test_full_block(model):

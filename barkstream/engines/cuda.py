@@ -7,6 +7,7 @@ logits, and sampling happens in one place. Up to 64 rows decode in one kernel la
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -111,9 +112,13 @@ class CudaEngine:
         return self._slots.n_owned
 
     @property
-    def knows_chains(self) -> bool:
-        """Whether an only row may have a chain."""
-        return self._fused is not None
+    def start_alone(self) -> Callable[[Row, int, Callable[[], bool]], Callable[[], list[Generation]]] | None:
+        """`start` for an only row, which may have a chain; None if this GPU does not fit the kernels that know how.
+
+        The row goes in pieces of so many tokens at most, each of them launched behind the one before, whose tokens it finds on the GPU:
+        two are under way for as long as the callable says that it may go on. What was drawn by then is the result.
+        """
+        return None if self._fused is None else self._start_alone
 
     def release(self, *streams: int) -> None:
         """Free streams' slots; nothing happens for one that has none."""
@@ -128,12 +133,10 @@ class CudaEngine:
     def start(self, rows: list[Row]) -> Callable[[], list[Generation]]:
         """`generate` for at most max_batch rows: launches, and returns what waits for the results. To be called before the next start.
 
-        An only row may have a chain. Raises ValueError for a row that does not fit.
+        Raises ValueError for a row that does not fit.
         """
         for row in rows:
             row.check(self.size)
-        if rows and rows[0].chain:
-            return self._start_chain(*rows)
         with ExitStack() as undo:
             slots = undo.enter_context(self._slots.lease(rows))
             wait = self._launch(rows, slots)
@@ -149,40 +152,22 @@ class CudaEngine:
 
         return finish
 
-    def _start_chain(self, row: Row) -> Callable[[], list[Generation]]:
-        """`start` for a row and its next windows: each is launched behind the one before, whose tokens it finds on the GPU.
-
-        Nothing may end a window early, so all that is not known of the next one's prefix are the ids drawn before it. On the host they
-        are 0.
-        """
-        assert self.head.end is None and row.chain, "what ends by itself has no chain"
-        drawn = torch.empty(row.n_tokens, dtype=torch.int32, device="cuda")  # ids of all windows
-        n_most = row.chain.max_history
+    def _start_alone(self, row: Row, n_piece: int, goes_on: Callable[[], bool]) -> Callable[[], list[Generation]]:
+        row.check(self.size)
         with ExitStack() as undo:
-            slot = undo.enter_context(self._slots.lease([row]))[0]
-            window, rest, n_drawn = row.piece(row.n_whole), row, 0
-            waits = [self._launch([window], [slot])]
-            slot.ids = slot.ids[:0]  # not known until it is over
-            while (n := window.n_tokens) < rest.n_tokens:
-                self._note_ids(window, drawn[n_drawn : n_drawn + n])
-                n_drawn += n
-                rest, known = rest.after(np.zeros(n, np.int32)), window.ids_with(np.zeros(n, np.int32))
-                window = rest.piece(rest.n_whole)
-                unknown = drawn[max(0, n_drawn - n_most) : n_drawn]
-                if not np.array_equal(rest.ids, known):  # else the cache goes on from there
-                    self._prefill([window.ids[:-1]], [slot.index], partial(_amend, len(window.ids), unknown))
-                waits.append(self._launch_behind(window, slot, n))
+            (slot,) = undo.enter_context(self._slots.lease([row]))
+            pieces = _Pieces(self, row, slot, n_piece)
+            pieces.launch()
             leased = undo.pop_all()
 
         def finish() -> list[Generation]:
             with leased:
-                pieces, rest = [], row
-                for wait in waits:
-                    window = rest.piece(rest.n_whole)
-                    generation = self._take([window], *wait())[0]
-                    pieces.append(generation.tokens)
-                    slot.ids, rest = _held(window, generation), rest.after(generation.tokens)
-            return [Generation.joined(pieces, False)]
+                said: list[Generation] = []
+                while pieces.under_way and not (said and said[-1].ended):
+                    while len(pieces.under_way) < 2 and pieces.are_left and goes_on():
+                        pieces.launch()
+                    said.append(pieces.take())
+            return [Generation.joined([each.tokens for each in said], said[-1].ended)]
 
         return finish
 
@@ -206,11 +191,18 @@ class CudaEngine:
         for n_rows in (2**i for i in range(self.max_batch.bit_length())):
             ids = np.full((2, 1), self.size.n_input_ids, np.int32)
             self.generate([Row(ids, 2, 0, WARM_UP) for _ in range(n_rows)])
+            if isinstance(decoder := self._decoder(n_rows), FusedDecoder | WideDecoder):
+                decoder.settle(self._rows_for_trial(n_rows))
         for n_rows in range(1, min(self.max_batch, PREFILL_ROWS) + 1):
             for length in prefix_lengths:
                 scratch = [self.cache.n_slots - 1] * n_rows
                 self.prefill([np.full((length, 1), self.size.n_input_ids, np.int32)] * n_rows, scratch)
         torch.cuda.synchronize()
+
+    def _rows_for_trial(self, n_rows: int) -> list[RowArguments]:
+        """Some steps in the middle of a block."""
+        row = Row(np.full((self.size.block_size * 3 // 4, 1), self.size.n_input_ids, np.int32), 16, 0, WARM_UP)
+        return [self._arguments(row, GpuSlot(row.ids, i)) for i in range(n_rows)]
 
     def prefill(self, ids: Sequence[Ints], slots: Sequence[int]) -> None:
         """Keys and values of whole prefixes [S, C] into slots. Asynchronous."""
@@ -262,6 +254,55 @@ class CudaEngine:
         books = positions % self.head.n_codebooks
         ids = (self.head.first_id + books * self.head.size + tokens[:, : books.shape[1]]).astype(np.int32)
         return [Generation(ids[i, :n], bool(ended)) for i, (n, ended) in enumerate(results)]
+
+
+class _Pieces:
+    """An only row's pieces, launched one behind the other. On the host the ids drawn by those under way are not known: they are 0."""
+
+    def __init__(self, engine: CudaEngine, row: Row, slot: GpuSlot, n_piece: int):
+        assert row.chain is None or engine.head.end is None, "a chain's windows do not end early"
+        self._engine, self._slot, self._n_piece = engine, slot, n_piece
+        self._to_launch = self._to_take = row
+        self._last: Row | None = None  # launched
+        self.under_way: deque[Callable[[], tuple[Ints, Ints]]] = deque()
+        # Ids drawn before the last launch, of which prefixes of a chain's windows are made.
+        self._n_most = row.chain.max_history if row.chain else 0
+        self._drawn = torch.empty(row.n_tokens if row.chain else 0, dtype=torch.int32, device="cuda")
+        self._n_drawn = 0
+
+    @property
+    def are_left(self) -> bool:
+        """Pieces that have not been launched."""
+        return self._to_launch.n_tokens > 0
+
+    def launch(self) -> None:
+        """The next one."""
+        piece = self._to_launch.piece(self._n_piece)
+        if self._last is None:
+            self.under_way.append(self._engine._launch([piece], [self._slot]))
+            self._slot.ids = self._slot.ids[:0]  # not known until it is over
+        else:
+            self._launch_behind(self._last, piece)
+        self._last, self._to_launch = piece, self._to_launch.after(np.zeros(piece.n_tokens, np.int32))
+
+    def _launch_behind(self, last: Row, piece: Row) -> None:
+        engine, n = self._engine, self._n_drawn + last.n_tokens
+        if self._n_most:
+            engine._note_ids(last, self._drawn[self._n_drawn : n])
+        self._n_drawn = n
+        if not np.array_equal(
+            piece.ids, last.ids_with(np.zeros(last.n_tokens, np.int32))
+        ):  # else the cache goes on from there
+            unknown = self._drawn[max(0, n - self._n_most) : n]
+            engine._prefill([piece.ids[:-1]], [self._slot.index], partial(_amend, len(piece.ids), unknown))
+        self.under_way.append(engine._launch_behind(piece, self._slot, last.n_tokens))
+
+    def take(self) -> Generation:
+        """Wait for the oldest that is under way."""
+        piece = self._to_take.piece(self._n_piece)
+        (generation,) = self._engine._take([piece], *self.under_way.popleft()())
+        self._slot.ids, self._to_take = _held(piece, generation), self._to_take.after(generation.tokens)
+        return generation
 
 
 def _held(row: Row, generation: Generation) -> Ints:

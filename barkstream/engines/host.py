@@ -108,7 +108,7 @@ class Stage:
             policy,
             costs.step_s,
             costs.prefill_s,
-            knows_chains=not is_cpu(spec.engine) and engine.knows_chains,
+            None if is_cpu(spec.engine) else engine.start_alone,
         )
         self._drop = worker.drop
         return worker

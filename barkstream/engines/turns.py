@@ -62,6 +62,13 @@ class Turns:
             self._give_away()
             self._changed.notify_all()  # who waits has another time to wait for
 
+    def _extended(self, turn: Turn, takes_s: float) -> bool:
+        with self._changed:
+            if self._waiting or self._preparing is not None or self._running != [turn]:
+                return False
+            turn.over_at_s = max(turn.over_at_s, time.monotonic()) + takes_s
+            return True
+
     def _end(self, turn: Turn) -> None:
         now_s = time.monotonic()
         turn.busy_s = now_s - max(turn.began_s, self._over_s)
@@ -118,3 +125,7 @@ class Turn:
         is_followed: whoever waits for it will ask for more as soon as it is there.
         """
         self._turns._launched(self, takes_s, is_followed)
+
+    def extended(self, takes_s: float) -> bool:
+        """Whether launched work may go on for so long: if nobody else waits for a turn."""
+        return self._turns._extended(self, takes_s)

@@ -20,7 +20,7 @@ from barkstream.engines.turns import LONE, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
 PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
-HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it, or its only row is a long call's
+HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
 MIN_PIECE = 8  # tokens: between two pieces the GPU idles for some milliseconds
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
@@ -30,6 +30,8 @@ Call = TypeVar("Call")
 Result = TypeVar("Result")
 Finish = Callable[[], Sequence[Result]]  # waits for what was started
 Start = Callable[[list[Call]], Finish[Result]]
+# An only row in pieces of so many tokens at most, one behind the other for as long as it may go on.
+StartAlone = Callable[[Row, int, Callable[[], bool]], Finish[Generation]]
 
 
 def at_once(run: Callable[[list[Call]], Sequence[Result]]) -> Start[Call, Result]:
@@ -170,13 +172,13 @@ class Worker(Generic[Call, Result]):
 
     def _try(self, batch: Sequence[_Pending[Call, Result]], turn: Turn) -> Sequence[Result] | Exception:
         try:
-            finish = self._start_batch(batch)
+            finish = self._start_batch(batch, turn)
             turn.launched(self._takes_s(batch), self._policy.is_followed and any(each.is_hurried for each in batch))
             return finish()
         except Exception as error:
             return error
 
-    def _start_batch(self, batch: Sequence[_Pending[Call, Result]]) -> Finish[Result]:
+    def _start_batch(self, batch: Sequence[_Pending[Call, Result]], turn: Turn) -> Finish[Result]:
         return self._start([each.call for each in batch])
 
     def _takes_s(self, batch: Sequence[_Pending[Call, Result]]) -> float:
@@ -242,16 +244,15 @@ class CausalWorker(Worker[Row, Generation]):
         policy: Policy[Row],
         step_s: Callable[[int], float],
         prefill_s: Callable[[int], float] = lambda n_rows: 0.0,
-        knows_chains: bool = False,
+        start_alone: StartAlone | None = None,
     ):
-        """start, release: the engine's. step_s, prefill_s: what a decode step, or prefills, of so many rows take.
-        knows_chains: the engine takes an only row's next windows with it, and begins them without waiting for us."""
+        """start, release, start_alone: the engine's, which may not have the last. step_s, prefill_s: what a decode step, or prefills,
+        of so many rows take."""
         super().__init__(start, max_batch, turns, policy)
-        self._release, self._step_s, self._prefill_s, self._knows_chains = release, step_s, prefill_s, knows_chains
+        self._release, self._step_s, self._prefill_s, self._start_alone = release, step_s, prefill_s, start_alone
         # A stream's ids when its latest piece was over: a call that goes on from there needs no prefill.
         self._held: dict[int, int] = {}
-        self._n_piece = 0  # tokens of the piece under way,
-        self._n_followed = 0  # and windows of its only row that follow the first
+        self._n_piece = 0  # tokens of the piece under way
         self._drawn: dict[Future[Generation], list[Ints]] = {}
         self._under_way: list[_Pending[Row, Generation]] = []
         self._n_nameless = 0
@@ -292,34 +293,30 @@ class CausalWorker(Worker[Row, Generation]):
             self._n_nameless += 1
             return replace(row, stream=-self._n_nameless)
 
-    def _start_batch(self, batch: Sequence[_Pending[Row, Generation]]) -> Finish[Generation]:
-        alone = len(batch) == 1 and self._policy.is_long(batch[0].call)
-        n = self._piece_tokens(
-            [each.call.n_whole for each in batch], [each.call.n_whole for each in batch if each.is_hurried or alone]
+    def _start_batch(self, batch: Sequence[_Pending[Row, Generation]], turn: Turn) -> Finish[Generation]:
+        self._n_piece = self._piece_tokens(
+            [each.call.n_whole for each in batch], [each.call.n_whole for each in batch if each.is_hurried]
         )
-        self._n_piece, self._n_followed = n, 0
-        if self._knows_chains and len(batch) == 1 and (row := self._several(batch[0].call)).chain:
-            self._n_piece, self._n_followed = row.n_tokens, len(row.chain.heads)
-            return self._start([row])
-        return self._start([each.call.piece(n) for each in batch])
+        if self._start_alone and len(batch) == 1 and self._policy.is_long(batch[0].call):
+            return self._start_long(self._start_alone, batch[0], turn)
+        return self._start([each.call.piece(self._n_piece) for each in batch])
 
-    def _several(self, row: Row) -> Row:
-        """As many of an only row's windows as fit in HURRIED_PIECE_S, if the call is long."""
-        if row.chain is None or not self._policy.is_long(row):
-            return row.piece(row.n_whole)
-        window_s = row.chain.window * self._step_s(1) + self._prefill_s(1)
-        return row.windows(max(1, int(HURRIED_PIECE_S / window_s)))
+    def _start_long(
+        self, start_alone: StartAlone, pending: _Pending[Row, Generation], turn: Turn
+    ) -> Finish[Generation]:
+        """Piece after piece for as long as nobody else wants the GPU, which then never waits for us."""
+        prefill_s = self._prefill_s(1) if pending.call.chain else 0.0  # of the next window
+        piece_s = self._n_piece * self._step_s(1) + prefill_s
+        return start_alone(pending.call, self._n_piece, lambda: not pending.is_left and turn.extended(piece_s))
 
     def _takes_s(self, batch: Sequence[_Pending[Row, Generation]]) -> float:
         n_new = sum(self._held.get(each.call.stream) != len(each.call.ids) for each in batch)
-        prefills_s = (self._prefill_s(n_new) if n_new else 0.0) + self._n_followed * self._prefill_s(1)
-        return self._n_piece * self._step_s(len(batch)) + prefills_s
+        return self._n_piece * self._step_s(len(batch)) + (self._prefill_s(n_new) if n_new else 0.0)
 
     def _piece_tokens(self, n_wanted: list[int], n_hurried: list[int]) -> int:
         """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than three quarters of that.
 
-        All that a hurried row wants, up to HURRIED_PIECE_S: between two pieces of it others would have their turn. The same for a long
-        call's only row: between two of its pieces the GPU idles.
+        All that a hurried row wants, up to HURRIED_PIECE_S: between two pieces of it others would have their turn.
         """
         step_s = self._step_s(len(n_wanted))
         most = max(MIN_PIECE, int(PIECE_S / step_s))

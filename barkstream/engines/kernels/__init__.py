@@ -111,6 +111,28 @@ class Module:
         return Kernel(function, shared_bytes, cluster, cooperative, early_start)
 
 
+N_PLACES, N_TRIES = 12, 2
+
+
+def quickest_place(place: torch.Tensor, use: Callable[[torch.Tensor], None], run: Callable[[], object]) -> None:
+    """Have a kernel use the one of several copies of a buffer with which it runs quickest.
+
+    Blocks talk to one another through L2, and how soon they hear depends on where in it the buffer lies: by up to 6%.
+    """
+    places, took = [place, *(place.clone() for _ in range(N_PLACES - 1))], []
+    for each in places:
+        use(each)
+        run()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(N_TRIES):
+            run()
+        stop.record()
+        stop.synchronize()
+        took.append(start.elapsed_time(stop))
+    use(places[took.index(min(took))])
+
+
 @functools.cache
 def build(file: str, architecture: str, **constants: int) -> Module:
     """Compile kernels/<file> for an architecture such as "sm_90a", with -D constants, and load it on the current device."""
@@ -239,4 +261,4 @@ def _check_nvrtc(status: int) -> None:
         raise RuntimeError(f"NVRTC: {_nvrtc().nvrtcGetErrorString(status).decode()}")
 
 
-__all__ = ["Kernel", "Module", "build", "c_int", "c_uint", "c_uint64", "c_void_p", "compile_source"]
+__all__ = ["Kernel", "Module", "build", "c_int", "c_uint", "c_uint64", "c_void_p", "compile_source", "quickest_place"]

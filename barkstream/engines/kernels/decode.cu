@@ -30,20 +30,25 @@
 
 constexpr int TILE = 2 * UNIT;  // the tensor cores' left operand: two units
 constexpr int STAGES = 3, STAGE_TILES = 2, STAGE_UNITS = 4;
-constexpr int TILE_CHUNKS = QUANTIZED ? 2 : 4, CHUNK = TILE / TILE_CHUNKS, STAGE_CHUNKS = STAGE_TILES * TILE_CHUNKS;
-constexpr int IN_FLIGHT = 2;  // chunks of a block that are on their way
+constexpr int TILE_CHUNKS = BITS / 2, CHUNK = TILE / TILE_CHUNKS, STAGE_CHUNKS = STAGE_TILES * TILE_CHUNKS;  // 4 KB (large)
+constexpr int IN_FLIGHT = QUANTIZED ? 3 : B == 1 ? 6 : 4;  // chunks of a block that are on their way
 constexpr int HEAD_STAGES = (HEAD_TILES + STAGE_TILES - 1) / STAGE_TILES, HEAD_ROWS = HEAD_TILES * 16;
 constexpr int HEAD_CYCLES = (HEAD_STAGES + STAGES - 1) / STAGES;  // a cycle fills every stage once; a layer is one
 constexpr int SPLIT = WARPS / B;  // warps that share a row's attention
 constexpr int COPIES = 8;
+constexpr int KEY_CHUNKS = BLOCK_SIZE / 64;  // of 8 positions, that a block's share of a row's cache has at most
+// Cycles between what a block says and its first look for what the others say.
+constexpr int X_DELAY = B > 1 ? 400 : QUANTIZED ? 300 : 600, QUERY_DELAY = B > 1 ? 0 : 600, PART_DELAY = QUANTIZED ? 1400 : 2000,
+              HIDDEN_DELAY = B > 1 || QUANTIZED ? 600 : 900;
 static_assert(B <= 8 && N_LAYERS % 2 == 0 && LAYER_UNITS == STAGES * STAGE_UNITS);
 
 // Where the packets of 16 bytes lie.
-constexpr int PART_PACKETS = B == 1 ? COPIES * BLOCKS * 8 : BLOCKS * B * 17;
-constexpr int QKV_AT = 0, PART_AT = QKV_AT + H * B * 48, OUT_AT = PART_AT + PART_PACKETS,
+constexpr bool SPREAD = B == 1;
+constexpr int PART_PACKETS = SPREAD ? COPIES * BLOCKS * 8 : BLOCKS * B * 17;
+constexpr int QKV_AT = 0, PART_AT = QKV_AT + COPIES * H * B * 24, OUT_AT = PART_AT + PART_PACKETS,
               X1_AT = OUT_AT + COPIES * B * W / 8, X2_AT = X1_AT + COPIES * B * W / 8,
               HIDDEN_AT = X2_AT + COPIES * B * W / 8, CANDIDATE_AT = HIDDEN_AT + COPIES * B * W / 2,
-              LOGITS_AT = CANDIDATE_AT + BLOCKS * B * 2;
+              LOGITS_AT = CANDIDATE_AT + COPIES * BLOCKS * B * 2;
 
 struct Arguments {
     const u8* weights;       // [BLOCKS][ALL_UNITS][UNIT]
@@ -191,13 +196,15 @@ __device__ __forceinline__ u8* copy_at(const Arguments& a, int from,
     return at(a, from + blockIdx.x % COPIES * (B * words_per_row / 4));
 }
 
-// This warp's slices of a tile: 8 of k a lane, of either unit.
+// This warp's slices of a tile: 8 of k a lane, of either unit. A slice that doesn't exist is read as the last one and then 0: loads
+// in branches would wait for one another.
 __device__ __forceinline__ void load_tile(uint4 (&weights)[2 * PAIRS], const Place& place, int tile) {
+    const u8* first = place.stages + tile * TILE + (slice_of(0) * 32 + lane()) * WEIGHT_BYTES;
 #pragma unroll
     for (int i = 0; i < 2 * PAIRS; i++) {
-        const u8* unit = place.stages + tile * TILE + i % 2 * UNIT;
-        int slice = warp() + i / 2 * WARPS;
-        weights[i] = slice < SLICES ? weights_at(unit, slice * 32 + lane()) : make_uint4(0, 0, 0, 0);
+        int further = EVEN ? i / 2 : min(i / 2 * WARPS, SLICES - 1 - warp());
+        weights[i] = weights_at(first + i % 2 * UNIT, further * 32);
+        if (!EVEN && slice_of(i / 2) >= SLICES) weights[i] = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -232,12 +239,12 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint4 (&weights
 template <int N_CHUNKS>
 __device__ __forceinline__ void await_slices(uint4 (&act)[N_CHUNKS][PAIRS], const u8* from, u32 odd) {
     constexpr int PACKETS_PER_ROW = N_CHUNKS * W / 8;
-    constexpr bool EVEN = SLICES % WARPS == 0;
     const u8* mine = from + (lane() / 4 % B * PACKETS_PER_ROW + lane() % 4) *
                                 16;  // rows beyond B repeat others; nobody reads their sums
     // A slice that doesn't exist is polled, too, as the last one; its weights are 0.
-    auto slice = [&](int i) { return EVEN ? warp() + i * WARPS : min(warp() + i * WARPS, SLICES - 1); };
+    auto slice = [&](int i) { return min(slice_of(i), SLICES - 1); };
     uint4 v[N_CHUNKS * PAIRS];
+    let_pass<N_CHUNKS == 1 ? X_DELAY : HIDDEN_DELAY>();
     await(
         v, [&](int i) { return mine + (i / PAIRS * (W / 8) + slice(i % PAIRS) * 4) * 16; },
         [&](const uint4& packet) { return (packet.x & 1) == odd; });
@@ -246,28 +253,21 @@ __device__ __forceinline__ void await_slices(uint4 (&act)[N_CHUNKS][PAIRS], cons
     for (int i = 0; i < N_CHUNKS * PAIRS; i++) act[i / PAIRS][i % PAIRS] = v[i];
 }
 
-// Sums and sums of squares of this warp's slices of x, by tensor cores: ones times x, and the diagonal of x times x.
+// Sums and sums of squares of this warp's slices of x, by tensor cores: x times x above, of which the diagonal counts, and ones times x
+// below.
 __device__ __forceinline__ void note_moments(const uint4 (&act)[PAIRS], const Place& place) {
-    constexpr bool EVEN = SLICES % WARPS == 0;
-    float sums[4] = {}, even[4] = {}, odd[4] = {};
+    float sums[4] = {};
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-        if (!EVEN && warp() + i * WARPS >= SLICES) break;
-        const uint4& x = act[i];
-        multiply_add<QUANTIZED>(sums, ONES, ONES, ONES, ONES, x.x, x.y);
-        multiply_add<QUANTIZED>(sums, ONES, ONES, ONES, ONES, x.z, x.w);
-        multiply_add<QUANTIZED>(even, x.x, x.y, x.z, x.w, x.x, x.z);  // words 0 and 2 in rows 0 to 7
-        multiply_add<QUANTIZED>(odd, x.x, x.y, x.z, x.w, x.y, x.w);   // words 1 and 3 in rows 8 to 15
+        if (!EVEN && slice_of(i) >= SLICES) break;
+        multiply_add<QUANTIZED>(sums, act[i].x, ONES, act[i].y, ONES, act[i].x, act[i].y);
+        multiply_add<QUANTIZED>(sums, act[i].z, ONES, act[i].w, ONES, act[i].z, act[i].w);
     }
-    int row = lane() / 4;  // of the diagonal
-    if (row < B && lane() % 4 == row / 2) {
-        float squares = row % 2 ? even[1] + odd[3] : even[0] + odd[2];
-        place.shared.moments[place.buffer][warp()][row].y = squares;
-    }
-    if (row == 0) {
-        if (lane() * 2 < B) place.shared.moments[place.buffer][warp()][lane() * 2].x = sums[0];
-        if (lane() * 2 + 1 < B) place.shared.moments[place.buffer][warp()][lane() * 2 + 1].x = sums[1];
-    }
+    float2* to = place.shared.moments[place.buffer][warp()];
+    int row = lane() / 4, column = lane() % 4 * 2;
+    if (row < B && column == (row & ~1)) to[row].y = row % 2 ? sums[1] : sums[0];
+    if (row == 0 && column < B) to[column].x = sums[2];
+    if (row == 0 && column + 1 < B) to[column + 1].x = sums[3];
 }
 
 // Of what each warp noted. Every lane adds for itself: shuffles take longer than loads, each of which a warp's lanes share.
@@ -332,9 +332,9 @@ __device__ __forceinline__ void embed(uint4 (&act)[PAIRS], const Arguments& a, S
     int row = lane() / 4 % B;
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-        float x[8] = {};
-        int slice = warp() + i * WARPS;
-        if (slice < SLICES) embedding(x, a.embedding, a.positions, shared.rows[row], slice * 32 + lane() % 4 * 8);
+        float x[8];
+        int slice = min(slice_of(i), SLICES - 1);
+        embedding(x, a.embedding, a.positions, shared.rows[row], slice * 32 + lane() % 4 * 8);
         act[i] = pack(x);
     }
     if (warp() < B) {
@@ -346,23 +346,25 @@ __device__ __forceinline__ void embed(uint4 (&act)[PAIRS], const Arguments& a, S
 
 // ---- attention ----
 
-// 8 dimensions of a cached position's keys, or values, and what they are to be multiplied by.
-struct Eight {
-    uint4 words;  // quantized: the first two
+// Attention by tensor cores: lane 4 g + t has 16 dimensions, of the t-th two eights below, of positions g and g + 8.
+__device__ __forceinline__ int eight_of(int half) { return QUANTIZED ? lane() % 4 * 2 + half : lane() % 4 + half * 4; }
+
+// A lane's 16 dimensions of a position's keys, or values, and what they are to be multiplied by. Zeros of one that is not there.
+struct Cached {
+    uint4 words[QUANTIZED ? 1 : 2];
     float scale;
 
-    __device__ __forceinline__ void fetch(const Arguments& a, size_t head, int position) {
-        const u8* from = a.cache + head * CACHED + cached_at(position, lane() % 8);
-        if (QUANTIZED) {
-            uint2 bytes = load_cached_l2_8(from);
-            words = make_uint4(bytes.x, bytes.y, 0, 0), scale = load_cached_l2_4(a.cache_scales + head + position);
-        } else {
-            words = load_cached_l2(from);
-        }
+    __device__ __forceinline__ void fetch(const Arguments& a, size_t head, int position, bool there) {
+#pragma unroll
+        for (int half = 0; half < (QUANTIZED ? 1 : 2); half++)
+            words[half] = load_cached_l2(a.cache + head * CACHED + cached_at(position, eight_of(half)), there);
+        scale = QUANTIZED ? load_cached_l2_4(a.cache_scales + head + position, there) : 1;
     }
-    __device__ __forceinline__ float by() const { return QUANTIZED ? scale : 1; }
-    __device__ __forceinline__ void unscaled(float (&v)[8]) const {
-        unpack(v, QUANTIZED ? as_pairs(make_uint2(words.x, words.y)) : words);
+    __device__ __forceinline__ void pairs(u32 (&v)[8]) const {
+        const uint4& last = words[QUANTIZED ? 0 : 1];
+        uint4 low = QUANTIZED ? as_pairs(make_uint2(words[0].x, words[0].y)) : words[0],
+              high = QUANTIZED ? as_pairs(make_uint2(last.z, last.w)) : last;
+        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
     }
 };
 
@@ -378,16 +380,13 @@ __device__ __forceinline__ void cache_eight(const Arguments& a, size_t head, int
     }
 }
 
-// 8 dimensions a lane of the query (which = 0), the new key (1) or the new value (2) of this block's head.
-__device__ __forceinline__ void receive(float (&v)[8], const Arguments& a, int b, int which, u32 odd) {
-    const u8* from = at(a, QKV_AT + (blockIdx.x / 8 * B + b) * 48 + which * 16 + lane() % 8 * 2);
-    uint4 packets[2];
-    await(packets, [&](int i) { return from + i * 16; }, [&](const uint4& packet) { return (packet.x & 1) == odd; });
+// N eights, at eight(i), of the query (which = 0), the new key (1) or the new value (2) of this block's head.
+template <int N, class Eight>
+__device__ __forceinline__ void receive(uint4 (&packets)[N], const Arguments& a, int b, int which, u32 odd, Eight eight) {
+    const u8* from = at(a, QKV_AT + ((blockIdx.x % COPIES * H + blockIdx.x / 8) * B + b) * 24 + which * 8);
+    await(
+        packets, [&](int i) { return from + eight(i) * 16; }, [&](const uint4& packet) { return (packet.x & 1) == odd; });
     __syncwarp();
-    v[0] = __uint_as_float(packets[0].x), v[1] = __uint_as_float(packets[0].y), v[2] = __uint_as_float(packets[0].z),
-    v[3] = __uint_as_float(packets[0].w);
-    v[4] = __uint_as_float(packets[1].x), v[5] = __uint_as_float(packets[1].y), v[6] = __uint_as_float(packets[1].z),
-    v[7] = __uint_as_float(packets[1].w);
 }
 
 // The helping warp's part: the positions being fed, if they are this block's. They go into the cache, too.
@@ -396,12 +395,10 @@ __device__ __forceinline__ void attend_newest(const Arguments& a, Shared& shared
         int length = shared.rows[b].length;
         float score = -1e30f, sum = 0, v[8] = {};
         if (length / 8 % 8 == blockIdx.x % 8) {
+            uint4 packets[3];
+            receive(packets, a, b, 0, odd, [&](int i) { return i * 8 + lane() % 8; });
             float q[8], k[8];
-            receive(q, a, b, 0, odd);
-            receive(k, a, b, 1, odd);
-            receive(v, a, b, 2, odd);
-            uint4 key = pack(k), value = pack(v);
-            unpack(k, key), unpack(v, value);
+            unpack(q, packets[0]), unpack(k, packets[1]), unpack(v, packets[2]);
             score = score_of(q, k), sum = 1;
             size_t keys = head_at(a, layer, b);
             cache_eight(a, keys, length, k), cache_eight(a, keys + values_after(a), length, v);
@@ -415,50 +412,46 @@ __device__ __forceinline__ void attend_newest(const Arguments& a, Shared& shared
     sync_threads(4, THREADS + 32);
 }
 
-// A row's warps and its newest position together, for the head's other blocks, or for all blocks if it is the only row:
-// 4 dimensions a lane, half of the parts each.
+// A row's warps and its newest position together, for the head's other blocks, or for all blocks if it is the only row: 8 dimensions
+// a lane, a quarter of the parts each, and then all have all.
 __device__ __forceinline__ void share_attention(const Arguments& a, const Shared& shared, u32 odd) {
-    int row = warp(), quad = lane() % 16;
-    float2 newest = shared.part_scale[WARPS + row];
-    float top = newest.x, total = 0;
-    float4 x = make_float4(0, 0, 0, 0);
-    auto add = [&](int part, float2 scale) {
-        float weight = power_of_2(scale.x - top);
-        float4 v = *(const float4*)&shared.part[part][quad * 4];
-        total = fmaf(weight, scale.y, total);
-        x.x = fmaf(weight, v.x, x.x), x.y = fmaf(weight, v.y, x.y), x.z = fmaf(weight, v.z, x.z),
-        x.w = fmaf(weight, v.w, x.w);
-    };
-    constexpr int HALF = (SPLIT + 1) / 2;
-    int first = lane() / 16 * HALF;
-    float2 scale[HALF];
+    constexpr int EACH = (SPLIT + 3) / 4;
+    int row = warp(), eight = lane() % 8, quarter = lane() / 8;
+    auto part_of = [&](int i) { return i < SPLIT ? i * B + row : WARPS + row; };
+    float2 scale[SPLIT + 1];
+    float top = -1e30f, total = 0, x[8] = {};
 #pragma unroll
-    for (int i = 0; i < HALF; i++) {
-        scale[i] = first + i < SPLIT ? shared.part_scale[(first + i) * B + row] : make_float2(-1e30f, 0);
-        top = fmaxf(top, scale[i].x);
+    for (int i = 0; i <= SPLIT; i++) scale[i] = shared.part_scale[part_of(i)], top = fmaxf(top, scale[i].x);
+#pragma unroll
+    for (int i = 0; i <= SPLIT; i++) total = fmaf(power_of_2(scale[i].x - top), scale[i].y, total);
+#pragma unroll
+    for (int j = 0; j <= EACH; j++) {  // the last time all add the newest position, or nothing
+        int part = j < EACH ? quarter * EACH + j : SPLIT;
+        bool mine = j < EACH ? part < SPLIT : quarter == 0;
+        const float* from = shared.part[part_of(min(part, SPLIT))] + eight * 8;
+        float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
+        float weight = mine ? power_of_2(shared.part_scale[part_of(min(part, SPLIT))].x - top) : 0;
+        x[0] = fmaf(weight, low.x, x[0]), x[1] = fmaf(weight, low.y, x[1]), x[2] = fmaf(weight, low.z, x[2]),
+        x[3] = fmaf(weight, low.w, x[3]), x[4] = fmaf(weight, high.x, x[4]), x[5] = fmaf(weight, high.y, x[5]),
+        x[6] = fmaf(weight, high.z, x[6]), x[7] = fmaf(weight, high.w, x[7]);
     }
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
-#pragma unroll
-    for (int i = 0; i < HALF; i++)
-        if (first + i < SPLIT) add((first + i) * B + row, scale[i]);
-    if (lane() < 16) add(WARPS + row, newest);
     __syncwarp();
-    total += __shfl_xor_sync(~0u, total, 16);
-    x.x += __shfl_xor_sync(~0u, x.x, 16), x.y += __shfl_xor_sync(~0u, x.y, 16), x.z += __shfl_xor_sync(~0u, x.z, 16),
-        x.w += __shfl_xor_sync(~0u, x.w, 16);
-    if constexpr (B == 1) {
-        u32 low = pack_pair(x.x, x.y), high = pack_pair(x.z, x.w);
-        int first = lane() % 8 * 2;
-        uint4 packet = make_uint4(__shfl_sync(~0u, low, first), __shfl_sync(~0u, high, first),
-                                  __shfl_sync(~0u, low, first + 1), __shfl_sync(~0u, high, first + 1));
-        for (int copy = lane() / 8; copy < COPIES; copy += 4)
-            publish(at(a, PART_AT + (copy * BLOCKS + blockIdx.x) * 8 + lane() % 8), packet, odd);
+#pragma unroll
+    for (int offset = 8; offset < 32; offset *= 2)
+#pragma unroll
+        for (int d = 0; d < 8; d++) x[d] += __shfl_xor_sync(~0u, x[d], offset);
+    if constexpr (SPREAD) {
+        uint4 packet = pack(x);
+#pragma unroll
+        for (int copy = 0; copy < COPIES; copy += 4)
+            publish(at(a, PART_AT + ((copy + quarter) * BLOCKS + blockIdx.x) * 8 + eight), packet, odd);
         if (lane() < COPIES) publish(at(a, OUT_AT + lane() * BLOCKS + blockIdx.x), as_words(top, total, 0, 0), odd);
         return;
     }
     u8* to = at(a, PART_AT + (blockIdx.x * B + row) * 17);
-    uint4 packet = lane() == 16 ? as_words(top, total, 0, 0) : as_words(x.x, x.y, x.z, x.w);
-    if (lane() <= 16) publish(to + lane() * 16, packet, odd);
+    uint4 packet = quarter == 0 ? as_words(x[0], x[1], x[2], x[3]) : as_words(x[4], x[5], x[6], x[7]);
+    if (quarter < 2) publish(to + (eight * 2 + quarter) * 16, packet, odd);
+    if (lane() == 16) publish(to + 16 * 16, as_words(top, total, 0, 0), odd);
 }
 
 // This block's 8 dimensions, of the head's 8 blocks: lane = 4 * source + pair of dimensions.
@@ -491,25 +484,22 @@ __device__ __forceinline__ void combine_attention(const Arguments& a, u32 odd) {
 __device__ __forceinline__ void multiply_attention(float (&sum)[1][4], const uint4 (&weights)[2 * PAIRS],
                                                    const Arguments& a, u32 odd) {
     static_assert(PAIRS <= 4, "a lane reads one scale");
-    auto slice = [&](int i) { return min(warp() + i * WARPS, SLICES - 1); };
+    auto slice = [&](int i) { return min(slice_of(i), SLICES - 1); };
     const u8 *parts = at(a, PART_AT + (blockIdx.x % COPIES * BLOCKS + lane() / 4) * 8 + lane() % 4),
              *scales = at(a, OUT_AT + blockIdx.x % COPIES * BLOCKS + lane() % 8);
-    uint4 v[PAIRS + 1];
-    await(
-        v,
-        [&](int i) {
-            return i < PAIRS ? parts + (slice(i) / 2 * 64 + slice(i) % 2 * 4) * 16
-                             : scales + slice(min(lane() / 8, PAIRS - 1)) / 2 * 128;
-        },
-        [&](const uint4& packet) { return (packet.x & 1) == odd; });
+    uint4 v[PAIRS], scale[1];
+    auto is_wanted = [&](const uint4& packet) { return (packet.x & 1) == odd; };
+    let_pass<PART_DELAY>();
+    // the scales first, which are sent last: the rest is most of what anybody polls
+    await(scale, [&](int) { return scales + slice(min(lane() / 8, PAIRS - 1)) / 2 * 128; }, is_wanted);
     __syncwarp();
-    float peak = __uint_as_float(v[PAIRS].x), top = peak;
+    await(v, [&](int i) { return parts + (slice(i) / 2 * 64 + slice(i) % 2 * 4) * 16; }, is_wanted);
+    __syncwarp();
+    float peak = __uint_as_float(scale[0].x), total = __uint_as_float(scale[0].y), sum_of_all = total;  // by this part's measure
 #pragma unroll
-    for (int offset = 1; offset < 8; offset *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
-    float weight = power_of_2(peak - top), total = weight * __uint_as_float(v[PAIRS].y);
-#pragma unroll
-    for (int offset = 1; offset < 8; offset *= 2) total += __shfl_xor_sync(~0u, total, offset);
-    float share = __fdividef(weight, total), all = 0;
+    for (int other = 1; other < 8; other++)
+        sum_of_all = fmaf(__shfl_xor_sync(~0u, total, other), power_of_2(__shfl_xor_sync(~0u, peak, other) - peak), sum_of_all);
+    float share = sum_of_all < 1e38f ? __fdividef(1, sum_of_all) : 0, all = 0;  // nothing if it is by far the least
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         const uint4 &first = weights[2 * i], &second = weights[2 * i + 1];
@@ -524,74 +514,83 @@ __device__ __forceinline__ void multiply_attention(float (&sum)[1][4], const uin
     sum[0][2] = all + __shfl_xor_sync(~0u, all, 2);
 }
 
-// The computing warps': this block's share of a row's earlier positions; a warp takes 4 at a time, 8 lanes and 8
-// dimensions each.
+// Columns of a matrix [8 x 8], two to a word, in place of its rows.
+__device__ __forceinline__ u32 transposed(u32 words) {
+    u32 columns;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(words));
+    return columns;
+}
+
+// The computing warps': this block's share of a row's earlier positions. It owns every eighth chunk of 8; a warp takes two at a time.
 __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int layer, u32 odd) {
-    constexpr int GROUPS = BLOCK_SIZE / 32,
-                  TOGETHER = B == 2 ? 2 : 4;  // groups of 4 positions that a block owns at most
-    int rank = blockIdx.x % 8, b = warp() % B, sub = lane() / 8, length = shared.rows[b].length;
+    int b = warp() % B, length = shared.rows[b].length;
     size_t keys = head_at(a, layer, b), values = keys + values_after(a);
-    Eight key[TOGETHER], value[TOGETHER];
-    auto position = [&](int group) { return (group / 2 * 8 + rank) * 8 + group % 2 * 4 + sub; };
+    Cached key[2], value[2];
+    auto position = [&](int chunk) { return (chunk * 8 + blockIdx.x % 8) * 8 + lane() / 4; };
     auto fetch = [&](int first) {
 #pragma unroll
-        for (int j = 0; j < TOGETHER; j++) {
-            int p = position(first + j * SPLIT);
-            key[j] = value[j] = Eight{};
-            if (p < length) key[j].fetch(a, keys, p), value[j].fetch(a, values, p);
+        for (int i = 0; i < 2; i++) {
+            int p = position(first + i * SPLIT);
+            key[i].fetch(a, keys, p, p < length), value[i].fetch(a, values, p, p < length);
         }
     };
     fetch(warp() / B);
-    float q[8], peak = -1e30f, sum = 0, out[8] = {};
-    receive(q, a, b, 0, odd);
+    uint4 q[2];
+    let_pass<QUERY_DELAY>();
+    receive(q, a, b, 0, odd, [&](int i) { return eight_of(i); });
+    float peak = -1e30f, sum = 0, out[8][4] = {};
 #pragma unroll 1
     for (int first = warp() / B;;) {
-        float score[TOGETHER], highest = peak;
+        u32 k[2][8], v[2][8];
 #pragma unroll
-        for (int j = 0; j < TOGETHER; j++) {
-            float k[8];
-            key[j].unscaled(k);
-            score[j] = score_of(q, k) * key[j].by();
-            if (position(first + j * SPLIT) >= length) score[j] = -1e30f;
-            highest = fmaxf(highest, score[j]);
+        for (int i = 0; i < 2; i++) key[i].pairs(k[i]), value[i].pairs(v[i]);
+        float dots[2][4] = {};
+        multiply_add<QUANTIZED>(dots[0], k[0][0], k[1][0], k[0][1], k[1][1], q[0].x, q[0].y);
+        multiply_add<QUANTIZED>(dots[1], k[0][2], k[1][2], k[0][3], k[1][3], q[0].z, q[0].w);
+        multiply_add<QUANTIZED>(dots[0], k[0][4], k[1][4], k[0][5], k[1][5], q[1].x, q[1].y);
+        multiply_add<QUANTIZED>(dots[1], k[0][6], k[1][6], k[0][7], k[1][7], q[1].z, q[1].w);
+        float score[2], weight[2], highest = peak;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            score[i] = (dots[0][2 * i] + dots[1][2 * i]) * (SCORE_SCALE * key[i].scale);
+            if (position(first + i * SPLIT) >= length) score[i] = -1e30f;
+            highest = fmaxf(highest, score[i]);
         }
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, offset));
         float rescale = power_of_2(peak - highest);
         peak = highest, sum *= rescale;
 #pragma unroll
-        for (int d = 0; d < 8; d++) out[d] *= rescale;
-#pragma unroll
-        for (int j = 0; j < TOGETHER; j++) {
-            float weight = position(first + j * SPLIT) < length ? power_of_2(score[j] - peak) : 0, v[8];
-            value[j].unscaled(v);
-            sum += weight, weight *= value[j].by();
-#pragma unroll
-            for (int d = 0; d < 8; d++) out[d] = fmaf(weight, v[d], out[d]);
+        for (int i = 0; i < 2; i++) {
+            weight[i] = position(first + i * SPLIT) < length ? power_of_2(score[i] - peak) : 0;
+            sum += weight[i], weight[i] *= value[i].scale;
         }
-        first += SPLIT * TOGETHER;
-        if (first >= GROUPS || position(first) - sub >= length) break;
+        u32 weights[2];  // of positions 2 t, 2 t + 1 of each chunk
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            weights[i] = pack_pair(__shfl_sync(~0u, weight[i], lane() % 4 * 8), __shfl_sync(~0u, weight[i], lane() % 4 * 8 + 4));
+#pragma unroll
+        for (int d = 0; d < 8; d++) {
+            out[d][0] *= rescale, out[d][1] *= rescale;
+            multiply_add<QUANTIZED>(out[d], weights[0], 0, weights[1], 0, transposed(v[0][d]), transposed(v[1][d]));
+        }
+        first += 2 * SPLIT;
+        if (KEY_CHUNKS <= 2 * SPLIT || first >= KEY_CHUNKS || position(first) - lane() / 4 >= length) break;
         fetch(first);
     }
-    float highest = fmaxf(peak, __shfl_xor_sync(~0u, peak, 8));  // over the warp's 4 positions
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 16));
-    float rescale = power_of_2(peak - highest);
-    sum *= rescale;
-    sum += __shfl_xor_sync(~0u, sum, 8);
-    sum += __shfl_xor_sync(~0u, sum, 16);
 #pragma unroll
-    for (int d = 0; d < 8; d++) {
-        out[d] *= rescale;
-        out[d] += __shfl_xor_sync(~0u, out[d], 8);
-        out[d] += __shfl_xor_sync(~0u, out[d], 16);
-    }
-    if (sub == 0) {
-        *(float4*)&shared.part[warp()][lane() * 8] = make_float4(out[0], out[1], out[2], out[3]);
-        *(float4*)&shared.part[warp()][lane() * 8 + 4] = make_float4(out[4], out[5], out[6], out[7]);
-        if (lane() == 0) shared.part_scale[warp()] = make_float2(highest, sum);
+    for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (lane() < 4) {
+#pragma unroll
+        for (int d = 0; d < 8; d += 2)
+            *(float4*)&shared.part[warp()][eight_of(d / 4) * 8 + d % 4 * 2] =
+                make_float4(out[d][0], out[d][1], out[d + 1][0], out[d + 1][1]);
+        if (lane() == 0) shared.part_scale[warp()] = make_float2(peak, sum);
     }
     sync_threads(4, THREADS + 32);
     if (warp() < B) {
         share_attention(a, shared, odd);
-        if constexpr (B > 1) combine_attention(a, odd);
+        if constexpr (!SPREAD) combine_attention(a, odd);
     }
 }
 
@@ -602,6 +601,17 @@ __device__ __forceinline__ float2 add_to_residual(Shared& shared, float2 v) {
     x = make_float2(x.x + v.x, x.y + v.y);
     shared.residual[warp()][lane() % 4] = x;
     return x;
+}
+
+// Dealt to the computing warps.
+template <int N, class Work>
+__device__ __forceinline__ void for_each_item(Work work) {
+    if constexpr (N <= WARPS) {  // no loop: what need not wait is not held up by what must
+        if (warp() < N) work(warp());
+    } else {
+#pragma unroll 1
+        for (int item = warp(); item < N; item += WARPS) work(item);
+    }
 }
 
 // One layer. x of the first layer comes in `act`.
@@ -618,21 +628,18 @@ __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, uin
         note_moments(act[0], place);
         note_sums<0, 3>(sums, place);
         sync();
-#pragma unroll 1
-        for (int item = warp(); item < 3 * B; item += WARPS) {
+        auto publish_item = [&](int item) {
             int row = item % B, unit = item / B;
             float2 v = total_of(item, place, first_unit + unit, scale_of(place, row));
-            float x = v.x, y = v.y, z = __shfl_down_sync(~0u, x, 1), w = __shfl_down_sync(~0u, y, 1);
-            if (lane() < 4 && lane() % 2 == 0)
-                publish(at(a, QKV_AT + (blockIdx.x / 8 * B + row) * 48 + unit * 16 + blockIdx.x % 8 * 2 + lane() / 2),
-                        as_words(x, y, z, w), odd);
-        }
+            publish_columns(at(a, QKV_AT + (blockIdx.x / 8 * B + row) * 24 + unit * 8 + blockIdx.x % 8), H * B * 24 * 16, v, odd);
+        };
+        for_each_item<3 * B>(publish_item);
         place.buffer ^= 1;
     }
     attend(a, place.shared, layer, odd);
     {
         float sums[1][4] = {};
-        if constexpr (B == 1) {
+        if constexpr (SPREAD) {
             multiply_attention(sums, weights[1], a, odd);
         } else {
             await_slices<1>(act, copy_at(a, OUT_AT, W / 2), odd);
@@ -656,13 +663,13 @@ __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, uin
         note_moments(act[0], place);
         note_sums<0, 4>(sums, place);
         sync();
-#pragma unroll 1
-        for (int item = warp(); item < 4 * B; item += WARPS) {
+        auto publish_item = [&](int item) {
             int row = item % B, unit = item / B;
             float2 v = total_of(item, place, first_unit + UP_UNIT + unit, scale_of(place, row));
             v = make_float2(gelu(v.x), gelu(v.y));
             publish_columns(at(a, HIDDEN_AT + row * (W / 2) + blockIdx.x * 4 + unit), B * W * 8, v, odd);
-        }
+        };
+        for_each_item<4 * B>(publish_item);
         place.buffer ^= 1;
     }
     {
@@ -711,7 +718,12 @@ __device__ __forceinline__ void head_step(const Arguments& a, Place& place, int 
         if (a.one_book && book != book_of(a, 0, step)) continue;
 #pragma unroll 1
         for (int i = 0; i < HEAD_CYCLES * STAGES; i++) {
-            take_stage(weights, place, i % STAGES);
+            if (i < HEAD_STAGES) {
+                take_stage(weights, place, i % STAGES);
+            } else {
+                wait_for_stage(place, i % STAGES);
+                release_stage(place, i % STAGES);
+            }
             if (i % STAGES == STAGES - 1) place.cycle++;
             if (i >= HEAD_STAGES) continue;
             float sums[2][4] = {};
@@ -769,20 +781,29 @@ __device__ void draw(const Arguments& a, Shared& shared, int step, u32 number) {
                 combine(best, consider(shared.logits[b][i], shared.noise[b][i], blockIdx.x * HEAD_ROWS + i, END, row));
         best = combine_warp(best);
         u8* to = at(a, CANDIDATE_AT + (b * BLOCKS + blockIdx.x) * 2);
-        if (lane() == 0) {  // three words and the step's number in each packet
-            publish_numbered(to, __float_as_uint(best.value), best.index, 0, number);
-            publish_numbered(to + 16, __float_as_uint(best.peak), __float_as_uint(best.sum), __float_as_uint(best.end),
-                             number);
-        }
+        int copy = lane() / 2;  // three words and the step's number in each of two packets
+        if (copy < COPIES && lane() % 2 == 0)
+            publish_numbered(to + copy * (B * BLOCKS * 32), __float_as_uint(best.value), best.index, 0, number);
+        if (copy < COPIES && lane() % 2 && END >= 0)
+            publish_numbered(to + copy * (B * BLOCKS * 32) + 16, __float_as_uint(best.peak), __float_as_uint(best.sum),
+                             __float_as_uint(best.end), number);
+        constexpr int EACH = (BLOCKS + 31) / 32, N_PACKETS = END < 0 ? 1 : 2;
+        const u8* from = at(a, CANDIDATE_AT + ((blockIdx.x % COPIES * B + b) * BLOCKS + lane()) * 2);
+        uint4 v[EACH * N_PACKETS];
+        await(
+            v,
+            [&](int i) {
+                int block = BLOCKS % 32 ? min(i / N_PACKETS * 32, BLOCKS - 1 - lane()) : i / N_PACKETS * 32;
+                return from + block * 32 + i % N_PACKETS * 16;
+            },
+            [&](const uint4& packet) { return packet.w == number; });
         best = nothing();
-#pragma unroll 1
-        for (int i = lane(); i < BLOCKS; i += 32) {
-            uint4 v[2];
-            await(
-                v, [&](int j) { return at(a, CANDIDATE_AT + (b * BLOCKS + i) * 2 + j); },
-                [&](const uint4& packet) { return packet.w == number; });
-            best = combine(best, {__uint_as_float(v[0].x), (int)v[0].y, __uint_as_float(v[1].x),
-                                  __uint_as_float(v[1].y), __uint_as_float(v[1].z)});
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            uint4 first = v[i * N_PACKETS], second = v[i * N_PACKETS + N_PACKETS - 1];
+            Candidate other = {__uint_as_float(first.x), (int)first.y, __uint_as_float(second.x), __uint_as_float(second.y),
+                               __uint_as_float(second.z)};
+            if (BLOCKS % 32 == 0 || lane() + i * 32 < BLOCKS) best = combine(best, other);
         }
         __syncwarp();
         best = combine_warp(best);
@@ -838,10 +859,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
     }
     if (thread() < B) {
         const Row& row = a.rows[thread()];
-        int id = row.ids[0];
-        if (id < 0)  // -n: the n-th token of the call before, which drew it for the position before
+        int id = row.ids[0], ended = 0;
+        if (id < 0) {  // -n: the n-th token of the call before, which drew it for the position before, unless speech ended there
             id = FIRST_ID + (row.position + N_BOOKS - 1) % N_BOOKS * BOOK_SIZE + a.tokens[thread() * BLOCK_SIZE - id - 1];
-        shared.rows[thread()] = {row.length, {id, row.ids[1]}, 0, row.n_tokens > 0, 0};
+            ended = a.result[thread() * 2 + 1];
+        }
+        shared.rows[thread()] = {row.length, {id, row.ids[1]}, 0, row.n_tokens > 0 && !ended, ended};
     }
     float* partial = (float*)(memory + STAGES * STAGE_TILES * TILE);
     float* scales = partial + 2 * WARPS * STAGE_UNITS * B * 8;

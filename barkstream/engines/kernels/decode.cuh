@@ -5,6 +5,7 @@
 
 constexpr int W = WIDTH, H = N_HEADS, B = N_ROWS, BLOCKS = 8 * H, WARPS = 8, THREADS = WARPS * 32;
 constexpr int SLICES = W / 32, PAIRS = (SLICES + WARPS - 1) / WARPS;  // slices of k, 32 wide, and how many a warp takes
+constexpr bool EVEN = SLICES % WARPS == 0;
 constexpr int UNIT = 8 * W * BITS / 8;  // the bytes of 8 rows of W weights
 // The units of a block b = 8 * head + rank, in their order in memory (`pack_units` of fused.py)
 constexpr int OUT_UNIT = 3, UP_UNIT = 4, DOWN_UNIT = 8, LAYER_UNITS = 12, HEAD_UNITS = 2 * HEAD_TILES;
@@ -24,11 +25,15 @@ __device__ __forceinline__ uint4 as_pairs(uint2 bytes) {
                       bytes_as_f16(bytes.y, BYTES_23));
 }
 
-// 8 weights of a row, which lane `i` of a slice has of the unit that lies at `unit`.
+constexpr int WEIGHT_BYTES = BITS;  // of the 8 weights that a lane has of a row and slice
+// 8 weights of a row, the i-th such eight from `unit` on. AS_RAISED: quantized ones are left so, which takes half the instructions.
+template <bool AS_RAISED = false>
 __device__ __forceinline__ uint4 weights_at(const u8* unit, int i) {
-    if (!QUANTIZED) return *(const uint4*)(unit + i * 16);
-    uint2 bytes = *(const uint2*)(unit + i * 8);
-    return as_pairs(bytes);
+    if (!QUANTIZED) return *(const uint4*)(unit + i * WEIGHT_BYTES);
+    uint2 bytes = *(const uint2*)(unit + i * WEIGHT_BYTES);
+    if (!AS_RAISED) return as_pairs(bytes);
+    return make_uint4(bytes_raised(bytes.x, BYTES_01), bytes_raised(bytes.x, BYTES_23), bytes_raised(bytes.y, BYTES_01),
+                      bytes_raised(bytes.y, BYTES_23));
 }
 
 // Where the positions of a row and of this block's head begin in the cache, counted in positions; their values'
@@ -58,6 +63,9 @@ __device__ __forceinline__ int lane() {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(l));
     return l;
 }
+// A warp's i-th slice of k: neighbours, so that it reads whole lines of what blocks exchange; if they don't come out even, every
+// WARPS-th one, and there may be none.
+__device__ __forceinline__ int slice_of(int i) { return EVEN ? warp() * PAIRS + i : warp() + i * WARPS; }
 __device__ __forceinline__ void sync() { sync_threads(1, THREADS); }
 
 // ---- 16 bytes at once, written and read by different blocks ----
@@ -88,7 +96,9 @@ __device__ __forceinline__ uint4 peek(const u8* from) {
 
 constexpr u32 PATIENCE = 1u << 23;  // polls: a wait of seconds means that a block died; an error is better than a hang
 
-// Polls N packets, at address(i), until all of them are wanted.
+// Polls N packets, at address(i), until all of them are wanted. Polls hold up the packets that they are after, and each other's: so
+// callers first let a while pass in which nothing can come (`let_pass`, the cycles found by trying), and never poll more lines of 128
+// bytes than they must.
 template <int N, class Address, class Wanted>
 __device__ __forceinline__ void await(uint4 (&v)[N], Address address, Wanted wanted) {
     bool ready;
@@ -124,7 +134,13 @@ __device__ __forceinline__ float power_of_2(float x) {
     return y;
 }
 
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
+// x (1 + erf(x / sqrt 2)) / 2; erf by Abramowitz and Stegun's 7.1.26, which is off by less than 2e-7 and has no branches, as erff has.
+__device__ __forceinline__ float gelu(float x) {
+    float y = fabsf(x) * 0.70710678f, t = __fdividef(1, fmaf(0.3275911f, y, 1));
+    float sum = fmaf(fmaf(fmaf(fmaf(1.061405429f, t, -1.453152027f), t, 1.421413741f), t, -0.284496736f), t, 0.254829592f);
+    float tail = sum * t * power_of_2(y * y * -1.44269504f);  // 1 - erf(y)
+    return 0.5f * (x + fabsf(x) * (1 - tail));
+}
 
 constexpr float SCORE_SCALE = 0.125f * 1.44269504f;  // 1 / sqrt(64), to base 2
 
@@ -144,6 +160,18 @@ __device__ __forceinline__ void embedding(float (&x)[N], const u16* table, const
                                           int column) {
     const u16 *first = table + (size_t)row.ids[0] * W + column, *second = table + (size_t)row.ids[1] * W + column;
     const float* position = positions + (size_t)row.length * W + column;
+    if constexpr (N == 8) {
+        uint4 one = *(const uint4*)first, other = *(const uint4*)second;
+        float4 low = *(const float4*)position, high = *(const float4*)(position + 4);
+        float p[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        u32 ones[4] = {one.x, one.y, one.z, one.w}, others[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            x[i] = low_bf16(ones[i / 2]) + low_bf16(others[i / 2]) + p[i];
+            x[i + 1] = high_bf16(ones[i / 2]) + high_bf16(others[i / 2]) + p[i + 1];
+        }
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
         u32 one = *(const u32*)(first + i), other = *(const u32*)(second + i);

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from barkstream.engines import Head
-from barkstream.engines.kernels import Kernel, build
+from barkstream.engines.kernels import Kernel, build, quickest_place
 from barkstream.engines.kernels.weights import GPTWeights, LayerWeights
 from barkstream.tokens import GPTSize
 
@@ -134,6 +134,12 @@ class FusedDecoder:
             logits.copy_(last_logits[: len(rows)])
         return variant.tokens, variant.result
 
+    def settle(self, rows: Sequence[RowArguments]) -> None:
+        """Find a quick place for what the blocks exchange when so many rows are decoded, by decoding these."""
+        self.decode(rows)
+        variant = self._variants[next(n for n in ROW_COUNTS if n >= len(rows))]
+        quickest_place(variant.packets, variant.use, lambda: self.decode(rows))
+
     def results(self, n_rows: int) -> tuple[Tensor, Tensor]:
         """Where `decode` of so many rows leaves what it returns."""
         n_rows = next(n for n in ROW_COUNTS if n >= n_rows)
@@ -163,7 +169,8 @@ class _Variant:
         ).kernel("decode", stages + 2 * partials + decoder._units.scale_bytes, cooperative=True)
         blocks = decoder._n_blocks
         parts = COPIES * 8 if n_rows == 1 else 17  # packets of a block and row, of attention
-        packets = size.n_heads * 48 + blocks * (parts + 2 + head_tiles * 8) + COPIES * width * 7 // 8
+        packets = COPIES * size.n_heads * 24 + blocks * (parts + COPIES * 2 + head_tiles * 8) + COPIES * width * 7 // 8
+        # Between launches what they hold is as good as zero.
         self.packets = torch.zeros(n_rows * packets, 2, dtype=torch.int64, device="cuda")
         self.tokens = torch.zeros(n_rows, size.block_size, dtype=torch.int32, device="cuda")
         self.result = torch.zeros(n_rows, 2, dtype=torch.int32, device="cuda")
@@ -179,6 +186,10 @@ class _Variant:
             result=self.result.data_ptr(),
             n_slots=decoder._cache.n_slots,
         )
+
+    def use(self, packets: Tensor) -> None:
+        """In place of those so far."""
+        self.packets, self.arguments.packets = packets, packets.data_ptr()
 
 
 def _arguments(n_rows: int) -> type[ctypes.Structure]:

@@ -33,10 +33,16 @@ __device__ __forceinline__ u32 pack_f16(float low, float high) {
 }
 
 // ---- bytes 0 to 255, which mean -128 to 127 ----
-// Two of a word's bytes as f16: 0x64 above a byte makes 1024 + byte. selector: as prmt's, of {word, four times 0x64}.
-__device__ __forceinline__ u32 bytes_as_f16(u32 word, u32 selector) {
+// Two of a word's bytes as f16, each RAISED by as much: 0x64 above a byte makes 1024 + byte. selector: as prmt's, of {word, four times
+// 0x64}.
+constexpr float RAISED = 1024 + 128;
+__device__ __forceinline__ u32 bytes_raised(u32 word, u32 selector) {
     u32 pair;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(pair) : "r"(word), "r"(0x64646464u), "r"(selector));
+    return pair;
+}
+__device__ __forceinline__ u32 bytes_as_f16(u32 word, u32 selector) {
+    u32 pair = bytes_raised(word, selector);
     asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x64806480u));
     return pair;
 }
@@ -128,24 +134,42 @@ __device__ __forceinline__ void copy_once_to_shared(void* to, const void* from, 
 }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+__device__ __forceinline__ u32 clock_cycles() {
+    u32 cycles;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(cycles)::"memory");
+    return cycles;
+}
+// Lets N cycles pass, and touches no memory.
+template <int N>
+__device__ __forceinline__ void let_pass() {
+    if constexpr (N > 0)
+        for (u32 start = clock_cycles(); clock_cycles() - start < N;);
+}
+
 // ---- a named barrier of some of a block's warps ----
 __device__ __forceinline__ void sync_threads(u32 id, u32 n_threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
-__device__ __forceinline__ uint4
-load_cached_l2(const void* p) {  // not through L1, which other blocks' stores don't reach
-    uint4 v;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+// Not through L1, which other blocks' stores don't reach. If not `there`: zeros, and no branch.
+__device__ __forceinline__ uint4 load_cached_l2(const void* p, bool there = true) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %5, 0;\n@there ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+                 : "l"(p), "r"((int)there));
     return v;
 }
-__device__ __forceinline__ uint2 load_cached_l2_8(const void* p) {
-    uint2 v;
-    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+__device__ __forceinline__ uint2 load_cached_l2_8(const void* p, bool there) {
+    uint2 v = make_uint2(0, 0);
+    asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %3, 0;\n@there ld.global.cg.v2.u32 {%0, %1}, [%2];\n}"
+                 : "+r"(v.x), "+r"(v.y)
+                 : "l"(p), "r"((int)there));
     return v;
 }
-__device__ __forceinline__ float load_cached_l2_4(const void* p) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
+__device__ __forceinline__ float load_cached_l2_4(const void* p, bool there) {
+    float v = 0;
+    asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %2, 0;\n@there ld.global.cg.f32 %0, [%1];\n}"
+                 : "+f"(v)
+                 : "l"(p), "r"((int)there));
     return v;
 }

@@ -65,13 +65,15 @@ __device__ __forceinline__ Candidate combine(const Candidate& a, const Candidate
     c.value = first ? a.value : b.value;
     c.index = first ? a.index : b.index;
     c.peak = fmaxf(a.peak, b.peak);
-    c.sum = (a.sum > 0 ? a.sum * expf(a.peak - c.peak) : 0.f) + (b.sum > 0 ? b.sum * expf(b.peak - c.peak) : 0.f);
+    // nothing() counts as 0 times 1, whose peak may be that of both
+    c.sum = a.sum * (a.peak == c.peak ? 1.f : __expf(a.peak - c.peak)) + b.sum * (b.peak == c.peak ? 1.f : __expf(b.peak - c.peak));
     c.end = fmaxf(a.end, b.end);
     return c;
 }
 
-__device__ __forceinline__ Candidate combine_warp(Candidate c) {
-#pragma unroll
+// Not inlined, nor unrolled: what runs once a step comes out of memory, instruction by instruction.
+__device__ __noinline__ Candidate combine_warp(Candidate c) {
+#pragma unroll 1
     for (int offset = 16; offset; offset /= 2) {
         Candidate other = {__shfl_xor_sync(~0u, c.value, offset), __shfl_xor_sync(~0u, c.index, offset),
                            __shfl_xor_sync(~0u, c.peak, offset), __shfl_xor_sync(~0u, c.sum, offset),

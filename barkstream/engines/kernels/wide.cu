@@ -20,10 +20,11 @@
 
 constexpr int POSITIONS = UNIT / (2 * CACHED);           // whose keys and values fill a stage: as much as a unit of weights,
 constexpr int STAGE_BYTES = UNIT + (QUANTIZED ? POSITIONS * 8 : 0);  // and, behind them, their scales
-constexpr int PART = B == 8 ? 8 : B / 2;                 // rows that go through a phase together
+constexpr int PART = B <= (QUANTIZED ? 16 : 8) ? B : B / 2;  // rows that go through a phase together
 constexpr int TEAM = 2, TEAMS = WARPS / TEAM;            // warps that take a stage of keys and values together
 constexpr int SHARE = B / 8;                             // rows whose attention a block computes
 constexpr int PADDED = BLOCKS * HEAD_UNITS * 8;          // logits of a row
+constexpr int UP_DELAY = 500, NEWEST_DELAY = B < 32 ? 600 : 1200;  // cycles before a block looks for what others have said
 constexpr int HEAD_GROUP = HEAD_UNITS % 4 == 0 ? 4 : 2;  // units of the head that are multiplied together
 
 struct Arguments {
@@ -183,19 +184,19 @@ __device__ __forceinline__ void publish_halves(u8* to, const float4& v, u32 turn
 __device__ __forceinline__ bool is_of(const uint4& packet, u32 turn) { return ((packet.x ^ turn) & 1) == 0; }
 
 // Does this warp have an i-th slice of k?
-__device__ __forceinline__ bool has_slice(int i) { return SLICES % WARPS == 0 || warp() + i * WARPS < SLICES; }
+__device__ __forceinline__ bool has_slice(int i) { return EVEN || slice_of(i) < SLICES; }
 
 // Loads activations of this warp's slices for 8 N rows, from row `first` on: packets of everybody, ready or not.
 // x: [B][n_columns]
 template <int N>
 __device__ __forceinline__ void load_rows(uint4 (&act)[N][PAIRS], const u8* x, int n_columns, int first) {
-    const u8* mine = x + ((size_t)(first + lane() / 4) * n_columns + warp() * 32 + lane() % 4 * 8) * 2;
+    const u8* mine = x + ((size_t)(first + lane() / 4) * n_columns + slice_of(0) * 32 + lane() % 4 * 8) * 2;
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             act[n][i] = make_uint4(0, 0, 0, 0);
-            if (has_slice(i)) act[n][i] = peek(mine + (n * 8 * n_columns + i * WARPS * 32) * 2);
+            if (has_slice(i)) act[n][i] = peek(mine + (n * 8 * n_columns + i * (EVEN ? 1 : WARPS) * 32) * 2);
         }
 }
 
@@ -219,7 +220,7 @@ __device__ __forceinline__ void await_rows(uint4 (&act)[N][PAIRS], const u8* x, 
 // would keep L2 busy. part, row: which of the slice's 4 packets, of which row.
 __device__ __forceinline__ void probe_rows(const u8* x, int n_columns, int row, int part, u32 turn) {
     if (lane() / 8 < PAIRS && has_slice(lane() / 8)) {
-        const u8* from = x + ((size_t)row * n_columns + (warp() + lane() / 8 * WARPS) * 32 + part * 8) * 2;
+        const u8* from = x + ((size_t)row * n_columns + slice_of(lane() / 8) * 32 + part * 8) * 2;
         uint4 packet[1];
         await(
             packet, [&](int) { return from; }, [&](const uint4& packet) { return is_of(packet, turn); });
@@ -239,28 +240,34 @@ __device__ __forceinline__ void multiply(Place& place, const uint4 (&act)[N][PAI
     constexpr int TILES = (N_UNITS + 1) / 2;
 #pragma unroll
     for (int i = 0; i < N_UNITS; i++) wait_for_stage(place, i);
+    constexpr bool AS_RAISED = QUANTIZED && (MOMENTS || N_UNITS > 1);  // then moments tell by how much sums are too large
     float sums[TILES][N][4] = {}, moments[N][4] = {};
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-        if (SLICES % WARPS && warp() + i * WARPS >= SLICES) break;
-        int at = (warp() + i * WARPS) * 32 + lane();
+        if (!has_slice(i)) break;
+        int at = slice_of(i) * 32 + lane();
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            uint4 upper = weights_at(stage_at(place, 2 * t), at), lower = make_uint4(0, 0, 0, 0);
-            if (2 * t + 1 < N_UNITS) lower = weights_at(stage_at(place, 2 * t + 1), at);
+            uint4 upper = weights_at<AS_RAISED>(stage_at(place, 2 * t), at), lower = make_uint4(0, 0, 0, 0);
+            if (2 * t + 1 < N_UNITS) lower = weights_at<AS_RAISED>(stage_at(place, 2 * t + 1), at);
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 multiply_add<QUANTIZED>(sums[t][n], upper.x, lower.x, upper.y, lower.y, act[n][i].x, act[n][i].y);
                 multiply_add<QUANTIZED>(sums[t][n], upper.z, lower.z, upper.w, lower.w, act[n][i].z, act[n][i].w);
             }
         }
-        if (MOMENTS)  // x times x above, of which the diagonal counts, and ones times x below
+        if (MOMENTS || AS_RAISED)  // x times x above, of which the diagonal counts, and ones times x below
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 multiply_add<QUANTIZED>(moments[n], act[n][i].x, ONES, act[n][i].y, ONES, act[n][i].x, act[n][i].y);
                 multiply_add<QUANTIZED>(moments[n], act[n][i].z, ONES, act[n][i].w, ONES, act[n][i].z, act[n][i].w);
             }
     }
+    if (AS_RAISED)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < TILES * 4; i++) sums[i / 4][n][i % 4] -= RAISED * moments[n][2 + i % 2];
     if (last) release_stages(place, N_UNITS);
     if (first == 0) sync();  // the sums before have been read
     int column = lane() / 4, row = first + lane() % 4 * 2;
@@ -323,10 +330,11 @@ __device__ __forceinline__ void for_each_half(int first, Work work) {
 
 // One phase: N_UNITS units times x [B][n_columns], packets of a turn; then `work` for each half of a unit and row. Rows
 // go through in parts: while one part is worked on, what others make of the part before arrives.
-template <int N_UNITS, bool MOMENTS, class Work>
+template <int N_UNITS, bool MOMENTS, int DELAY = 0, class Work>
 __device__ __forceinline__ void phase(Place& place, const u8* x, int n_columns, u32 turn, int probed_row,
                                       int probed_part, Work work) {
     uint4 act[PART / 8][PAIRS];
+    let_pass<DELAY>();
     probe_rows(x, n_columns, probed_row, probed_part, turn);
     load_rows(act, x, n_columns, 0);
 #pragma unroll 1
@@ -357,6 +365,7 @@ __device__ __forceinline__ void fetch_newest(const Arguments& a, Place& place, i
     static_assert(SHARE * 24 <= THREADS);
     int i = thread() / 24, which = thread() / 8 % 3, part = thread() % 8, row = row_of(a, min(i, SHARE - 1));
     uint4 packet[1] = {};
+    let_pass<NEWEST_DELAY>();
     if (i < SHARE) {
         const u8* from = a.qkv + ((size_t)(which * B + row) * W + blockIdx.x / 8 * 64 + part * 8) * 2;
         await(
@@ -380,8 +389,8 @@ __device__ __forceinline__ void fetch_newest(const Arguments& a, Place& place, i
     sync();
 }
 
-// 8 positions' scores of this warp, two a lane; all 16 rows of the left operand are the same query.
-__device__ __forceinline__ float2 scores_of(const u32 (&q)[8], const u8* keys, int row, int position) {
+// 8 positions' scores of this warp, two a lane; all 16 rows of the left operand are the same query. excess: what raised keys add.
+__device__ __forceinline__ float2 scores_of(const u32 (&q)[8], const u8* keys, int row, int position, float excess) {
     float sums[2][4] = {};
     u32 k[QUANTIZED ? 1 : 2][4];
 #pragma unroll
@@ -389,14 +398,14 @@ __device__ __forceinline__ float2 scores_of(const u32 (&q)[8], const u8* keys, i
         load_matrices(k[i], shared_address(keys) + row * CACHED + cached_piece(position, i * 4 + lane() / 8) * 16);
 #pragma unroll
     for (int i = 0; i < 4; i++) {  // of 16 dimensions; bytes 4 t ... of a piece are its columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9
-        u32 first = QUANTIZED ? bytes_as_f16(k[0][i], BYTES_01) : k[i / 2 % 2][i % 2 * 2],
-            second = QUANTIZED ? bytes_as_f16(k[0][i], BYTES_23) : k[i / 2 % 2][i % 2 * 2 + 1];
+        u32 first = QUANTIZED ? bytes_raised(k[0][i], BYTES_01) : k[i / 2 % 2][i % 2 * 2],
+            second = QUANTIZED ? bytes_raised(k[0][i], BYTES_23) : k[i / 2 % 2][i % 2 * 2 + 1];
         multiply_add<QUANTIZED>(sums[i % 2], q[2 * i], q[2 * i], q[2 * i + 1], q[2 * i + 1], first, second);
     }
-    return make_float2((sums[0][0] + sums[1][0]) * SCORE_SCALE, (sums[0][1] + sums[1][1]) * SCORE_SCALE);
+    return make_float2((sums[0][0] + sums[1][0] - excess) * SCORE_SCALE, (sums[0][1] + sums[1][1] - excess) * SCORE_SCALE);
 }
 
-// out += powers of 8 positions, two a lane, times their values.
+// out += powers of 8 positions, two a lane, times their values (raised, if they are bytes).
 __device__ __forceinline__ void add_values(float (&out)[8][4], u32 powers, const u8* values, int row, int position) {
     u32 v[QUANTIZED ? 1 : 2][4];
 #pragma unroll
@@ -405,7 +414,7 @@ __device__ __forceinline__ void add_values(float (&out)[8][4], u32 powers, const
 #pragma unroll
     for (int d = 0; d < 8; d++)
         multiply_add_8<QUANTIZED>(out[d], powers,
-                                  QUANTIZED ? bytes_as_f16(v[0][d / 2], d % 2 ? BYTES_13 : BYTES_02)
+                                  QUANTIZED ? bytes_raised(v[0][d / 2], d % 2 ? BYTES_13 : BYTES_02)
                                             : v[d / 4 % 2][d % 4]);
 }
 
@@ -432,7 +441,11 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
 #pragma unroll
     for (int k = 0; k < 8; k++)
         q[k] = query[QUANTIZED ? k / 2 * 8 + lane() % 4 * 2 + k % 2 : k * 4 + lane() % 4];
-    float out[8][4] = {}, peak = -1e30f, sum = 0;
+    // Bytes go in raised. What that adds to scores, and to sums of values: RAISED times the query's sum, and times that of the powers.
+    float out[8][4] = {}, peak = -1e30f, sum = 0, of_query[4] = {}, of_powers[4] = {};
+    if (QUANTIZED)
+#pragma unroll
+        for (int k = 0; k < 8; k += 2) multiply_add<QUANTIZED>(of_query, q[k], q[k], q[k + 1], q[k + 1], ONES, ONES);
     if (me == WARPS - 1) {  // the newest position is one warp's, always the same
         float eight[2][8];
         unpack(eight[0], newest[0][lane() % 8]), unpack(eight[1], newest[1][lane() % 8]);
@@ -457,7 +470,7 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
         float higher = -1e30f;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            score[tile] = scores_of(q, stage, row(tile), first + row(tile));
+            score[tile] = scores_of(q, stage, row(tile), first + row(tile), RAISED * of_query[0]);
             int mine = begin(tile) + lane() % 4 * 2;
             if (QUANTIZED) {
                 float2 by = *(const float2*)(stage + UNIT + mine * 4);
@@ -473,6 +486,7 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
             peak = higher, sum *= rescale;
 #pragma unroll
             for (int d = 0; d < 8; d++) out[d][0] *= rescale, out[d][1] *= rescale;
+            of_powers[0] *= rescale;
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
@@ -483,6 +497,7 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
                 float2 by = *(const float2*)(stage + UNIT + (POSITIONS + mine) * 4);
                 x = mine < n ? x * by.x : 0, y = mine + 1 < n ? y * by.y : 0;
             }
+            if (QUANTIZED) multiply_add_8<QUANTIZED>(of_powers, pack_pair(x, y), ONES);
             add_values(out, pack_pair(x, y), stage + UNIT / 2, row(tile), first + row(tile));
         }
         __syncwarp();
@@ -491,6 +506,9 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
     place.n_taken += (length + POSITIONS - 1) / POSITIONS;
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
+    if (QUANTIZED)
+#pragma unroll
+        for (int i = 0; i < 16; i++) out[i / 2][i % 2] -= RAISED * of_powers[0];
     if (lane() < 4) {
         float* to = place.partial + (i * WARPS + me) * 64;
 #pragma unroll
@@ -580,7 +598,7 @@ __device__ __forceinline__ void layer_step(const Arguments& a, Place& place, int
         float4 v = scaled(place, total_of(place, 0, row, half), first_unit + OUT_UNIT, half);
         add_to_residual(place, a.middle, v, row, half, place.turn);
     });
-    phase<4, true>(place, a.middle, W, place.turn, probed, part, [&](int unit, int row, int half) {
+    phase<4, true, UP_DELAY>(place, a.middle, W, place.turn, probed, part, [&](int unit, int row, int half) {
         float4 v = normed_total_of(place, first_unit + UP_UNIT, unit, row, half);
         publish_halves(a.hidden + ((size_t)row * (4 * W) + blockIdx.x * 32 + unit * 8) * 2,
                        make_float4(gelu(v.x), gelu(v.y), gelu(v.z), gelu(v.w)), place.turn);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from barkstream.engines import Head
-from barkstream.engines.kernels import Kernel, build
+from barkstream.engines.kernels import Kernel, build, quickest_place
 from barkstream.engines.kernels.fused import KVCache, RowArguments, Units, kernel_constants, n_head_tiles, pointer
 from barkstream.engines.kernels.weights import GPTWeights
 from barkstream.tokens import GPTSize
@@ -18,7 +18,7 @@ from barkstream.tokens import GPTSize
 ROW_COUNTS = (8, 16, 32, 64)
 N_WARPS, N_TEAMS = 8, 4
 MAX_SHARED_BYTES = 227 << 10  # of a block, compute capability 9.0
-WEIGHTS_IN_FLIGHT, KEYS_IN_FLIGHT = 16 << 10, 32 << 10  # bytes of a block's stream that are on their way at once
+WEIGHTS_IN_FLIGHT = 16 << 10  # bytes of a block's stream that are on their way at once
 MAX_STAGES = 24
 
 
@@ -42,6 +42,12 @@ class WideDecoder:
             logits.copy_(variant.logits[: len(rows), : self._head.size])
         return variant.tokens, variant.result
 
+    def settle(self, rows: Sequence[RowArguments]) -> None:
+        """As FusedDecoder.settle."""
+        self.decode(rows)
+        variant = self._variants[next(n for n in ROW_COUNTS if n >= len(rows))]
+        quickest_place(variant.news, variant.use, lambda: self.decode(rows))
+
 
 class _Variant:
     """The kernel for one number of rows, with the memory that it works on."""
@@ -63,7 +69,7 @@ class _Variant:
             HEAD_TILES=tiles,
             STAGES=n_stages,
             WEIGHTS_IN_FLIGHT=min(max(WEIGHTS_IN_FLIGHT // unit_bytes, 1), n_stages - 1),
-            KEYS_IN_FLIGHT=min(max(KEYS_IN_FLIGHT // unit_bytes, 1), n_stages - N_TEAMS),
+            KEYS_IN_FLIGHT=min(max(_keys_in_flight(bits, n_rows) // unit_bytes, 1), n_stages - N_TEAMS),
             **kernel_constants(size, head, bits),
         ).kernel("decode", n_stages * stage_bytes + sums_bytes + scale_bytes, cooperative=True)
 
@@ -79,7 +85,8 @@ class _Variant:
         sizes = dict(x=1, middle=1, qkv=3, attended=1, hidden=4)
         sizes = {name: n * row_bytes for name, n in sizes.items()}
         sizes |= dict(exchange=self._n_blocks * 4 * 2 * n_rows * 16, drawn=n_rows * 16, logits_ready=self._n_blocks * 4)
-        self._news = zeros(sum(sizes.values()), dtype=torch.uint8)
+        self._sizes = sizes
+        self.news = zeros(sum(sizes.values()), dtype=torch.uint8)
         self._buffers = dict(
             weights=decoder._units.words,
             embedding=decoder._weights.embedding,
@@ -87,7 +94,7 @@ class _Variant:
             scales=decoder._units.scales,
             cache=decoder._cache.values,
             cache_scales=decoder._cache.scales,
-            **dict(zip(sizes, self._news.split(list(sizes.values())), strict=True)),
+            **self._parts(self.news),
             logits=self.logits,
             noise=self.noise,
             tokens=self.tokens,
@@ -99,6 +106,15 @@ class _Variant:
         pointers = {name: pointer(buffer) for name, buffer in self._buffers.items()}
         self._arguments = layout(**pointers, n_slots=decoder._cache.n_slots)
 
+    def _parts(self, news: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._sizes, news.split(list(self._sizes.values())), strict=True))
+
+    def use(self, news: Tensor) -> None:
+        """In place of those so far."""
+        self.news = news
+        for name, part in self._parts(news).items():
+            setattr(self._arguments, name, part.data_ptr())
+
     def launch(self, rows: Sequence[RowArguments]) -> None:
         """As many steps as the longest row wants. Asynchronous."""
         arguments = self._arguments
@@ -106,9 +122,14 @@ class _Variant:
         arguments.one_book = len({row.position % self._n_codebooks for row in rows}) == 1
         arguments.order[:] = deal_rows([row.length if row.n_tokens else 0 for row in rows])
         arguments.rows[:] = rows
-        self._news.zero_()
+        self.news.zero_()
         stream = torch.cuda.current_stream().cuda_stream
         self._kernel.launch((self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], stream)
+
+
+def _keys_in_flight(bits: int, n_rows: int) -> int:
+    """Bytes of keys and values that are on their way at once. Few where they are not what limits: what blocks poll waits behind them."""
+    return 16 << 10 if bits == 8 and n_rows <= 16 else 32 << 10
 
 
 def deal_rows(lengths: Sequence[int]) -> list[int]:
