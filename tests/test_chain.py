@@ -323,6 +323,24 @@ def test_a_long_call_gives_way_to_who_waits_for_a_turn(alone):
     assert not waiting.is_alive() and engine.n_pieces[0] < 5 and sum(engine.n_pieces) == 5 and False in engine.may
 
 
+@pytest.mark.parametrize("wish", ["a call", "an errand"])
+def test_a_long_call_gives_way_to_what_its_own_stage_is_asked_for(alone, wish):
+    engine = alone.engine
+    engine.gate = threading.Semaphore(0)
+    long = alone.submit([chain_of(5)])[0]
+    engine.gate.release()
+    while not engine.may:
+        time.sleep(0.001)
+    short = alone.submit([chain_of(1, stream=2)])[0] if wish == "a call" else alone.between(lambda: 7)
+    engine.gate.release()  # the piece that was begun before; the rest waits for the gate
+    if wish == "an errand":
+        assert short.result(timeout=10) == 7
+    engine.gate.release(100)
+    assert len(short.result(timeout=10).tokens) == 10 if wish == "a call" else True
+    assert len(long.result(timeout=10).tokens) == 50
+    assert engine.n_pieces[0] == 2 and (wish == "an errand" or len(engine.batches[2]) == 2)
+
+
 def test_a_long_call_that_is_left_ends_with_the_piece_under_way(alone):
     engine = alone.engine
     engine.gate = threading.Semaphore(0)

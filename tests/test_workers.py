@@ -268,6 +268,30 @@ def test_the_next_turn_begins_before_the_work_is_over_and_no_third_one():
     assert over["second"] > over["first"]
 
 
+def test_work_goes_on_only_while_nobody_else_waits():
+    turns, had, over = Turns(), threading.Event(), threading.Event()
+
+    def other():
+        with turns.turn(lambda: 0) as turn:
+            turn.launched(0.0)
+            had.set()
+            over.wait(timeout=5)
+
+    with ThreadPoolExecutor(1) as pool, turns.turn(lambda: 1) as turn:
+        assert not turn.extended(1.0), "it has not been launched"
+        turn.launched(0.0)
+        over_at_s = turn.over_at_s
+        assert turn.extended(0.2) and turn.extended(0.2)
+        assert turn.over_at_s == pytest.approx(over_at_s + 0.4, abs=0.1)
+        pool.submit(other)
+        while not turns._waiting:
+            time.sleep(0.001)
+        assert not turn.extended(0.2)
+        assert had.wait(timeout=5)  # shortly before the work is over
+        assert not turn.extended(0.2), "another is under way"
+        over.set()
+
+
 def test_two_at_most_are_under_way():
     turns, under_way, most = Turns(), [], []
 

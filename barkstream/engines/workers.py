@@ -304,10 +304,16 @@ class CausalWorker(Worker[Row, Generation]):
     def _start_long(
         self, start_alone: StartAlone, pending: _Pending[Row, Generation], turn: Turn
     ) -> Finish[Generation]:
-        """Piece after piece for as long as nobody else wants the GPU, which then never waits for us."""
+        """Piece after piece for as long as nobody else wants the GPU, or this worker: so the GPU never waits for us."""
         prefill_s = self._prefill_s(1) if pending.call.chain else 0.0  # of the next window
         piece_s = self._n_piece * self._step_s(1) + prefill_s
-        return start_alone(pending.call, self._n_piece, lambda: not pending.is_left and turn.extended(piece_s))
+
+        def goes_on() -> bool:
+            with self._changed:
+                is_wanted = pending.is_left or self._waiting or self._errands or self._is_closed
+            return not is_wanted and turn.extended(piece_s)
+
+        return start_alone(pending.call, self._n_piece, goes_on)
 
     def _takes_s(self, batch: Sequence[_Pending[Row, Generation]]) -> float:
         n_new = sum(self._held.get(each.call.stream) != len(each.call.ids) for each in batch)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import c_int, c_void_p
 
 import numpy as np
@@ -200,17 +202,32 @@ def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)
+    pool = graph_pool(device).pool()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_pool(device).pool(), stream=stream, capture_error_mode="thread_local"):
+    with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage is collected before, not during: graphs that a collection destroys, those of an engine that is no more, may end a
+    capture with an error."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @functools.cache
 def graph_pool(device: int) -> torch.cuda.CUDAGraph:
     """A graph that keeps the memory which all share: PyTorch gives a pool up with its last graph, for good."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"):
+    with _no_collection(), torch.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"):
         torch.zeros(1, device="cuda")
     return graph
 
