@@ -15,11 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,24 +24,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "pretended")]
 
 from pretended_engines import COSTS, GPU, SAID  # noqa: E402
 from random_checkpoint import write_repository  # noqa: E402
+from served_load import drive, setting, with_parameters  # noqa: E402
 
 from barkstream.server import MODEL_REPOSITORY, Server, prepend  # noqa: E402
-
-STAGES = "semantic", "coarse", "fine", "codec"
-REQUESTS = [
-    "--text",
-    "medium",
-    "--max-seconds",
-    "10",
-    "--voice",
-    "random",
-    "--warmup",
-    "2",
-    "--model",
-    "large",
-    "--gpu",
-    "pretended",
-]
 
 
 def main() -> int:
@@ -61,25 +43,9 @@ def main() -> int:
     with Server(arguments.repository) as server:
         if SAID not in server.log_text:
             raise SystemExit("the stages' process did not get the pretended engines: what it runs is not known")
-        before = counters(server.metrics_url)
-        command = [sys.executable, HERE / "load_test.py", "--url", server.grpc_url, *REQUESTS]
-        ran = subprocess.run([*command, *(word for word in load if word != "--")], stdout=subprocess.PIPE, text=True)
-        done = {name: value - before.get(name, 0.0) for name, value in counters(server.metrics_url).items()}
-    if ran.returncode:
-        return ran.returncode  # it has said why
-    *lines, last = ran.stdout.splitlines()
-    print("\n".join(lines))
-    stages = {stage: share(stage, done) for stage in STAGES}
-    for stage, (rows, ms) in stages.items():
-        print(f"{stage:9} {rows:5.1f} rows a batch, {ms:5.2f} ms a second of audio")
-    print(json.dumps({"rows": json.loads(last), "stages": stages}))
+        found = drive(server, ["--model", "large", "--gpu", "pretended", *(word for word in load if word != "--")])
+    print(json.dumps(found))
     return 0
-
-
-def setting(text: str) -> tuple[str, str]:
-    """Raises ValueError for what is no NAME=VALUE."""
-    name, value = text.split("=", 1)
-    return name, value
 
 
 def prepare(repository: Path, parameters: dict[str, str]) -> None:
@@ -88,32 +54,10 @@ def prepare(repository: Path, parameters: dict[str, str]) -> None:
     for profile in MODEL_REPOSITORY.glob("*/configs/cuda.pbtxt"):
         config = profile.read_text().replace("KIND_GPU", "KIND_CPU")
         if profile.parents[1].name == "bark":
-            for name, value in parameters.items():
-                config, n = re.subn(
-                    rf'(key: "{re.escape(name)}" value: {{ string_value: ")[^"]*', rf"\g<1>{value}", config
-                )
-                if n != 1:
-                    raise SystemExit(f"bark's cuda profile has no parameter {name!r}")
+            config = with_parameters(config, parameters)
         model = repository / profile.parents[1].name
         shutil.rmtree(model / "configs", ignore_errors=True)
         (model / "config.pbtxt").write_text(config)
-
-
-def counters(metrics_url: str) -> dict[str, float]:
-    """Barkstream's counters, each summed over its labels."""
-    found: dict[str, float] = {}
-    with urllib.request.urlopen(metrics_url) as response:
-        for name, value in re.findall(
-            r"^barkstream_(\w+_total)(?:{.*})? (\S+)$", response.read().decode(), re.MULTILINE
-        ):
-            found[name] = found.get(name, 0.0) + float(value)
-    return found
-
-
-def share(stage: str, done: dict[str, float]) -> tuple[float, float]:
-    """A stage's rows a batch, and milliseconds of the GPU a second of audio."""
-    rows, calls, busy_s = (done.get(f"{stage}_{what}_total", 0.0) for what in ("rows", "calls", "busy_seconds"))
-    return round(rows / max(calls, 1), 1), round(1e3 * busy_s / max(done["audio_seconds_total"], 1e-9), 2)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,24 @@ def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_p
 
 
 @pytest.mark.server
+def test_load_on_random_weights_is_a_row_a_run(tmp_path):
+    """On a GPU with Bark's sizes; here a tiny Bark in the profile for CPUs."""
+    tiny = "--model", "tiny", "--profile", "default", "--repository", tmp_path, "--set", "max_streams=3"
+    one = "--clients", 1, "--requests", 1, "--warmup", 0, "--max-seconds", 1
+    found = script("gpu_load.py", *tiny, "--", *one, "--", *one, "--seeds", 4)
+    assert [(row["requests"], row["failed"], row["seed"]) for run in found for row in run["rows"]] == [
+        (1, 0, 0),
+        (1, 0, 4),
+    ]
+    assert all(run["stages"]["semantic"][0] == 1 and run["stages"]["coarse"][1] > 0 for run in found)
+    assert 'key: "max_streams" value: { string_value: "3"' in (tmp_path / "bark" / "config.pbtxt").read_text()
+    ran = subprocess.run(
+        [sys.executable, PERF / "gpu_load.py", *map(str, tiny)], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 2 and "give load_test.py's options behind --" in ran.stderr
+
+
+@pytest.mark.server
 def test_a_server_that_cannot_keep_the_promise_has_no_capacity(server, tmp_path):
     small = ["--url", server.grpc_url, "--max-seconds", 0.6, "--text", "short", "--warmup", 0, "--duration", 0.5]
     found = script("capacity.py", "--start", 4, "--ttfa-ms", 0, "--output", tmp_path / "x-load.json", *small, status=1)

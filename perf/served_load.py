@@ -1,0 +1,70 @@
+"""What pretended_gpu.py and gpu_load.py have in common: a load test on a server of theirs, and what each stage did meanwhile."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from barkstream.server import Server  # noqa: E402
+
+STAGES = "semantic", "coarse", "fine", "codec"
+# Clips of 10 s with a preset. The same text for all: random weights don't read.
+REQUESTS = ["--text", "medium", "--max-seconds", "10", "--voice", "random", "--warmup", "2"]
+
+
+def setting(text: str) -> tuple[str, str]:
+    """Raises ValueError for what is no NAME=VALUE."""
+    name, value = text.split("=", 1)
+    return name, value
+
+
+def with_parameters(config: str, parameters: Mapping[str, str]) -> str:
+    """A config.pbtxt whose parameters have these values. Raises SystemExit for one that it does not have."""
+    for name, value in parameters.items():
+        config, n = re.subn(rf'(key: "{re.escape(name)}" value: {{ string_value: ")[^"]*', rf"\g<1>{value}", config)
+        if n != 1:
+            raise SystemExit(f"bark's profile has no parameter {name!r}")
+    return config
+
+
+def drive(server: Server, options: Sequence[str]) -> dict[str, Any]:
+    """Run load_test.py with these options, print its table and what the stages did. Returns rows, and stages as (rows a batch,
+    milliseconds a second of audio). Raises SystemExit if it fails: it has said why."""
+    before = counters(server.metrics_url)
+    command = [sys.executable, HERE / "load_test.py", "--url", server.grpc_url, *REQUESTS, *options]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = {name: value - before.get(name, 0.0) for name, value in counters(server.metrics_url).items()}
+    if ran.returncode:
+        raise SystemExit(ran.returncode)
+    *lines, last = ran.stdout.splitlines()
+    print("\n".join(lines))
+    stages = {stage: share(stage, done) for stage in STAGES}
+    for stage, (rows, ms) in stages.items():
+        print(f"{stage:9} {rows:5.1f} rows a batch, {ms:5.2f} ms a second of audio", flush=True)
+    return {"rows": json.loads(last), "stages": stages}
+
+
+def counters(metrics_url: str) -> dict[str, float]:
+    """Barkstream's counters, each summed over its labels."""
+    found: dict[str, float] = {}
+    with urllib.request.urlopen(metrics_url) as response:
+        for name, value in re.findall(
+            r"^barkstream_(\w+_total)(?:{.*})? (\S+)$", response.read().decode(), re.MULTILINE
+        ):
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+def share(stage: str, done: Mapping[str, float]) -> tuple[float, float]:
+    """A stage's rows a batch, and milliseconds of the GPU a second of audio."""
+    rows, calls, busy_s = (done.get(f"{stage}_{what}_total", 0.0) for what in ("rows", "calls", "busy_seconds"))
+    return round(rows / max(calls, 1), 1), round(1e3 * busy_s / max(done.get("audio_seconds_total", 0), 1e-9), 2)
