@@ -11,6 +11,7 @@
 //   and one bit are enough.
 // - A packet is 8 columns of a row as the tensor cores want them, so a warp polls straight into registers what its
 //   slice of k needs. What everybody reads is written COPIES times: 128 readers of one line of L2 would wait for each other.
+// - Polls hold up what they are after. So warps let a while pass before they look, and read neighbouring slices of k: whole lines.
 // - Products are split over k by warp. Tensor cores take up to 8 rows at the price of one.
 // - Nothing spills: a reload from local memory waits in line behind the other warps' polls. Hence 8 warps only, and
 //   `thread()` and `lane()`, which the compiler must read again where it wants them.
@@ -43,7 +44,7 @@ constexpr int X_DELAY = B > 1 ? 400 : QUANTIZED ? 300 : 600, QUERY_DELAY = B > 1
 static_assert(B <= 8 && N_LAYERS % 2 == 0 && LAYER_UNITS == STAGES * STAGE_UNITS);
 
 // Where the packets of 16 bytes lie.
-constexpr bool SPREAD = B == 1;
+constexpr bool SPREAD = B == 1;  // all blocks read what each of a head's blocks has found, see above
 constexpr int PART_PACKETS = SPREAD ? COPIES * BLOCKS * 8 : BLOCKS * B * 17;
 constexpr int QKV_AT = 0, PART_AT = QKV_AT + COPIES * H * B * 24, OUT_AT = PART_AT + PART_PACKETS,
               X1_AT = OUT_AT + COPIES * B * W / 8, X2_AT = X1_AT + COPIES * B * W / 8,
