@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from barkstream.engines import Generation, Head, Row
+from barkstream.engines.kernels import compile_all
 from barkstream.engines.kernels.batched import BatchedDecoder, Layers, Prefill
-from barkstream.engines.kernels.fused import FusedDecoder, KVCache, PackedLayers, RowArguments, pack_units
+from barkstream.engines.kernels.fused import ARCHITECTURE, FusedDecoder, KVCache, PackedLayers, RowArguments, pack_units
 from barkstream.engines.kernels.weights import load_weights, read_onnx
 from barkstream.engines.kernels.wide import ROW_COUNTS, WideDecoder
 from barkstream.engines.slots import Slot, Slots
@@ -188,7 +189,16 @@ class CudaEngine:
 
     def warm_up(self, prefix_lengths: Sequence[int]) -> None:
         """Compile the kernels and capture the graphs of every batch size, and those of prefixes of these lengths."""
-        for n_rows in (2**i for i in range(self.max_batch.bit_length())):
+        row_counts = [2**i for i in range(self.max_batch.bit_length())]
+        compile_all(
+            [
+                decoder.source(n)
+                for n in row_counts
+                if isinstance(decoder := self._decoder(n), FusedDecoder | WideDecoder)
+            ],
+            ARCHITECTURE,
+        )
+        for n_rows in row_counts:
             ids = np.full((2, 1), self.size.n_input_ids, np.int32)
             self.generate([Row(ids, 2, 0, WARM_UP) for _ in range(n_rows)])
             if isinstance(decoder := self._decoder(n_rows), FusedDecoder | WideDecoder):

@@ -14,6 +14,7 @@ import site
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from pathlib import Path
@@ -136,7 +137,17 @@ def quickest_place(place: torch.Tensor, use: Callable[[torch.Tensor], None], run
 @functools.cache
 def build(file: str, architecture: str, **constants: int) -> Module:
     """Compile kernels/<file> for an architecture such as "sm_90a", with -D constants, and load it on the current device."""
-    return Module(compile_source(file, architecture, **constants))
+    return Module(_image(file, architecture, **constants))
+
+
+Source = tuple[str, dict[str, int]]  # a kernel's file, and what it is compiled with
+MOST_COMPILERS = 8  # at once: each takes some 200 MB
+
+
+def compile_all(sources: Sequence[Source], architecture: str) -> None:
+    """Compile several kernels, each on a CPU of its own, for `build` to find."""
+    with ThreadPoolExecutor(max(1, min(len(sources), os.cpu_count() or 1, MOST_COMPILERS))) as pool:
+        list(pool.map(lambda source: _image(source[0], architecture, **source[1]), sources))
 
 
 def compile_source(file: str, architecture: str, **constants: int) -> bytes:
@@ -170,6 +181,9 @@ def compile_source(file: str, architecture: str, **constants: int) -> bytes:
         written.write_bytes(image)
         written.replace(kept)
     return image
+
+
+_image = functools.cache(compile_source)
 
 
 def _compile(file: str, headers: dict[str, bytes], options: Sequence[str]) -> bytes:
@@ -261,4 +275,16 @@ def _check_nvrtc(status: int) -> None:
         raise RuntimeError(f"NVRTC: {_nvrtc().nvrtcGetErrorString(status).decode()}")
 
 
-__all__ = ["Kernel", "Module", "build", "c_int", "c_uint", "c_uint64", "c_void_p", "compile_source", "quickest_place"]
+__all__ = [
+    "Kernel",
+    "Module",
+    "Source",
+    "build",
+    "c_int",
+    "c_uint",
+    "c_uint64",
+    "c_void_p",
+    "compile_all",
+    "compile_source",
+    "quickest_place",
+]

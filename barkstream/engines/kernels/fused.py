@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from barkstream.engines import Head
-from barkstream.engines.kernels import Kernel, build, quickest_place
+from barkstream.engines.kernels import Kernel, Source, build, quickest_place
 from barkstream.engines.kernels.weights import GPTWeights, LayerWeights
 from barkstream.tokens import GPTSize
 
@@ -85,6 +85,15 @@ def kernel_constants(size: GPTSize, head: Head, bits: int) -> dict[str, int]:
     )
 
 
+ARCHITECTURE = "sm_90a"
+
+
+def source(size: GPTSize, head: Head, bits: int, n_rows: int) -> Source:
+    """The kernel for so many rows, of ROW_COUNTS."""
+    shape = dict(N_LAYERS=size.n_layers, N_ROWS=n_rows, HEAD_TILES=n_head_tiles(size, head))
+    return "decode.cu", shape | kernel_constants(size, head, bits)
+
+
 class FusedDecoder:
     """Decodes up to 8 rows on compute capability 9.0 or later, if the GPU can run 8 blocks a head at once."""
 
@@ -106,6 +115,11 @@ class FusedDecoder:
             and 8 * size.n_heads <= properties.multi_processor_count
             and size.head_width == 64
         )
+
+    def source(self, n_rows: int) -> Source:
+        """What `decode` of so many rows compiles when it is called first."""
+        n_rows = next(n for n in ROW_COUNTS if n >= n_rows)
+        return source(self._size, self._head, self._cache.bits, n_rows)
 
     def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Start as many steps as the longest row wants; nothing waits for the GPU.
@@ -159,14 +173,9 @@ class _Variant:
         head_tiles = n_head_tiles(size, head)
         bits = decoder._cache.bits
         stages, partials = 12 * width * bits, N_WARPS * 4 * n_rows * 8 * 4
-        self.kernel: Kernel = build(
-            "decode.cu",
-            "sm_90a",
-            N_LAYERS=size.n_layers,
-            N_ROWS=n_rows,
-            HEAD_TILES=head_tiles,
-            **kernel_constants(size, head, bits),
-        ).kernel("decode", stages + 2 * partials + decoder._units.scale_bytes, cooperative=True)
+        file, constants = source(size, head, bits, n_rows)
+        shared_bytes = stages + 2 * partials + decoder._units.scale_bytes
+        self.kernel: Kernel = build(file, ARCHITECTURE, **constants).kernel("decode", shared_bytes, cooperative=True)
         blocks = decoder._n_blocks
         parts = COPIES * 8 if n_rows == 1 else 17  # packets of a block and row, of attention
         packets = COPIES * size.n_heads * 24 + blocks * (parts + COPIES * 2 + head_tiles * 8) + COPIES * width * 7 // 8

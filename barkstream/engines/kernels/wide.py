@@ -5,13 +5,23 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int, c_ubyte, c_void_p
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from barkstream.engines import Head
-from barkstream.engines.kernels import Kernel, build, quickest_place
-from barkstream.engines.kernels.fused import KVCache, RowArguments, Units, kernel_constants, n_head_tiles, pointer
+from barkstream.engines.kernels import Kernel, Source, build, quickest_place
+from barkstream.engines.kernels.fused import (
+    ARCHITECTURE,
+    UNITS,
+    KVCache,
+    RowArguments,
+    Units,
+    kernel_constants,
+    n_head_tiles,
+    pointer,
+)
 from barkstream.engines.kernels.weights import GPTWeights
 from barkstream.tokens import GPTSize
 
@@ -22,6 +32,40 @@ WEIGHTS_IN_FLIGHT = 16 << 10  # bytes of a block's stream that are on their way 
 MAX_STAGES = 24
 
 
+@dataclass(frozen=True)
+class _SharedMemory:
+    """Of a block."""
+
+    unit_bytes: int
+    n_stages: int
+    dynamic_bytes: int
+
+    @classmethod
+    def of(cls, size: GPTSize, bits: int, n_rows: int, scale_bytes: int) -> _SharedMemory:
+        """As many stages as there is room for. scale_bytes: of the weights' scales."""
+        unit_bytes, sums_bytes = size.width * bits, N_WARPS * 4 * 8 * n_rows * 4
+        stage_bytes = unit_bytes + (size.width // 2 if bits == 8 else 0)  # a unit, or keys, values and their scales
+        static_bytes = 1024 + 180 * n_rows  # `Shared` of wide.cu is no larger
+        n_stages = min((MAX_SHARED_BYTES - static_bytes - sums_bytes - scale_bytes) // stage_bytes, MAX_STAGES)
+        return cls(unit_bytes, n_stages, n_stages * stage_bytes + sums_bytes + scale_bytes)
+
+
+def source(size: GPTSize, head: Head, bits: int, n_rows: int) -> Source:
+    """The kernel for so many rows, of ROW_COUNTS."""
+    tiles = n_head_tiles(size, head)
+    n_units = sum(UNITS) * size.n_layers + 2 * tiles * head.n_codebooks
+    shared = _SharedMemory.of(size, bits, n_rows, n_units * 8 * 4 if bits == 8 else 0)
+    shape = dict(
+        N_LAYERS=size.n_layers,
+        N_ROWS=n_rows,
+        HEAD_TILES=tiles,
+        STAGES=shared.n_stages,
+        WEIGHTS_IN_FLIGHT=min(max(WEIGHTS_IN_FLIGHT // shared.unit_bytes, 1), shared.n_stages - 1),
+        KEYS_IN_FLIGHT=min(max(_keys_in_flight(bits, n_rows) // shared.unit_bytes, 1), shared.n_stages - N_TEAMS),
+    )
+    return "wide.cu", shape | kernel_constants(size, head, bits)
+
+
 class WideDecoder:
     """Decodes up to 64 rows on the GPUs that `FusedDecoder` fits, from the same weights."""
 
@@ -29,6 +73,11 @@ class WideDecoder:
         """As FusedDecoder."""
         self._weights, self._units, self._size, self._head, self._cache = weights, units, size, head, cache
         self._variants: dict[int, _Variant] = {}
+
+    def source(self, n_rows: int) -> Source:
+        """As FusedDecoder.source."""
+        n_rows = next(n for n in ROW_COUNTS if n >= n_rows)
+        return source(self._size, self._head, self._cache.bits, n_rows)
 
     def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As FusedDecoder.decode."""
@@ -55,23 +104,11 @@ class _Variant:
     def __init__(self, decoder: WideDecoder, n_rows: int):
         size, head = decoder._size, decoder._head
         self._n_rows, self._n_codebooks, self._n_blocks = n_rows, head.n_codebooks, 8 * size.n_heads
-        tiles = n_head_tiles(size, head)
-        bits, scale_bytes = decoder._cache.bits, decoder._units.scale_bytes
-        unit_bytes, sums_bytes = size.width * bits, N_WARPS * 4 * 8 * n_rows * 4
-        stage_bytes = unit_bytes + (size.width // 2 if bits == 8 else 0)  # a unit, or keys, values and their scales
-        static_bytes = 1024 + 180 * n_rows  # `Shared` of wide.cu is no larger
-        n_stages = min((MAX_SHARED_BYTES - static_bytes - sums_bytes - scale_bytes) // stage_bytes, MAX_STAGES)
-        self._kernel: Kernel = build(
-            "wide.cu",
-            "sm_90a",
-            N_LAYERS=size.n_layers,
-            N_ROWS=n_rows,
-            HEAD_TILES=tiles,
-            STAGES=n_stages,
-            WEIGHTS_IN_FLIGHT=min(max(WEIGHTS_IN_FLIGHT // unit_bytes, 1), n_stages - 1),
-            KEYS_IN_FLIGHT=min(max(_keys_in_flight(bits, n_rows) // unit_bytes, 1), n_stages - N_TEAMS),
-            **kernel_constants(size, head, bits),
-        ).kernel("decode", n_stages * stage_bytes + sums_bytes + scale_bytes, cooperative=True)
+        tiles, bits = n_head_tiles(size, head), decoder._cache.bits
+        shared = _SharedMemory.of(size, bits, n_rows, decoder._units.scale_bytes)
+        file, constants = source(size, head, bits, n_rows)
+        module = build(file, ARCHITECTURE, **constants)
+        self._kernel: Kernel = module.kernel("decode", shared.dynamic_bytes, cooperative=True)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device="cuda")

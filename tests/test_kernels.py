@@ -1,0 +1,73 @@
+"""The kernels' sources, compiled for an H100 by NVRTC, which needs no GPU. What they compute is tests/test_cuda.py's, on one."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from barkstream.engines import Head, kernels  # noqa: E402
+from barkstream.engines.kernels import fused, wide  # noqa: E402
+from barkstream.sampling import COARSE, SEMANTIC  # noqa: E402
+from barkstream.tokens import GPTSize  # noqa: E402
+
+SEMANTIC_HEAD, COARSE_HEAD = Head(SEMANTIC, 0, 1, 10_001, 10_000), Head(COARSE, 10_000, 2, 1_024, None)
+
+
+def bark(n_layers, n_heads, n_ids):
+    return GPTSize(n_layers, n_heads, 64 * n_heads, 1024, n_ids, 10_048)
+
+
+LARGE, SMALL, NANO = (bark(*shape, n_ids=12_096) for shape in ((24, 16), (12, 12), (8, 5)))
+
+
+@pytest.fixture(autouse=True)
+def compiler(tmp_path, monkeypatch):
+    """Nothing is kept from earlier, nor for later."""
+    try:
+        kernels._nvrtc()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(kernels, "CACHE", tmp_path / "kept")
+    kernels._image.cache_clear()
+    yield
+    kernels._image.cache_clear()
+
+
+@pytest.mark.timeout(300)
+def test_every_decode_kernel_compiles(tmp_path):
+    """Both kernels at all numbers of rows and both widths of numbers; the end of speech, and sizes whose slices don't come out even."""
+    wanted = [fused.source(LARGE, COARSE_HEAD, bits, n) for bits in (16, 8) for n in fused.ROW_COUNTS]
+    wanted += [wide.source(LARGE, COARSE_HEAD, bits, n) for bits in (16, 8) for n in wide.ROW_COUNTS]
+    for size, head in ((LARGE, SEMANTIC_HEAD), (SMALL, COARSE_HEAD), (NANO, COARSE_HEAD)):
+        wanted += [module.source(size, head, bits, 8) for module in (fused, wide) for bits in (16, 8)]
+    kernels.compile_all(wanted, fused.ARCHITECTURE)
+    kept = [path.read_bytes() for path in (tmp_path / "kept").iterdir()]
+    assert len(kept) == len(wanted)
+    assert all(image.startswith(b"\x7fELF") and b".text.decode" in image for image in kept)
+
+
+def test_the_other_kernels_compile():
+    constants = fused.kernel_constants(LARGE, COARSE_HEAD, 16)
+    batched = kernels.compile_source("batched.cu", "sm_90", **constants)
+    fine = kernels.compile_source("fine.cu", "sm_80", WIDTH=1024, BOOK_SIZE=1024)
+    for image, names in (
+        (batched, ("embed", "layer_norm", "store", "sample", "attend")),
+        (fine, ("embed", "layer_norm", "draw")),
+    ):
+        assert all(f".text.{name}".encode() in image for name in names)
+
+
+def test_what_does_not_fit_says_why():
+    file, constants = fused.source(LARGE, COARSE_HEAD, 16, 1)
+    with pytest.raises(RuntimeError, match=r"(?s)decode.cu does not compile with .*N_LAYERS=23.*static assertion"):
+        kernels.compile_source(file, fused.ARCHITECTURE, **{**constants, "N_LAYERS": 23})
+
+
+def test_a_wide_kernels_memory_fits_a_block():
+    for size in (LARGE, SMALL, NANO):
+        for bits in (16, 8):
+            for n_rows in wide.ROW_COUNTS:
+                constants = wide.source(size, COARSE_HEAD, bits, n_rows)[1]
+                assert constants["STAGES"] > constants["KEYS_IN_FLIGHT"] >= 1
+                assert constants["STAGES"] - constants["KEYS_IN_FLIGHT"] >= wide.N_TEAMS
