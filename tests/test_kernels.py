@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -45,6 +49,32 @@ def test_every_decode_kernel_compiles(tmp_path):
     kept = [path.read_bytes() for path in (tmp_path / "kept").iterdir()]
     assert len(kept) == len(wanted)
     assert all(image.startswith(b"\x7fELF") and b".text.decode" in image for image in kept)
+
+
+def test_nothing_spills_at_up_to_32_rows():
+    """A reload waits in line behind other warps' polls: it is what made decode.cu slow at first (docs/performance.md)."""
+    wanted = [fused.source(LARGE, COARSE_HEAD, bits, n) for bits in (16, 8) for n in (1, 4)]
+    wanted += [wide.source(LARGE, COARSE_HEAD, bits, n) for bits in (16, 8) for n in (16, 32)]
+    with ThreadPoolExecutor(2) as pool:
+        for (file, constants), log in zip(wanted, pool.map(compiler_log, wanted), strict=True):
+            spilt = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+            assert spilt and set(spilt) == {("0", "0")}, (file, constants)
+
+
+def compiler_log(source):
+    """What the compiler says of registers and stack."""
+    (file, constants), nvrtc, program = source, kernels._nvrtc(), ctypes.c_void_p()
+    headers = {path.name.encode(): path.read_bytes() for path in kernels.HERE.glob("*.cuh")}
+    options = [f"-arch={fused.ARCHITECTURE}", "-std=c++17", "-default-device", "--ptxas-options=-v"]
+    options += [f"-D{name}={value}" for name, value in constants.items()]
+
+    def strings(values):
+        return (ctypes.c_char_p * len(values))(*values)
+
+    content, names, texts = (kernels.HERE / file).read_bytes(), strings(list(headers)), strings(list(headers.values()))
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), content, file.encode(), len(headers), texts, names)
+    assert nvrtc.nvrtcCompileProgram(program, len(options), strings([option.encode() for option in options])) == 0
+    return kernels._read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()
 
 
 def test_the_other_kernels_compile():

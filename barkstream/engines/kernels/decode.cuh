@@ -170,12 +170,12 @@ __device__ __forceinline__ void embedding(float (&x)[N], const u16* table, const
             x[i] = low_bf16(ones[i / 2]) + low_bf16(others[i / 2]) + p[i];
             x[i + 1] = high_bf16(ones[i / 2]) + high_bf16(others[i / 2]) + p[i + 1];
         }
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < N; i += 2) {
-        u32 one = *(const u32*)(first + i), other = *(const u32*)(second + i);
-        float2 p = *(const float2*)(position + i);
-        x[i] = low_bf16(one) + low_bf16(other) + p.x, x[i + 1] = high_bf16(one) + high_bf16(other) + p.y;
+        for (int i = 0; i < N; i += 2) {
+            u32 one = *(const u32*)(first + i), other = *(const u32*)(second + i);
+            float2 p = *(const float2*)(position + i);
+            x[i] = low_bf16(one) + low_bf16(other) + p.x, x[i + 1] = high_bf16(one) + high_bf16(other) + p.y;
+        }
     }
 }
