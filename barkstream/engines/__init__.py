@@ -62,9 +62,8 @@ class Row:
     position: int  # index of the first new token in the generation: the noise's counter
     sampling: Sampling
     stream: int = 0  # key of the KV cache kept between calls; 0: keep none
-    chain: Chain | None = (
-        None  # engines know none, but for the cuda engine's only row: they are given a window at a time
-    )
+    # Engines know none, but for the cuda engine's only row: they are given a window at a time.
+    chain: Chain | None = None
 
     @property
     def n_whole(self) -> int:
@@ -90,13 +89,6 @@ class Row:
     def piece(self, n: int) -> Row:
         """At most n tokens of it, and none of another window: what an engine is given."""
         return replace(self, n_tokens=min(n, self.n_whole), chain=None)
-
-    def windows(self, n: int) -> Row:
-        """Its window and the next ones, at most n in all."""
-        if self.chain is None or n == 1:
-            return self.piece(self.n_whole)
-        n_tokens = min(self.n_tokens, self.n_whole + (n - 1) * self.chain.window)
-        return replace(self, n_tokens=n_tokens, chain=replace(self.chain, heads=self.chain.heads[: n - 1]))
 
     def ids_with(self, tokens: Ints) -> Ints:
         """The prefix [S + n, C] that this row and n tokens drawn after it make."""

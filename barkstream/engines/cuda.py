@@ -300,9 +300,8 @@ class _Pieces:
         if self._n_most:
             engine._note_ids(last, self._drawn[self._n_drawn : n])
         self._n_drawn = n
-        if not np.array_equal(
-            piece.ids, last.ids_with(np.zeros(last.n_tokens, np.int32))
-        ):  # else the cache goes on from there
+        held = last.ids_with(np.zeros(last.n_tokens, np.int32))
+        if not np.array_equal(piece.ids, held):  # a window that slides; else the cache goes on
             unknown = self._drawn[max(0, n - self._n_most) : n]
             engine._prefill([piece.ids[:-1]], [self._slot.index], partial(_amend, len(piece.ids), unknown))
         self.under_way.append(engine._launch_behind(piece, self._slot, last.n_tokens))
