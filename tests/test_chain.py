@@ -294,19 +294,24 @@ def test_a_call_that_somebody_listens_to_goes_piece_by_piece(alone):
 def test_two_long_calls_share_their_pieces(alone):
     whole = by_windows(Attentive().generate, [chain_of(5)])[0].tokens
     alone.engine.gate = threading.Semaphore(0)
-    both = alone.submit([chain_of(5), replace(chain_of(5), stream=1)])
+    both = alone.submit([chain_of(5), chain_of(5)])
     alone.engine.gate.release(100)
     assert all(np.array_equal(each.result(timeout=10).tokens, whole) for each in both)
     assert max(len(batch) for batch in alone.engine.batches) == 2
 
 
-def test_a_long_call_gives_way_to_who_waits_for_a_turn(alone):
-    engine = alone.engine
-    engine.gate = threading.Semaphore(0)
+def begun(alone):
+    """A long call whose first piece is over, and which has asked whether it may go on; the next one waits for the gate."""
+    alone.engine.gate = threading.Semaphore(0)
     answer = alone.submit([chain_of(5)])[0]
-    engine.gate.release()
-    while len(engine.batches) < 1 or not engine.may:
+    alone.engine.gate.release()
+    while not alone.engine.may:
         time.sleep(0.001)
+    return answer
+
+
+def test_a_long_call_gives_way_to_who_waits_for_a_turn(alone):
+    engine, answer = alone.engine, begun(alone)
 
     def other():
         with alone.turns.turn(lambda: 0) as turn:
@@ -325,12 +330,7 @@ def test_a_long_call_gives_way_to_who_waits_for_a_turn(alone):
 
 @pytest.mark.parametrize("wish", ["a call", "an errand"])
 def test_a_long_call_gives_way_to_what_its_own_stage_is_asked_for(alone, wish):
-    engine = alone.engine
-    engine.gate = threading.Semaphore(0)
-    long = alone.submit([chain_of(5)])[0]
-    engine.gate.release()
-    while not engine.may:
-        time.sleep(0.001)
+    engine, long = alone.engine, begun(alone)
     short = alone.submit([chain_of(1, stream=2)])[0] if wish == "a call" else alone.between(lambda: 7)
     engine.gate.release()  # the piece that was begun before; the rest waits for the gate
     if wish == "an errand":
@@ -342,12 +342,7 @@ def test_a_long_call_gives_way_to_what_its_own_stage_is_asked_for(alone, wish):
 
 
 def test_a_long_call_that_is_left_ends_with_the_piece_under_way(alone):
-    engine = alone.engine
-    engine.gate = threading.Semaphore(0)
-    answer = alone.submit([chain_of(5)])[0]
-    engine.gate.release()
-    while not engine.may:
-        time.sleep(0.001)
+    engine, answer = alone.engine, begun(alone)
     alone.drop(1)
     engine.gate.release(100)
     said = answer.result(timeout=5).tokens

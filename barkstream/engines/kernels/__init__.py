@@ -118,7 +118,7 @@ N_PLACES, N_TRIES = 12, 2
 def quickest_place(place: torch.Tensor, use: Callable[[torch.Tensor], None], run: Callable[[], object]) -> None:
     """Have a kernel use the one of several copies of a buffer with which it runs quickest.
 
-    Blocks talk to one another through L2, and how soon they hear depends on where in it the buffer lies: by up to 6%.
+    Blocks talk to one another through L2, and how soon they hear may depend on where in it the buffer lies (docs/performance.md).
     """
     places, took = [place, *(place.clone() for _ in range(N_PLACES - 1))], []
     for each in places:
@@ -141,7 +141,7 @@ def build(file: str, architecture: str, **constants: int) -> Module:
 
 
 Source = tuple[str, dict[str, int]]  # a kernel's file, and what it is compiled with
-MOST_COMPILERS = 8  # at once: each takes some 200 MB
+MOST_COMPILERS = 8  # at once: each takes some 60 MB
 
 
 def compile_all(sources: Sequence[Source], architecture: str) -> None:

@@ -88,6 +88,11 @@ def kernel_constants(size: GPTSize, head: Head, bits: int) -> dict[str, int]:
 ARCHITECTURE = "sm_90a"
 
 
+def padded(n_rows: int, row_counts: Sequence[int] = ROW_COUNTS) -> int:
+    """The number of rows of the kernel that decodes so many."""
+    return next(n for n in row_counts if n >= n_rows)
+
+
 def source(size: GPTSize, head: Head, bits: int, n_rows: int) -> Source:
     """The kernel for so many rows, of ROW_COUNTS."""
     shape = dict(N_LAYERS=size.n_layers, N_ROWS=n_rows, HEAD_TILES=n_head_tiles(size, head))
@@ -118,8 +123,7 @@ class FusedDecoder:
 
     def source(self, n_rows: int) -> Source:
         """What `decode` of so many rows compiles when it is called first."""
-        n_rows = next(n for n in ROW_COUNTS if n >= n_rows)
-        return source(self._size, self._head, self._cache.bits, n_rows)
+        return source(self._size, self._head, self._cache.bits, padded(n_rows))
 
     def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Start as many steps as the longest row wants; nothing waits for the GPU.
@@ -127,7 +131,7 @@ class FusedDecoder:
         Returns tokens [>= rows, block] int32 (indices within their codebook) and [>= rows, 2] int32: how many there are, and whether speech
         ended. Both are overwritten by the next call. logits: [rows, head.size] float32, to be filled with the last step's.
         """
-        n_rows = next(n for n in ROW_COUNTS if n >= len(rows))
+        n_rows = padded(len(rows))
         variant = self._variants.get(n_rows) or self._build(n_rows)
         idle = RowArguments(slot=self._cache.n_slots - 1, position=rows[0].position, temperature=0, top_p=1)
         arguments = variant.arguments
@@ -151,12 +155,12 @@ class FusedDecoder:
     def settle(self, rows: Sequence[RowArguments]) -> None:
         """Find a quick place for what the blocks exchange when so many rows are decoded, by decoding these."""
         self.decode(rows)
-        variant = self._variants[next(n for n in ROW_COUNTS if n >= len(rows))]
+        variant = self._variants[padded(len(rows))]
         quickest_place(variant.packets, variant.use, lambda: self.decode(rows))
 
     def results(self, n_rows: int) -> tuple[Tensor, Tensor]:
         """Where `decode` of so many rows leaves what it returns."""
-        n_rows = next(n for n in ROW_COUNTS if n >= n_rows)
+        n_rows = padded(n_rows)
         variant = self._variants.get(n_rows) or self._build(n_rows)
         return variant.tokens, variant.result
 

@@ -71,7 +71,7 @@ __device__ __forceinline__ Candidate combine(const Candidate& a, const Candidate
     return c;
 }
 
-// Not inlined, nor unrolled: what runs once a step comes out of memory, instruction by instruction.
+// Not inlined, nor unrolled: it runs once a step, and need not push the layers' code out of the instruction cache.
 __device__ __noinline__ Candidate combine_warp(Candidate c) {
 #pragma unroll 1
     for (int offset = 16; offset; offset /= 2) {

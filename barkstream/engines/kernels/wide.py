@@ -20,6 +20,7 @@ from barkstream.engines.kernels.fused import (
     Units,
     kernel_constants,
     n_head_tiles,
+    padded,
     pointer,
 )
 from barkstream.engines.kernels.weights import GPTWeights
@@ -76,12 +77,11 @@ class WideDecoder:
 
     def source(self, n_rows: int) -> Source:
         """As FusedDecoder.source."""
-        n_rows = next(n for n in ROW_COUNTS if n >= n_rows)
-        return source(self._size, self._head, self._cache.bits, n_rows)
+        return source(self._size, self._head, self._cache.bits, padded(n_rows, ROW_COUNTS))
 
     def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As FusedDecoder.decode."""
-        n_rows = next(n for n in ROW_COUNTS if n >= len(rows))
+        n_rows = padded(len(rows), ROW_COUNTS)
         if n_rows not in self._variants:
             self._variants[n_rows] = _Variant(self, n_rows)
         variant = self._variants[n_rows]
@@ -94,7 +94,7 @@ class WideDecoder:
     def settle(self, rows: Sequence[RowArguments]) -> None:
         """As FusedDecoder.settle."""
         self.decode(rows)
-        variant = self._variants[next(n for n in ROW_COUNTS if n >= len(rows))]
+        variant = self._variants[padded(len(rows), ROW_COUNTS)]
         quickest_place(variant.news, variant.use, lambda: self.decode(rows))
 
 
