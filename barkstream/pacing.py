@@ -1,7 +1,7 @@
 """Who may call a stage now: streams that are well ahead of their listeners let those go first that are not.
 
 The server knows when it sent each chunk and how long that plays, so it knows every player's time in hand. A stream is
-needy while it has sent no audio, or has less than half of the pacer's lead in hand; one with more than the lead waits while any
+needy while it has sent no audio, or has next to none in hand; one with more than the pacer's lead in hand waits while any
 other is needy, at most until it is down to the lead itself. Without needy streams nobody waits: no capacity is left idle.
 """
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+NEEDY_S = 0.1  # with less in hand a stream is needy
 CANCEL_CHECK_S = 0.05  # how often one that waits looks for a listener who has left; Triton cannot tell us
 
 
@@ -77,6 +78,6 @@ class Pacer:
     def _excess_s(self, player: Player) -> float:
         """Seconds that a stream has to wait if nothing changes; 0: it is its turn."""
         excess_s = player.lead_s - self._lead_s
-        if excess_s <= 0 or not any(other.lead_s < self._lead_s / 2 for other in self._players - {player}):
+        if excess_s <= 0 or not any(other.lead_s < NEEDY_S for other in self._players - {player}):
             return 0.0
         return excess_s

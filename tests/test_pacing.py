@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from barkstream.admission import Admission
-from barkstream.pacing import Pacer, Player
+from barkstream.pacing import NEEDY_S, Pacer, Player
 
 LEAD_S = 4.0
 
@@ -67,9 +67,9 @@ def test_a_stream_far_ahead_yields_to_one_near_an_underrun(clock):
     pacer = Pacer(LEAD_S, clock)
     with pacer.player() as ahead, pacer.player() as near:
         pacer.take(ahead, 2 * LEAD_S)
-        pacer.take(near, 0.6 * LEAD_S)
+        pacer.take(near, NEEDY_S + 0.2)
         assert not waits(pacer, ahead)
-        clock.now_s += 0.2 * LEAD_S
+        clock.now_s += 0.21
         assert waits(pacer, ahead)
 
 

@@ -6,13 +6,24 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from barkstream.engines import Generation, Row, Window
 from barkstream.engines.turns import FOLLOW_S, HEAD_START_S, LONE, Turns
-from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, Policy, Worker, at_once, measure
+from barkstream.engines.workers import (
+    PIECE_S,
+    POLICIES,
+    TIGHT_BATCH_S,
+    TIGHT_S,
+    CausalWorker,
+    Policy,
+    Worker,
+    at_once,
+    measure,
+)
 from barkstream.sampling import Sampling
 
 
@@ -61,18 +72,17 @@ def start():
         thread.join()
 
 
+STEP_S = PIECE_S / 20
 POLICY = Policy(lambda row: row.position == 0, hurried=2, urgency=3, company=4, patience_s=0.2)
 
 
 def causal(gpt, max_batch=4, turns=None):
-    """Pieces of 16 tokens."""
-    return CausalWorker(
-        at_once(gpt.generate), gpt.release, max_batch, turns or Turns(), POLICY, lambda n_rows: PIECE_S / 16
-    )
+    """Pieces of 15 tokens."""
+    return CausalWorker(at_once(gpt.generate), gpt.release, max_batch, turns or Turns(), POLICY, lambda n_rows: STEP_S)
 
 
 def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_not_go_on(start):
-    """Pieces of 16 tokens, .02 s; a prefill is said to take 1 s."""
+    """Pieces of 15 tokens, a step of .001 s; a prefill is said to take 1 s, and nobody is in a hurry."""
     said = []
 
     class Listening(Turns):
@@ -88,8 +98,9 @@ def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_n
             4,
             Listening(),
             POLICY,
-            lambda n_rows: PIECE_S / 16,
+            lambda n_rows: 0.001,
             lambda n_rows: 1.0 * n_rows,
+            rate_hz=1.0,
         )
     )
 
@@ -99,17 +110,19 @@ def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_n
             answer.result()
         return said
 
-    assert takes_s(row(20, n_ids=5)) == pytest.approx([1.02, 0.005])
-    assert takes_s(row(4, n_ids=25)) == pytest.approx([0.005])  # goes on
-    assert takes_s(row(4, n_ids=25)) == pytest.approx([1.005])  # has slid
-    assert takes_s(row(4, n_ids=29), row(4, stream=2)) == pytest.approx([1.005])
+    assert takes_s(row(20, n_ids=5)) == pytest.approx([1.015, 0.005])
+    assert takes_s(row(4, n_ids=25)) == pytest.approx([0.004])  # goes on
+    assert takes_s(row(4, n_ids=25)) == pytest.approx([1.004])  # has slid
+    assert takes_s(row(4, n_ids=29), row(4, stream=2)) == pytest.approx([1.004])
     worker.drop(1)
-    assert takes_s(row(4, n_ids=33)) == pytest.approx([1.005])
-    assert takes_s(row(20, stream=0), row(20, stream=0)) == pytest.approx([2.02, 0.005])
-    assert set(worker._held) == {1, 2}  # and nothing is kept of those without a name
+    assert takes_s(row(4, n_ids=33)) == pytest.approx([1.004])
+    assert takes_s(row(20, stream=0), row(20, stream=0)) == pytest.approx([2.015, 0.005])
+    assert set(worker._held) == set(worker._began_s) == {1, 2}  # and nothing is kept of those without a name
 
 
-def test_costs_are_measured_step_by_step_and_lie_between_those_of_their_neighbours(monkeypatch):
+def test_costs_are_measured_step_by_step_and_those_of_a_number_between_are_the_greater_ones_or_in_proportion(
+    monkeypatch,
+):
     """An engine that takes 1 ms a step and row, and 100 ms a row's prefill, which the first of three calls needs."""
     clock, held = [0.0], set()
 
@@ -122,7 +135,7 @@ def test_costs_are_measured_step_by_step_and_lie_between_those_of_their_neighbou
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     costs = measure(generate, np.zeros((5, 1), np.int32), 8)
-    assert [costs.step_s(n) for n in (1, 3, 8)] == pytest.approx([0.001, 0.003, 0.008])
+    assert [costs.step_s(n) for n in (1, 3, 8, 9)] == pytest.approx([0.001, 0.004, 0.008, 0.008])
     assert [costs.prefill_s(n) for n in (1, 3, 8)] == pytest.approx([0.1, 0.3, 0.8])
 
 
@@ -130,7 +143,7 @@ def test_a_call_in_pieces_says_what_it_says_in_one(start):
     gpt = FakeGPT()
     generation = start(causal(gpt)).submit([row(60)])[0].result()
     assert generation.tokens.tolist() == list(range(5, 65)) and not generation.ended
-    assert [n for ((_, _, n),) in gpt.batches] == [16, 16, 16, 12]
+    assert [n for ((_, _, n),) in gpt.batches] == [15, 15, 15, 15]
 
 
 def test_a_row_that_somebody_waits_for_is_not_cut(start):
@@ -140,11 +153,72 @@ def test_a_row_that_somebody_waits_for_is_not_cut(start):
     assert [n for _, _, n in gpt.batches[0]] == [40, 40]
 
 
-def test_a_piece_ends_with_a_row_that_is_nearly_whole(start):
+def test_rows_that_began_apart_end_together_so_no_step_is_made_for_one_that_is_whole(start):
     gpt = FakeGPT()
-    for answer in start(causal(gpt)).submit([row(12), row(60, stream=2)]):
+    for answer in start(causal(gpt)).submit([row(45), row(60, stream=2)]):
         answer.result()
-    assert [n for _, _, n in gpt.batches[0]] == [12, 12]
+    assert [[n for _, _, n in batch] for batch in gpt.batches] == [[15, 15]] * 3 + [[15]]
+
+
+@pytest.mark.parametrize(("took_s", "n"), [(PIECE_S / 60, 60), (PIECE_S / 59, 30), (PIECE_S / 15, 15), (1.0, 10)])
+def test_a_piece_is_the_largest_part_of_a_window_that_is_short_enough(start, took_s, n):
+    gpt = FakeGPT()
+    worker = start(CausalWorker(at_once(gpt.generate), gpt.release, 4, Turns(), POLICY, lambda n_rows: took_s))
+    worker.submit([row(60)])[0].result()
+    assert {tokens for ((_, _, tokens),) in gpt.batches} == {n}
+
+
+class Clock:
+    """Seconds that pass when somebody says so."""
+
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def crowd(start, monkeypatch):
+    """A worker whose steps take next to no time and four prefills just less than TIGHT_BATCH_S; speech has a token a second. Its clock."""
+    clock = Clock()
+    monkeypatch.setattr("barkstream.engines.workers.time", SimpleNamespace(monotonic=clock))
+    gpt, turns = FakeGPT(), Turns()
+    prefill_s = TIGHT_BATCH_S / 4.1
+    worker = CausalWorker(
+        at_once(gpt.generate), gpt.release, 32, turns, POLICY, lambda n_rows: 1e-6, lambda n_rows: n_rows * prefill_s,
+        rate_hz=1.0,
+    )  # fmt: skip
+    start(worker)
+    return worker, gpt, turns, clock
+
+
+def together(worker, gpt, turns, rows):
+    """Streams of the batches in which these rows run, which all wait before the first begins."""
+    gpt.batches.clear()
+    with turns.turn(lambda: 0):
+        answers = worker.submit(rows)
+    for answer in answers:
+        answer.result()
+    return [[stream for stream, _, _ in batch] for batch in gpt.batches]
+
+
+def test_while_a_listener_may_run_dry_the_ones_ahead_do_not_make_the_batch_long(crowd):
+    worker, gpt, turns, clock = crowd
+    for stream in range(1, 9):  # all began now; whoever has been made more is further ahead
+        together(worker, gpt, turns, [row(4, stream=stream, position=0)])
+    rows = [row(4, stream=stream, position=stream) for stream in range(8, 0, -1)]
+    assert together(worker, gpt, turns, rows) == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    clock.now_s -= TIGHT_S  # so much more is in everyone's hand
+    assert together(worker, gpt, turns, rows) == [[1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+def test_who_goes_on_needs_no_prefill_and_goes_along(crowd):
+    worker, gpt, turns, _ = crowd
+    for stream in range(1, 9):
+        together(worker, gpt, turns, [row(4, stream=stream, position=0)])
+    goes_on = [row(4, stream=stream, n_ids=9, position=stream) for stream in (7, 8)]
+    rows = [row(4, stream=stream, position=stream) for stream in range(1, 7)]
+    assert together(worker, gpt, turns, rows + goes_on) == [[1, 2, 3, 4, 7, 8], [5, 6]]
 
 
 def test_a_row_that_comes_later_joins_at_the_next_piece(start):
@@ -163,15 +237,15 @@ def test_a_row_that_comes_later_joins_at_the_next_piece(start):
 
 def test_more_rows_than_a_batch_holds_go_oldest_first(start):
     gpt = FakeGPT()
-    answers = start(causal(gpt, max_batch=6)).submit([row(16, stream=i) for i in range(1, 12)])
-    assert [len(answer.result().tokens) for answer in answers] == [16] * 11
+    answers = start(causal(gpt, max_batch=6)).submit([row(15, stream=i) for i in range(1, 12)])
+    assert [len(answer.result().tokens) for answer in answers] == [15] * 11
     assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
 
 
 def test_a_sentences_first_call_goes_before_the_rest_of_a_crowd(start):
     gpt = FakeGPT()
-    crowd = [row(16, stream=i) for i in range(1, 9)]
-    for answer in start(causal(gpt, max_batch=6)).submit([*crowd, row(16, stream=9, position=0)]):
+    crowd = [row(15, stream=i) for i in range(1, 9)]
+    for answer in start(causal(gpt, max_batch=6)).submit([*crowd, row(15, stream=9, position=0)]):
         answer.result()
     assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[9, 1, 2, 3, 4, 5], [6, 7, 8]]
 
@@ -467,7 +541,7 @@ def test_rows_of_a_listener_who_left_are_answered_at_once(start):
     assert waiting.result(timeout=5).tokens.tolist() == [] and not waiting.result().ended
     worker.drop(1)
     gpt.gate.release(100)
-    assert 16 <= len(under_way.result(timeout=5).tokens) <= 32  # not the piece after
+    assert 15 <= len(under_way.result(timeout=5).tokens) <= 30  # not the piece after
     assert len(other.result(timeout=5).tokens) == 16
     assert all(stream != 2 for batch in gpt.batches for stream, _, _ in batch)
     assert not worker._drawn
@@ -477,10 +551,10 @@ def test_a_worker_whose_only_row_left_waits_for_the_next(start):
     turns, gpt = Turns(), FakeGPT()
     worker = causal(gpt, turns=turns)
     with turns.turn(lambda: 0):  # somebody else's, so the row waits for its own
-        left = worker.submit([row(16, stream=1)])[0]
+        left = worker.submit([row(15, stream=1)])[0]
         start(worker)
         time.sleep(0.05)
         worker.drop(1)
         assert left.result(timeout=5).tokens.tolist() == []
-    assert len(worker.submit([row(16, stream=2)])[0].result(timeout=5).tokens) == 16
+    assert len(worker.submit([row(15, stream=2)])[0].result(timeout=5).tokens) == 15
     assert [stream for batch in gpt.batches for stream, _, _ in batch] == [2]

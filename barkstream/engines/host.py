@@ -32,7 +32,16 @@ from typing import Any
 
 import numpy as np
 
-from barkstream.engines.open import VERBS, EngineError, Spec, is_cpu, open_stage, prefix_lengths, use_gpu
+from barkstream.engines.open import (
+    VERBS,
+    EngineError,
+    Spec,
+    is_cpu,
+    open_stage,
+    prefix_lengths,
+    tokens_a_second,
+    use_gpu,
+)
 from barkstream.engines.turns import Turns
 from barkstream.engines.workers import POLICIES, CausalWorker, Work, Worker, at_once, measure
 
@@ -109,6 +118,7 @@ class Stage:
             costs.step_s,
             costs.prefill_s,
             None if is_cpu(spec.engine) else engine.start_alone,
+            tokens_a_second(spec.stage, spec.checkpoint),
         )
         self._drop = worker.drop
         return worker

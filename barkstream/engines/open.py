@@ -126,6 +126,12 @@ def prefix_lengths(stage: CausalStageName, checkpoint: Checkpoint) -> list[int]:
     return [window, window + checkpoint.coarse.max_history]
 
 
+def tokens_a_second(stage: CausalStageName, checkpoint: Checkpoint) -> float:
+    """Of speech."""
+    coarse = checkpoint.coarse
+    return checkpoint.semantic.rate_hz if stage == "semantic" else coarse.rate_hz * coarse.n_codebooks
+
+
 def n_positions(stage: CausalStageName, checkpoint: Checkpoint) -> int:
     """The most that a stage's windows take: a multiple of 64, and no more than the model has."""
     if stage == "semantic":

@@ -6,9 +6,11 @@ piece, and a more urgent stage never waits longer than a piece takes.
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -19,9 +21,13 @@ from barkstream.engines import Generation, Row
 from barkstream.engines.turns import LONE, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
-PIECE_S = 0.02  # how long a GPT's piece may take: a more urgent stage waits so long at most
+PIECE_S = 0.022  # how long a GPT's piece may take, prefills aside: a more urgent stage waits so long at most
 HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
-MIN_PIECE = 8  # tokens: between two pieces the GPU idles for some milliseconds
+# Tokens of a piece of several rows. A coarse call has 60, so rows that began at different times end together, and no step is made
+# for a row that is whole already.
+PIECES = 60, 30, 15, 10
+TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
+TIGHT_BATCH_S = 0.04  # than what takes so long for half a window
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
 STEPS_TIMED = 8, 24
@@ -245,11 +251,15 @@ class CausalWorker(Worker[Row, Generation]):
         step_s: Callable[[int], float],
         prefill_s: Callable[[int], float] = lambda n_rows: 0.0,
         start_alone: StartAlone | None = None,
+        rate_hz: float = math.inf,
     ):
         """start, release, start_alone: the engine's, which may not have the last. step_s, prefill_s: what a decode step, or prefills,
-        of so many rows take."""
+        of so many rows take. rate_hz: tokens a second of speech."""
         super().__init__(start, max_batch, turns, policy)
-        self._release, self._step_s, self._prefill_s, self._start_alone = release, step_s, prefill_s, start_alone
+        self._release, self._start_alone = release, start_alone
+        self._step_s, self._prefill_s = functools.cache(step_s), functools.cache(prefill_s)
+        self._rate_hz = rate_hz
+        self._began_s: dict[int, float] = {}  # when a stream's latest sentence did
         # A stream's ids when its latest piece was over: a call that goes on from there needs no prefill.
         self._held: dict[int, int] = {}
         self._n_piece = 0  # tokens of the piece under way
@@ -258,7 +268,13 @@ class CausalWorker(Worker[Row, Generation]):
         self._n_nameless = 0
 
     def submit(self, calls: Sequence[Row]) -> list[Future[Generation]]:
-        return super().submit([self._named(row) for row in calls])
+        rows = [self._named(row) for row in calls]
+        now_s = time.monotonic()
+        with self._changed:
+            for row in rows:
+                if row.position == 0 or row.stream not in self._began_s:
+                    self._began_s[row.stream] = now_s
+        return super().submit(rows)
 
     def drop(self, *streams: int) -> None:
         """Their listeners have left: rows that wait are answered at once with what there is of them, one under way after its piece."""
@@ -268,8 +284,7 @@ class CausalWorker(Worker[Row, Generation]):
             for each in self._under_way:
                 each.is_left = each.is_left or each.call.stream in streams
             answers = [(each, self._said(each, False)) for each in left]
-            for stream in streams:
-                self._held.pop(stream, None)
+            self._forget(streams)
         for each, generation in answers:
             each.answer.set_result(generation)
 
@@ -280,10 +295,37 @@ class CausalWorker(Worker[Row, Generation]):
     def _said(self, pending: _Pending[Row, Generation], ended: bool) -> Generation:
         return Generation.joined(self._drawn.pop(pending.answer, []), ended)
 
+    def _forget(self, streams: Iterable[int]) -> None:
+        for stream in streams:
+            self._held.pop(stream, None)
+            self._began_s.pop(stream, None)
+
     def _next_batch(self) -> list[_Pending[Row, Generation]]:
         with self._changed:
-            self._under_way = super()._next_batch()
+            self._under_way = self._together(self._waiting)
+            self._waiting = [each for each in self._waiting if each not in self._under_way]
         return self._under_way
+
+    def _together(self, waiting: Sequence[_Pending[Row, Generation]]) -> list[_Pending[Row, Generation]]:
+        """First the hurried, then those who will soonest be short of speech. If anybody may be, no more than take TIGHT_BATCH_S for half
+        a window: who begins one takes more than who goes on."""
+        now_s = time.monotonic()
+        slack_s = {each: self._slack_s(each.call, now_s) for each in waiting}
+        is_tight = min(slack_s.values(), default=TIGHT_S) < TIGHT_S
+        batch: list[_Pending[Row, Generation]] = []
+        n_new = 0
+        for each in sorted(waiting, key=lambda each: (not each.is_hurried, slack_s[each])):
+            n_more = n_new + self._is_new(each.call)
+            takes_s = PIECES[1] * self._step_s(len(batch) + 1) + self._prefills_s(n_more)
+            fits = not is_tight or not batch or each.is_hurried or takes_s <= TIGHT_BATCH_S
+            if fits and len(batch) < self._max_batch:
+                batch.append(each)
+                n_new = n_more
+        return batch
+
+    def _slack_s(self, row: Row, now_s: float) -> float:
+        """Seconds of its sentence that are made, less those for which it has been in the making: near what its listener has in hand."""
+        return row.position / self._rate_hz - (now_s - self._began_s.get(row.stream, now_s))
 
     def _named(self, row: Row) -> Row:
         """A row without a stream needs its cache from piece to piece too: under a name below 0, until it is whole."""
@@ -316,18 +358,24 @@ class CausalWorker(Worker[Row, Generation]):
         return start_alone(pending.call, self._n_piece, goes_on)
 
     def _takes_s(self, batch: Sequence[_Pending[Row, Generation]]) -> float:
-        n_new = sum(self._held.get(each.call.stream) != len(each.call.ids) for each in batch)
-        return self._n_piece * self._step_s(len(batch)) + (self._prefill_s(n_new) if n_new else 0.0)
+        n_new = sum(self._is_new(each.call) for each in batch)
+        return self._n_piece * self._step_s(len(batch)) + self._prefills_s(n_new)
+
+    def _is_new(self, row: Row) -> bool:
+        """Whether it needs a prefill."""
+        return self._held.get(row.stream) != len(row.ids)
+
+    def _prefills_s(self, n_rows: int) -> float:
+        return self._prefill_s(n_rows) if n_rows else 0.0
 
     def _piece_tokens(self, n_wanted: list[int], n_hurried: list[int]) -> int:
-        """As many as fit in PIECE_S; fewer if a row is whole before, though no fewer than three quarters of that.
+        """The most of PIECES that takes no longer than PIECE_S.
 
         All that a hurried row wants, up to HURRIED_PIECE_S: between two pieces of it others would have their turn.
         """
         step_s = self._step_s(len(n_wanted))
-        most = max(MIN_PIECE, int(PIECE_S / step_s))
-        n = min(most, max(most * 3 // 4, min(n_wanted)), max(n_wanted))
-        return max(n, min(max(n_hurried, default=0), int(HURRIED_PIECE_S / step_s)))
+        n = next((n for n in PIECES if n * step_s <= PIECE_S), PIECES[-1])
+        return max(min(n, max(n_wanted)), min(max(n_hurried, default=0), int(HURRIED_PIECE_S / step_s)))
 
     def _go_on(self, pending: _Pending[Row, Generation], tokens: Ints) -> None:
         """What is left of a call after a piece of it. A new window is as urgent as a call for it."""
@@ -346,6 +394,7 @@ class CausalWorker(Worker[Row, Generation]):
                 for each in batch:
                     self._drawn.pop(each.answer, None)
                     self._held.pop(each.call.stream, None)
+                self._forget(each.call.stream for each in batch if each.call.stream < 0)
             return super()._settle(batch, results)
         unfinished, whole = [], []
         now = time.monotonic()
@@ -361,8 +410,8 @@ class CausalWorker(Worker[Row, Generation]):
                     whole.append((each, self._said(each, generation.ended)))
             self._waiting = unfinished + self._waiting
         nameless = [each.call.stream for each, _ in whole if each.call.stream < 0]
-        for stream in nameless:
-            del self._held[stream]
+        with self._changed:
+            self._forget(nameless)
         self._release(*nameless)
         for each, generation in whole:
             each.answer.set_result(generation)
@@ -371,13 +420,14 @@ class CausalWorker(Worker[Row, Generation]):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that rows of one length take: measured for 1, 2, 4 and so on, between two of these in proportion."""
+    """Seconds that rows of one length take: measured for some numbers of rows. Between two of these, a step's are the greater number's,
+    which the kernels pad to; those of prefills are in proportion."""
 
     steps_s: dict[int, float]
     prefills_s: dict[int, float]
 
     def step_s(self, n_rows: int) -> float:
-        return float(np.interp(n_rows, list(self.steps_s), list(self.steps_s.values())))
+        return self.steps_s[min((n for n in self.steps_s if n >= n_rows), default=max(self.steps_s))]
 
     def prefill_s(self, n_rows: int) -> float:
         return float(np.interp(n_rows, list(self.prefills_s), list(self.prefills_s.values())))
