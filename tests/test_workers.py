@@ -134,7 +134,7 @@ def test_costs_are_measured_step_by_step_and_those_of_a_number_between_are_the_g
         return []
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    costs = measure(generate, np.zeros((5, 1), np.int32), 8)
+    costs = measure(generate, np.zeros((5, 1), np.int32), [1, 2, 4, 8])
     assert [costs.step_s(n) for n in (1, 3, 8, 9)] == pytest.approx([0.001, 0.004, 0.008, 0.008])
     assert [costs.prefill_s(n) for n in (1, 3, 8)] == pytest.approx([0.1, 0.3, 0.8])
 

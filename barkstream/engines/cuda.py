@@ -113,6 +113,14 @@ class CudaEngine:
         return self._slots.n_owned
 
     @property
+    def row_counts(self) -> list[int]:
+        """Numbers of rows that there are kernels for; others take as long as the next one."""
+        counts = {2**i for i in range(self.max_batch.bit_length())}
+        if self._wide is not None:
+            counts |= {n for n in ROW_COUNTS if FUSED_ROWS < n <= self.max_batch}
+        return sorted(counts)
+
+    @property
     def start_alone(self) -> Callable[[Row, int, Callable[[], bool]], Callable[[], list[Generation]]] | None:
         """`start` for an only row, which may have a chain; None if this GPU does not fit the kernels that know how.
 
@@ -189,16 +197,15 @@ class CudaEngine:
 
     def warm_up(self, prefix_lengths: Sequence[int]) -> None:
         """Compile the kernels and capture the graphs of every batch size, and those of prefixes of these lengths."""
-        row_counts = [2**i for i in range(self.max_batch.bit_length())]
         compile_all(
             [
                 decoder.source(n)
-                for n in row_counts
+                for n in self.row_counts
                 if isinstance(decoder := self._decoder(n), FusedDecoder | WideDecoder)
             ],
             ARCHITECTURE,
         )
-        for n_rows in row_counts:
+        for n_rows in self.row_counts:
             ids = np.full((2, 1), self.size.n_input_ids, np.int32)
             self.generate([Row(ids, 2, 0, WARM_UP) for _ in range(n_rows)])
             if isinstance(decoder := self._decoder(n_rows), FusedDecoder | WideDecoder):

@@ -141,6 +141,11 @@ class CausalEngine:
         self._shared_caches: dict[int, Cache] = {}  # by number of rows
 
     @property
+    def row_counts(self) -> list[int]:
+        """Some numbers of rows, from one to a full batch."""
+        return [2**i for i in range(self.max_batch.bit_length())]
+
+    @property
     def n_owned_slots(self) -> int:
         """Slots that streams hold now, those of a call under way included."""
         return self._slots.n_owned

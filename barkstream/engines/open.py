@@ -51,6 +51,10 @@ class CausalEngine(Protocol):
     @property
     def n_owned_slots(self) -> int: ...
 
+    @property
+    def row_counts(self) -> Sequence[int]:
+        """Numbers of rows whose costs are worth knowing: those of others lie between."""
+
     def generate(self, rows: list[Row]) -> list[Generation]: ...
 
     def release(self, *streams: int) -> None: ...

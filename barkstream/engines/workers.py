@@ -433,11 +433,11 @@ class Costs:
         return float(np.interp(n_rows, list(self.prefills_s), list(self.prefills_s.values())))
 
 
-def measure(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, max_batch: int) -> Costs:
-    """Costs of rows behind prefixes [S, C]; a step's is by what more steps take longer."""
-    costs, n_rows = Costs({}, {}), 1
+def measure(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, row_counts: Sequence[int]) -> Costs:
+    """Costs of so many rows behind prefixes [S, C]; a step's is by what more steps take longer."""
+    costs = Costs({}, {})
     sampling = Sampling(temperature=0, min_eos_p=1.0)
-    while n_rows <= max_batch:
+    for n_rows in row_counts:
         took_s = []
         for n in (1, *STEPS_TIMED):  # the first prefills
             began = time.perf_counter()
@@ -445,5 +445,4 @@ def measure(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, max
             took_s.append(time.perf_counter() - began)
         step_s = max(took_s[2] - took_s[1], 1e-5) / (STEPS_TIMED[1] - STEPS_TIMED[0])
         costs.steps_s[n_rows], costs.prefills_s[n_rows] = step_s, max(took_s[0] - step_s, 0.0)
-        n_rows *= 2
     return costs

@@ -100,6 +100,10 @@ class CausalEngine:
         self._held: dict[int, Ints] = {}
 
     @property
+    def row_counts(self) -> list[int]:
+        return list(self._gpu.costs.step[self._stage])
+
+    @property
     def n_owned_slots(self) -> int:
         return len(self._held)
 

@@ -41,7 +41,7 @@ constexpr int KEY_CHUNKS = BLOCK_SIZE / 64;  // of 8 positions, that a block's s
 // Cycles between what a block says and its first look for what the others say.
 constexpr int X_DELAY = B > 1 ? 400 : QUANTIZED ? 300 : 600, QUERY_DELAY = B > 1 ? 0 : 600, PART_DELAY = QUANTIZED ? 1400 : 2000,
               HIDDEN_DELAY = B > 1 || QUANTIZED ? 600 : 900;
-static_assert(B <= 8 && N_LAYERS % 2 == 0 && LAYER_UNITS == STAGES * STAGE_UNITS);
+static_assert(B <= 8 && (B & (B - 1)) == 0 && N_LAYERS % 2 == 0 && LAYER_UNITS == STAGES * STAGE_UNITS);
 
 // Where the packets of 16 bytes lie.
 constexpr bool SPREAD = B == 1;  // all blocks read what each of a head's blocks has found, see above

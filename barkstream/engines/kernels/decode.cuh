@@ -10,7 +10,7 @@ constexpr int UNIT = 8 * W * BITS / 8;  // the bytes of 8 rows of W weights
 // The units of a block b = 8 * head + rank, in their order in memory (`pack_units` of fused.py)
 constexpr int OUT_UNIT = 3, UP_UNIT = 4, DOWN_UNIT = 8, LAYER_UNITS = 12, HEAD_UNITS = 2 * HEAD_TILES;
 constexpr int ALL_UNITS = N_LAYERS * LAYER_UNITS + N_BOOKS * HEAD_UNITS;
-static_assert(W == 64 * H && (B & (B - 1)) == 0);
+static_assert(W == 64 * H);
 
 // What blocks exchange, and multiply, two to a word: bf16, or f16 in a quantized model, whose bytes become f16 in fewer instructions.
 __device__ __forceinline__ u32 pack_pair(float low, float high) {

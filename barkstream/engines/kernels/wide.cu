@@ -20,9 +20,10 @@
 
 constexpr int POSITIONS = UNIT / (2 * CACHED);           // whose keys and values fill a stage: as much as a unit of weights,
 constexpr int STAGE_BYTES = UNIT + (QUANTIZED ? POSITIONS * 8 : 0);  // and, behind them, their scales
-constexpr int PART = B <= (QUANTIZED ? 16 : 8) ? B : B / 2;  // rows that go through a phase together
+constexpr int PART = B <= (QUANTIZED ? 24 : 8) ? B : B == 24 ? 8 : B / 2;  // rows that go through a phase together
 constexpr int TEAM = 2, TEAMS = WARPS / TEAM;            // warps that take a stage of keys and values together
 constexpr int SHARE = B / 8;                             // rows whose attention a block computes
+static_assert(B % 8 == 0 && B % PART == 0);
 constexpr int PADDED = BLOCKS * HEAD_UNITS * 8;          // logits of a row
 constexpr int UP_DELAY = 500, NEWEST_DELAY = B < 32 ? 600 : 1200;  // cycles before a block looks for what others have said
 constexpr int HEAD_GROUP = HEAD_UNITS % 4 == 0 ? 4 : 2;  // units of the head that are multiplied together
@@ -320,12 +321,16 @@ __device__ __forceinline__ float4 normed_total_of(const Place& place, int first_
 }
 
 // Neighbouring lanes take the halves of a unit for a row, of rows first ... + ROWS. Whole warps: lanes that have
-// nothing left repeat what others do.
+// nothing left repeat what others of their warp do.
 template <int N_UNITS, int ROWS, class Work>
 __device__ __forceinline__ void for_each_half(int first, Work work) {
+    constexpr int N = N_UNITS * 2 * ROWS;
+    static_assert(N % 32 == 0 || N % 32 == 16);
 #pragma unroll 1
-    for (int i = thread(); i - lane() < N_UNITS * 2 * ROWS; i += THREADS)
-        work(i / (2 * ROWS) % N_UNITS, first + i / 2 % ROWS, i % 2);
+    for (int i = thread(); i - lane() < N; i += THREADS) {
+        int mine = i < N ? i : i - 16;
+        work(mine / (2 * ROWS), first + mine / 2 % ROWS, mine % 2);
+    }
 }
 
 // One phase: N_UNITS units times x [B][n_columns], packets of a turn; then `work` for each half of a unit and row. Rows

@@ -26,7 +26,7 @@ from barkstream.engines.kernels.fused import (
 from barkstream.engines.kernels.weights import GPTWeights
 from barkstream.tokens import GPTSize
 
-ROW_COUNTS = (8, 16, 32, 64)
+ROW_COUNTS = (8, 16, 24, 32, 64)
 N_WARPS, N_TEAMS = 8, 4
 MAX_SHARED_BYTES = 227 << 10  # of a block, compute capability 9.0
 WEIGHTS_IN_FLIGHT = 16 << 10  # bytes of a block's stream that are on their way at once
