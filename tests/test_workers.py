@@ -120,23 +120,25 @@ def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_n
     assert set(worker._held) == set(worker._began_s) == {1, 2}  # and nothing is kept of those without a name
 
 
-def test_costs_are_measured_step_by_step_and_those_of_a_number_between_are_the_greater_ones_or_in_proportion(
-    monkeypatch,
-):
-    """An engine that takes 1 ms a step and row, and 100 ms a row's prefill, which the first of three calls needs."""
-    clock, held = [0.0], set()
+def test_costs_are_measured_and_those_of_a_number_between_are_the_greater_ones_or_in_proportion(monkeypatch):
+    """An engine that takes 1 ms a step and row, and 100 ms for the prefill of a row that it does not hold; at first, ten times that."""
+    clock, held, n_calls = [0.0], set(), 0
 
     def generate(rows):
-        clock[0] += 0.001 * rows[0].n_tokens * len(rows) + 0.1 * sum(row.stream not in held for row in rows)
-        held.update(row.stream for row in rows if rows[0].n_tokens == 1)
-        if rows[0].n_tokens == 24:
-            held.clear()
+        nonlocal n_calls
+        n_calls += 1
+        took_s = 0.001 * rows[0].n_tokens * len(rows) + 0.1 * sum(row.stream not in held for row in rows)
+        clock[0] += took_s * (10 if n_calls <= 3 else 1)
+        held.update(row.stream for row in rows)
         return []
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    costs = measure(generate, np.zeros((5, 1), np.int32), [1, 2, 4, 8])
+    costs = measure(
+        generate, lambda *streams: held.difference_update(streams), np.zeros((5, 1), np.int32), [1, 2, 4, 8]
+    )
     assert [costs.step_s(n) for n in (1, 3, 8, 9)] == pytest.approx([0.001, 0.004, 0.008, 0.008])
     assert [costs.prefill_s(n) for n in (1, 3, 8)] == pytest.approx([0.1, 0.3, 0.8])
+    assert not held
 
 
 def test_a_call_in_pieces_says_what_it_says_in_one(start):
@@ -218,7 +220,10 @@ def test_who_goes_on_needs_no_prefill_and_goes_along(crowd):
         together(worker, gpt, turns, [row(4, stream=stream, position=0)])
     goes_on = [row(4, stream=stream, n_ids=9, position=stream) for stream in (7, 8)]
     rows = [row(4, stream=stream, position=stream) for stream in range(1, 7)]
-    assert together(worker, gpt, turns, rows + goes_on) == [[1, 2, 3, 4, 7, 8], [5, 6]]
+    assert together(worker, gpt, turns, rows + goes_on) == [
+        [1, 2, 3, 4, 7, 8],
+        [5, 6],
+    ]  # in the order of what they have
 
 
 def test_a_row_that_comes_later_joins_at_the_next_piece(start):

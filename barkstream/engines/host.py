@@ -106,8 +106,7 @@ class Stage:
             return Worker(start, spec.max_batch, self._turns, policy)
         n_ids = 2 if spec.stage == "semantic" else 1
         prefix = np.zeros((prefix_lengths(spec.stage, spec.checkpoint)[-1] + 1, n_ids), np.int32)
-        costs = measure(engine.generate, prefix, engine.row_counts)
-        engine.release(*(-1 - i for i in range(spec.max_batch)))
+        costs = measure(engine.generate, engine.release, prefix, engine.row_counts)
         self._n_slots, self._release = lambda: engine.n_owned_slots, engine.release
         worker = CausalWorker(
             start,

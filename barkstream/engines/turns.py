@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-HEAD_START_S = 0.003  # before the work that runs is over, the next may be prepared and launched behind it
+HEAD_START_S = 0.004  # before the work that runs is over, the next may be prepared and launched behind it
 HURRIED = 2  # the highest urgency of those whom somebody waits for
 FOLLOW_S = 0.005  # so soon after such work the listener's next call comes, from another stage: others let it go first
 LONE = 5  # the urgency of those who let all others go first:
-GRACE_S = 0.002  # also those who come so soon after work was over, for most of them come again
+GRACE_S = 0.001  # also those who come so soon after work was over, for most of them come again
 PATIENCE_S = 0.005  # urgencies are asked so often at least, for time changes them
 
 Urgency = Callable[[], int]  # the lowest goes first

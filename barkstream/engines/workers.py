@@ -27,10 +27,11 @@ HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
 # for a row that is whole already.
 PIECES = 60, 30, 15, 10
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
-TIGHT_BATCH_S = 0.04  # than what takes so long for half a window
+TIGHT_BATCH_S = 0.04  # than what takes so long for half a window, or this many rows:
+FEW = 4
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
-STEPS_TIMED = 8, 24
+STEPS_TIMED, N_TRIES = (8, 24), 3
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
@@ -317,7 +318,7 @@ class CausalWorker(Worker[Row, Generation]):
         for each in sorted(waiting, key=lambda each: (not each.is_hurried, slack_s[each])):
             n_more = n_new + self._is_new(each.call)
             takes_s = PIECES[1] * self._step_s(len(batch) + 1) + self._prefills_s(n_more)
-            fits = not is_tight or not batch or each.is_hurried or takes_s <= TIGHT_BATCH_S
+            fits = not is_tight or len(batch) < FEW or each.is_hurried or takes_s <= TIGHT_BATCH_S
             if fits and len(batch) < self._max_batch:
                 batch.append(each)
                 n_new = n_more
@@ -433,16 +434,28 @@ class Costs:
         return float(np.interp(n_rows, list(self.prefills_s), list(self.prefills_s.values())))
 
 
-def measure(generate: Callable[[list[Row]], list[Generation]], prefix: Ints, row_counts: Sequence[int]) -> Costs:
-    """Costs of so many rows behind prefixes [S, C]; a step's is by what more steps take longer."""
+def measure(
+    generate: Callable[[list[Row]], list[Generation]],
+    release: Callable[..., None],
+    prefix: Ints,
+    row_counts: Sequence[int],
+) -> Costs:
+    """Costs of so many rows behind prefixes [S, C]; a step's is by what more steps take longer. The least of some tries, for while a
+    server starts its CPUs have much to do."""
     costs = Costs({}, {})
     sampling = Sampling(temperature=0, min_eos_p=1.0)
+
+    def took_s(streams: range, n_tokens: int) -> float:
+        began = time.perf_counter()
+        generate([Row(prefix, n_tokens, 0, sampling, stream) for stream in streams])
+        return time.perf_counter() - began
+
     for n_rows in row_counts:
-        took_s = []
-        for n in (1, *STEPS_TIMED):  # the first prefills
-            began = time.perf_counter()
-            generate([Row(prefix, n, 0, sampling, -1 - i) for i in range(n_rows)])
-            took_s.append(time.perf_counter() - began)
-        step_s = max(took_s[2] - took_s[1], 1e-5) / (STEPS_TIMED[1] - STEPS_TIMED[0])
-        costs.steps_s[n_rows], costs.prefills_s[n_rows] = step_s, max(took_s[0] - step_s, 0.0)
+        streams, tries = range(-n_rows, 0), []
+        for _ in range(N_TRIES):
+            tries.append([took_s(streams, n) for n in (1, *STEPS_TIMED)])  # the first prefills
+            release(*streams)
+        first_s, few_s, many_s = map(min, zip(*tries, strict=True))
+        step_s = max(many_s - few_s, 1e-5) / (STEPS_TIMED[1] - STEPS_TIMED[0])
+        costs.steps_s[n_rows], costs.prefills_s[n_rows] = step_s, max(first_s - step_s, 0.0)
     return costs
