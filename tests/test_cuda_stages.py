@@ -11,6 +11,8 @@ from barkstream import gpt  # noqa: E402
 from barkstream.engines import Window  # noqa: E402
 from barkstream.engines.cuda_codec import CodecEngine, Decoder  # noqa: E402
 from barkstream.engines.cuda_fine import FineEngine  # noqa: E402
+from barkstream.engines.kernels.batched import capture  # noqa: E402
+from barkstream.engines.kernels.lstm import Lstm  # noqa: E402
 from barkstream.export.codec_state import state_size  # noqa: E402
 from barkstream.tokens import CodecLayout, FineLayout, GPTSize  # noqa: E402
 
@@ -210,3 +212,72 @@ def test_a_chunk_that_does_not_fit_is_refused(codec):
         engine.decode([(np.zeros((7, 10), np.int32), state)])
     with pytest.raises(ValueError, match="state must be"):
         engine.decode([(np.zeros((8, 10), np.int32), state[1:])])
+
+
+@pytest.fixture(scope="module")
+def lstm():
+    """The kernel, and its twin in float64 on the CPU."""
+    if not Lstm.fits(512, 2):
+        pytest.skip("this GPU cannot run all blocks of the LSTM at once")
+    twin = torch.nn.LSTM(512, 512, 2).requires_grad_(False).double()
+    for x in twin.parameters():
+        x.normal_(0, 512**-0.5)
+    return Lstm({name: x.float().cuda() for name, x in twin.state_dict().items()}), twin
+
+
+def random_sequence(n_steps, n_rows):
+    """x [T, B, 512], h and c [B, 2, 512], these as parts of a larger tensor, as the codec carries them."""
+    carried = torch.randn(n_rows, 2 * 1024 + 5, device="cuda")
+    h, c = (part.reshape(-1, 2, 512) for part in (carried[:, 1:1025].tanh_(), carried[:, 1027:2051]))
+    return torch.randn(n_steps, n_rows, 512, device="cuda"), h, c
+
+
+def agrees(twin, given, found):
+    """y, h and c are the twin's."""
+    x, h, c = (part.double().cpu() for part in given)
+    y, last = twin(x, (h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()))
+    for ours, theirs in zip(found, (y, *(state.transpose(0, 1) for state in last)), strict=True):
+        np.testing.assert_allclose(ours.cpu().numpy(), theirs.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 24, 240])
+def test_the_lstm_equals_its_twin(lstm, n_steps, n_rows):
+    kernel, twin = lstm
+    given = random_sequence(n_steps, n_rows)
+    agrees(twin, given, kernel(*given))
+
+
+def test_the_lstm_says_the_same_again_whatever_ran_between(lstm):
+    kernel, twin = lstm
+    given = [random_sequence(n_steps, n_rows) for n_steps, n_rows in ((24, 1), (25, 8), (26, 1), (7, 3), (24, 2))]
+    first = [kernel(*each) for each in given]
+    for each, found in zip(given, first, strict=True):
+        agrees(twin, each, found)
+    for _ in range(20):
+        for each, found in zip(given, first, strict=True):
+            assert all(map(torch.equal, kernel(*each), found))
+
+
+def test_the_lstm_may_be_cut_anywhere(lstm):
+    kernel, twin = lstm
+    given = random_sequence(60, 2)
+    ys, state = [], given[1:]
+    for piece in given[0].split([1, 2, 30, 27]):
+        y, *state = kernel(piece, *state)
+        ys.append(y)
+    agrees(twin, given, (torch.cat(ys), *state))
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 8])
+def test_the_lstm_in_a_graph_follows_its_inputs(lstm, n_rows):
+    kernel, twin = lstm
+    given, found = random_sequence(24, n_rows), []
+    with torch.inference_mode():
+        graph = capture(lambda: found.append(kernel(*given)))
+        for _ in range(5):
+            changed = random_sequence(24, n_rows)
+            for place, values in zip(given, changed, strict=True):
+                place.copy_(values)
+            graph.replay()
+            agrees(twin, changed, found[-1])

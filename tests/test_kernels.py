@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from barkstream.engines import Head, kernels  # noqa: E402
-from barkstream.engines.kernels import fused, wide  # noqa: E402
+from barkstream.engines.kernels import fused, lstm, wide  # noqa: E402
 from barkstream.sampling import COARSE, SEMANTIC  # noqa: E402
 from barkstream.tokens import GPTSize  # noqa: E402
 
@@ -59,6 +59,22 @@ def test_nothing_spills_at_up_to_32_rows():
         for (file, constants), log in zip(wanted, pool.map(compiler_log, wanted), strict=True):
             spilt = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
             assert spilt and set(spilt) == {("0", "0")}, (file, constants)
+
+
+@pytest.mark.parametrize("n_rows", lstm.ROW_COUNTS)
+def test_the_lstms_weights_stay_in_registers(n_rows):
+    """So many that no two blocks share a multiprocessor: its 65,536 registers are two blocks of 256 threads of 128."""
+    log = compiler_log(lstm.source(n_rows))
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")]
+    (n_registers,) = re.findall(r"Used (\d+) registers", log)
+    assert int(n_registers) > 128
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100"])
+def test_the_lstm_compiles_for_any_recent_gpu(architecture):
+    for n_rows in lstm.ROW_COUNTS:
+        file, constants = lstm.source(n_rows)
+        assert b".text.lstm" in kernels.compile_source(file, architecture, **constants)
 
 
 def compiler_log(source):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from barkstream.engines import Chunk, check_chunk
 from barkstream.engines.kernels.batched import capture
+from barkstream.engines.kernels.lstm import Lstm
 from barkstream.engines.kernels.weights import read_initializers
 from barkstream.engines.transfers import download, upload
 from barkstream.export.codec_state import state_parts, state_size
@@ -131,9 +132,9 @@ class Decoder(nn.Module):
             if name.startswith(("decoder.", "quantizer."))
         }
         n_layers, width = self.shapes["layers.1.h"]
-        self.lstm = nn.LSTM(width, width, n_layers).to(device).requires_grad_(False)
-        self.lstm.load_state_dict(_lstm_weights(self.weights, n_layers))
-        self.lstm.flatten_parameters()
+        lstm_weights = _lstm_weights(self.weights, n_layers)
+        fast = device == "cuda" and Lstm.fits(width, n_layers)
+        self.lstm = Lstm(lstm_weights) if fast else PlainLstm(lstm_weights, n_layers)
 
     def forward(self, codes: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """codes [B, K, n], state [B, N] -> samples [B, samples_per_frame n], next state [B, N]"""
@@ -182,10 +183,27 @@ class Decoder(nn.Module):
         return inner + (self._conv(x, f"{name}.shortcut") if self.layout.use_conv_shortcut else x)
 
     def _lstm(self, x: Tensor) -> Tensor:
-        start = tuple(self.carried[f"layers.1.{s}"].transpose(0, 1).contiguous() for s in "hc")
-        y, (h, c) = self.lstm(x.permute(2, 0, 1).contiguous(), start)
-        self.next["layers.1.h"], self.next["layers.1.c"] = h.transpose(0, 1), c.transpose(0, 1)
+        h, c = self.carried["layers.1.h"], self.carried["layers.1.c"]
+        y, self.next["layers.1.h"], self.next["layers.1.c"] = self.lstm(x.permute(2, 0, 1), h, c)
         return y.permute(1, 2, 0) + x
+
+
+class PlainLstm(nn.Module):
+    """Twin of kernels/lstm.py for any size and device."""
+
+    def __init__(self, weights: Mapping[str, Tensor], n_layers: int):
+        """weights: by nn.LSTM's names."""
+        super().__init__()
+        device, width = weights["weight_hh_l0"].device, weights["weight_hh_l0"].shape[1]
+        self.lstm = nn.LSTM(width, width, n_layers).to(device).requires_grad_(False)
+        self.lstm.load_state_dict(weights)
+        self.lstm.flatten_parameters()
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As Lstm.__call__."""
+        start = h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()
+        y, (h, c) = self.lstm(x.contiguous(), start)
+        return y, h.transpose(0, 1), c.transpose(0, 1)
 
 
 class _Batch:

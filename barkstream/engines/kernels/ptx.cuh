@@ -173,3 +173,9 @@ __device__ __forceinline__ float load_cached_l2_4(const void* p, bool there) {
                  : "l"(p), "r"((int)there));
     return v;
 }
+// If not `there`, v stays as it is.
+__device__ __forceinline__ void load_cached_l2(float4& v, const float* p, bool there) {
+    asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %5, 0;\n@there ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+                 : "l"(p), "r"((int)there));
+}
