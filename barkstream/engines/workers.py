@@ -31,7 +31,7 @@ TIGHT_BATCH_S = 0.04  # than what takes so long for half a window, or this many 
 FEW = 4
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
-STEPS_TIMED, N_TRIES = (8, 24), 3
+STEPS_TIMED, N_TRIES = (8, 24), 5
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
