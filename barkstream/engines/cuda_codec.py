@@ -102,13 +102,19 @@ class CodecEngine:
         return finish
 
     def _pieces(self, codes: Ints) -> list[Ints]:
-        """codes [K, n] cut into the longest pieces that there are graphs for; what is left over is a piece of its own."""
-        lengths, pieces = sorted({n_frames for _, n_frames in self._batches}, reverse=True), []
-        while codes.shape[1]:
-            n = next((length for length in lengths if length <= codes.shape[1]), codes.shape[1])
-            pieces.append(codes[:, :n])
-            codes = codes[:, n:]
-        return pieces
+        """codes [K, n] cut into the longest pieces that there are graphs for. What is left over is a piece of its own, with all that is
+        shorter than the longest graph: without one a piece takes as long as it takes to launch, whatever its length."""
+        lengths, n = sorted({n_frames for _, n_frames in self._batches}, reverse=True), codes.shape[1]
+        if not lengths:
+            return [codes]
+        sizes, rest = [lengths[0]] * (n // lengths[0]), n % lengths[0]
+        parts, left = [], rest
+        for length in lengths:
+            parts += [length] * (left // length)
+            left %= length
+        sizes += [rest] if left else parts
+        ends = np.cumsum(sizes)
+        return [codes[:, end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     def _launch(self, codes: Ints, states: Tensor) -> tuple[Callable[[], Floats], Tensor]:
         """codes [B, K, n], states [B, N] -> what waits for samples [B, samples_per_frame n]; next states [B, N]."""
