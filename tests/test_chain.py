@@ -200,19 +200,25 @@ def pieces_of(worker, row):
     return [(row.position, row.n_tokens) for (row,) in worker.engine.batches]
 
 
-def test_a_chains_pieces_never_cross_a_windows_end(worker):
+@pytest.fixture
+def eights(monkeypatch):
+    """Pieces of 8 tokens: windows here have 10."""
+    monkeypatch.setattr("barkstream.engines.workers.PIECES", (60, 30, 15, 8))
+
+
+def test_a_chains_pieces_never_cross_a_windows_end(worker, eights):
     begun = replace(
         chain_of(3, position=996), n_tokens=4 + 10 + 6
     )  # a window's tokens 6 to 9, a whole one, and the last
     assert pieces_of(worker, begun) == [(996, 4), (1000, 8), (1008, 2), (1010, 6)]
 
 
-def test_a_chains_next_window_is_as_hurried_as_a_call_for_it(worker):
+def test_a_chains_next_window_is_as_hurried_as_a_call_for_it(worker, eights):
     """Not cut in pieces if somebody waits for it, and nobody does behind position 60."""
     assert pieces_of(worker, chain_of(4, position=40)) == [(40, 10), (50, 10), (60, 10), (70, 8), (78, 2)]
 
 
-def test_a_chains_next_window_is_known_to_need_a_prefill_unless_it_goes_on(start):
+def test_a_chains_next_window_is_known_to_need_a_prefill_unless_it_goes_on(start, eights):
     """Pieces of 8 tokens take .02 s; a prefill is said to take 1 s."""
     said = []
 
@@ -224,9 +230,7 @@ def test_a_chains_next_window_is_known_to_need_a_prefill_unless_it_goes_on(start
     engine = Attentive()
     policy = replace(POLICIES["coarse"], is_hurried=lambda row: False)
     worker = start(
-        CausalWorker(
-            at_once(engine.generate), engine.release, 4, Listening(), policy, lambda n: PIECE_S / 8, lambda n: 1.0
-        )
+        CausalWorker(at_once(engine.generate), engine.release, 4, Listening(), policy, lambda n: 0.0025, lambda n: 1.0)
     )
     slid = chain_of(2)
     worker.submit([slid])[0].result(timeout=10)
