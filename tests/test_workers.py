@@ -214,6 +214,15 @@ def test_while_a_listener_may_run_dry_the_ones_ahead_do_not_make_the_batch_long(
     assert together(worker, gpt, turns, rows) == [[1, 2, 3, 4, 5, 6, 7, 8]]
 
 
+def test_a_stream_that_is_not_known_yet_counts_as_one_with_nothing_in_hand(crowd):
+    """After a process has been lost its sentences go on in the next one."""
+    worker, gpt, turns, _ = crowd
+    for stream in range(1, 6):
+        together(worker, gpt, turns, [row(4, stream=stream, position=0)])
+    rows = [row(4, stream=stream, position=stream) for stream in range(1, 6)]
+    assert together(worker, gpt, turns, [*rows, row(4, stream=6, position=500)]) == [[6, 1, 2, 3], [4, 5]]
+
+
 def test_who_goes_on_needs_no_prefill_and_goes_along(crowd):
     worker, gpt, turns, _ = crowd
     for stream in range(1, 9):

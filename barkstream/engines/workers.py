@@ -273,8 +273,10 @@ class CausalWorker(Worker[Row, Generation]):
         now_s = time.monotonic()
         with self._changed:
             for row in rows:
-                if row.position == 0 or row.stream not in self._began_s:
-                    self._began_s[row.stream] = now_s
+                if (
+                    row.position == 0 or row.stream not in self._began_s
+                ):  # the latter: this process is younger than the sentence
+                    self._began_s[row.stream] = now_s - row.position / self._rate_hz
         return super().submit(rows)
 
     def drop(self, *streams: int) -> None:
