@@ -53,7 +53,7 @@ class CausalEngine(Protocol):
 
     @property
     def row_counts(self) -> Sequence[int]:
-        """Numbers of rows whose costs are worth knowing: those of others lie between."""
+        """Numbers of rows whose costs are worth measuring."""
 
     def generate(self, rows: list[Row]) -> list[Generation]: ...
 

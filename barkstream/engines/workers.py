@@ -23,7 +23,7 @@ from barkstream.sampling import Ints, Sampling
 
 PIECE_S = 0.022  # how long a GPT's piece may take, prefills aside: a more urgent stage waits so long at most
 HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
-# Tokens of a piece of several rows. A coarse call has 60, so rows that began at different times end together, and no step is made
+# Tokens of a piece: parts of a coarse window, which has 60. So rows that began at different times end together, and no step is made
 # for a row that is whole already.
 PIECES = 60, 30, 15, 10
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
