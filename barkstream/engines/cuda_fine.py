@@ -23,6 +23,7 @@ from barkstream.tokens import FineLayout
 FRAME_STEP = 64  # windows are padded to a multiple of this many frames, so that few graphs serve all lengths
 GRAPH_FRAMES = 4096  # rows times frames: more than this keep the GPU busy without a graph
 FREE_FRAMES = 1024  # rows times frames: up to here windows of any length go together (docs/performance.md)
+SHORT_FRAMES = 2048  # rows times frames: up to here there are graphs between powers of two, too
 THREADS = 256  # of a block in fine.cu
 
 
@@ -72,13 +73,11 @@ class FineEngine:
 
     def warm_up(self, frames: Sequence[int]) -> None:
         """Capture the graphs of windows of these many frames, for every size of batch."""
-        n_rows = 1
-        while n_rows <= self.max_batch:
-            for n_frames in sorted({_padded(n) for n in frames}):
+        for n_frames in sorted({_padded(n) for n in frames}):
+            for n_rows in sorted({_rows(n, n_frames) for n in range(1, self.max_batch + 1)}):
                 codes = np.zeros((self.layout.n_codebooks, min(n_frames, self.layout.size.block_size)), np.int32)
                 uniforms = np.full((len(codes) - self.layout.n_given, codes.shape[1]), 0.5, np.float32)
                 self.fill([Window(codes, 0, uniforms, 1.0)] * n_rows)
-            n_rows *= 2
 
     def fill(self, windows: Sequence[Window]) -> list[Ints]:
         """Each window's codes [K, T] with the codebooks given.. of frames fill_from.. drawn anew, as `FineGPT.fill`."""
@@ -103,7 +102,7 @@ class FineEngine:
 
     def _start(self, windows: list[Window], n_frames: int) -> Callable[[], Ints]:
         n_frames = min(n_frames, self.layout.size.block_size)
-        shape = _rows(len(windows)), n_frames, all(window.n_frames == n_frames for window in windows)
+        shape = _rows(len(windows), n_frames), n_frames, all(window.n_frames == n_frames for window in windows)
         if shape not in self._batches:
             self._batches[shape] = self._new_batch(*shape)
         return self._batches[shape].start(windows)
@@ -249,7 +248,7 @@ def batches(n_frames: Sequence[int], max_batch: int) -> list[tuple[int, list[int
     for i in sorted(range(len(n_frames)), key=lambda i: -n_frames[i]):
         if found:
             longest, members = found[-1]
-            n_rows = _rows(len(members) + 1)
+            n_rows = _rows(len(members) + 1, longest)
             if n_rows <= max_batch and (n_frames[i] == longest or n_rows * longest <= FREE_FRAMES):
                 members.append(i)
                 continue
@@ -257,9 +256,11 @@ def batches(n_frames: Sequence[int], max_batch: int) -> list[tuple[int, list[int
     return found
 
 
-def _rows(n: int) -> int:
-    """Graphs are made for powers of two."""
-    return 1 << (n - 1).bit_length()
+def _rows(n: int, n_frames: int) -> int:
+    """Rows of the graph that fills so many windows of so many frames: a power of two, or, if they are short, 3 or 6."""
+    power = 1 << (n - 1).bit_length()
+    between = power * 3 // 4
+    return between if power > 2 and n <= between and between * n_frames <= SHORT_FRAMES else power
 
 
 def _padded(n_frames: int) -> int:

@@ -14,7 +14,8 @@
 //   odd one, and the reader polls the data itself (as in decode.cu). A flag would cost four trips to L2 in place of
 //   two: under load a fence alone took 2,500 cycles. One buffer is enough: whoever writes it again has received what
 //   was made by blocks that had received all that was in it.
-// - What streams through is marked as first to leave L2, or it would drive out what blocks exchange.
+// - What streams through is marked as first to leave L2, or it would drive out what blocks exchange. And little of it is on its way
+//   at once while a block polls, much while it computes attention.
 // - Layer norm: as in decode.cu.
 #include "decode.cuh"
 
@@ -25,7 +26,7 @@ constexpr int TEAM = 2, TEAMS = WARPS / TEAM;            // warps that take a st
 constexpr int SHARE = B / 8;                             // rows whose attention a block computes
 static_assert(B % 8 == 0 && B % PART == 0);
 constexpr int PADDED = BLOCKS * HEAD_UNITS * 8;          // logits of a row
-constexpr int UP_DELAY = 500, NEWEST_DELAY = B < 32 ? 600 : 1200;  // cycles before a block looks for what others have said
+constexpr int UP_DELAY = QUANTIZED && B < 32 ? 900 : 500, NEWEST_DELAY = B < 32 ? 600 : 1200;  // cycles before a block looks for what others have said
 constexpr int HEAD_GROUP = HEAD_UNITS % 4 == 0 ? 4 : 2;  // units of the head that are multiplied together
 
 struct Arguments {
@@ -62,6 +63,7 @@ struct Shared {
     float scratch[WARPS];
     RowState rows[B];
     int stop;
+    volatile int attending;  // the computing warps: nobody polls
 };
 
 __device__ __forceinline__ int row_of(const Arguments& a, int i) { return a.order[blockIdx.x % 8 * SHARE + i]; }
@@ -99,7 +101,7 @@ struct Copier {
             size_t keys = head_at(a, layer, row), values = keys + values_after(a);
             for (int first = 0; first < length; first += POSITIONS, n++) {
                 int count = min(POSITIONS, length - first), bytes = count * CACHED, of_scales = (count + 3) / 4 * 16;
-                u64* full = next(2 * bytes + (QUANTIZED ? 2 * of_scales : 0), KEYS_IN_FLIGHT);
+                u64* full = next(2 * bytes + (QUANTIZED ? 2 * of_scales : 0), shared.attending ? MOST_KEYS_IN_FLIGHT : KEYS_IN_FLIGHT);
                 u8* stage = stages + n % STAGES * STAGE_BYTES;
                 copy_once_to_shared(stage, a.cache + (keys + first) * CACHED, bytes, full);
                 copy_once_to_shared(stage + UNIT / 2, a.cache + (values + first) * CACHED, bytes, full);
@@ -410,17 +412,15 @@ __device__ __forceinline__ float2 scores_of(const u32 (&q)[8], const u8* keys, i
     return make_float2((sums[0][0] + sums[1][0] - excess) * SCORE_SCALE, (sums[0][1] + sums[1][1] - excess) * SCORE_SCALE);
 }
 
-// out += powers of 8 positions, two a lane, times their values (raised, if they are bytes).
-__device__ __forceinline__ void add_values(float (&out)[8][4], u32 powers, const u8* values, int row, int position) {
-    u32 v[QUANTIZED ? 1 : 2][4];
+// A position's values as the tensor cores want them: of dimensions 8 d ... (or, of bytes, as dimension_of says), d = 0 ... 7.
+__device__ __forceinline__ void load_values(u32 (&v)[8], const u8* values, int row, int position) {
+    u32 pieces[QUANTIZED ? 1 : 2][4];
 #pragma unroll
     for (int i = 0; i < (QUANTIZED ? 1 : 2); i++)
-        load_transposed(v[i], shared_address(values) + row * CACHED + cached_piece(position, i * 4 + lane() / 8) * 16);
+        load_transposed(pieces[i], shared_address(values) + row * CACHED + cached_piece(position, i * 4 + lane() / 8) * 16);
 #pragma unroll
     for (int d = 0; d < 8; d++)
-        multiply_add_8<QUANTIZED>(out[d], powers,
-                                  QUANTIZED ? bytes_raised(v[0][d / 2], d % 2 ? BYTES_13 : BYTES_02)
-                                            : v[d / 4 % 2][d % 4]);
+        v[d] = QUANTIZED ? bytes_raised(pieces[0][d / 2], d % 2 ? BYTES_13 : BYTES_02) : pieces[d / 4 % (QUANTIZED ? 1 : 2)][d % 4];
 }
 
 // Which dimension out[d][j] of this lane is: the even ones of 16, then the odd ones, if two of them came as one element.
@@ -436,7 +436,7 @@ __device__ __forceinline__ int dimension_of(int d, int j) {
 // must not be more than a turn ahead of what has surely landed.
 __device__ __forceinline__ void attend_row(Place& place, int i, int length, int turn) {
     constexpr int TILES = ((POSITIONS + 7) / 8 + TEAM - 1) / TEAM;
-    static_assert(STAGES - KEYS_IN_FLIGHT >= TEAMS);
+    static_assert(STAGES - MOST_KEYS_IN_FLIGHT >= TEAMS && MOST_KEYS_IN_FLIGHT >= KEYS_IN_FLIGHT);
     // The first team is the one whose turn it is: so a row's sums do not depend on the rows before it.
     int team = (warp() / TEAM + TEAMS - turn) % TEAMS, me = team * TEAM + warp() % TEAM;
     constexpr float HEADROOM = 8;  // powers of 2 by which a score may exceed the peak so far
@@ -494,16 +494,24 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
             of_powers[0] *= rescale;
         }
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            int mine = begin(tile) + lane() % 4 * 2;
-            float x = mine < n ? power_of_2(score[tile].x - peak) : 0, y = mine + 1 < n ? power_of_2(score[tile].y - peak) : 0;
-            sum += x + y;
-            if (QUANTIZED) {  // scales of positions that are not there may be anything
-                float2 by = *(const float2*)(stage + UNIT + (POSITIONS + mine) * 4);
-                x = mine < n ? x * by.x : 0, y = mine + 1 < n ? y * by.y : 0;
+        for (int pair = 0; pair < TILES; pair += 2) {  // of tiles: 16 positions are an instruction's
+            u32 powers[2] = {}, v[2][8];
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                int tile = min(pair + t, TILES - 1), mine = begin(tile) + lane() % 4 * 2;
+                load_values(v[t], stage + UNIT / 2, row(tile), first + row(tile));
+                if (pair + t == TILES) break;
+                float x = mine < n ? power_of_2(score[tile].x - peak) : 0, y = mine + 1 < n ? power_of_2(score[tile].y - peak) : 0;
+                sum += x + y;
+                if (QUANTIZED) {  // scales of positions that are not there may be anything
+                    float2 by = *(const float2*)(stage + UNIT + (POSITIONS + mine) * 4);
+                    x = mine < n ? x * by.x : 0, y = mine + 1 < n ? y * by.y : 0;
+                }
+                powers[t] = pack_pair(x, y);
             }
-            if (QUANTIZED) multiply_add_8<QUANTIZED>(of_powers, pack_pair(x, y), ONES);
-            add_values(out, pack_pair(x, y), stage + UNIT / 2, row(tile), first + row(tile));
+            if (QUANTIZED) multiply_add<QUANTIZED>(of_powers, powers[0], 0, powers[1], 0, ONES, ONES);
+#pragma unroll
+            for (int d = 0; d < 8; d++) multiply_add<QUANTIZED>(out[d], powers[0], 0, powers[1], 0, v[0][d], v[1][d]);
         }
         __syncwarp();
         if (lane() == 0) barrier_arrive(&place.shared.empty[(place.n_taken + taken) % STAGES], TEAMS);
@@ -546,6 +554,7 @@ __device__ __forceinline__ void combine_row(const Arguments& a, const Place& pla
 
 __device__ __forceinline__ void attend(const Arguments& a, Place& place, int layer) {
     fetch_newest(a, place, layer);
+    if (thread() == 0) place.shared.attending = 1;
     u32 first_stage = place.n_taken;
 #pragma unroll 1
     for (int i = 0; i < SHARE; i++) {
@@ -553,6 +562,7 @@ __device__ __forceinline__ void attend(const Arguments& a, Place& place, int lay
         if (row.running) attend_row(place, i, row.length, (place.n_taken - first_stage) % TEAMS);
     }
     sync();
+    if (thread() == 0) place.shared.attending = 0;
     if (warp() < SHARE) combine_row(a, place, warp(), place.shared.rows[row_of(a, warp())].running);
 }
 
@@ -732,7 +742,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
     if (thread() == 0) {
         for (int i = 0; i < STAGES; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS);
         barrier_init_fence();
-        shared.stop = 0;
+        shared.stop = 0, shared.attending = 0;
     }
     if (thread() < B) {
         const Row& row = a.rows[thread()];

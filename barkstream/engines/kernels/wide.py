@@ -29,7 +29,8 @@ from barkstream.tokens import GPTSize
 ROW_COUNTS = (8, 16, 24, 32, 64)
 N_WARPS, N_TEAMS = 8, 4
 MAX_SHARED_BYTES = 227 << 10  # of a block, compute capability 9.0
-WEIGHTS_IN_FLIGHT = 16 << 10  # bytes of a block's stream that are on their way at once
+# Bytes of a block's stream that are on their way at once: little while it polls, for what it polls waits behind them.
+WEIGHTS_IN_FLIGHT, MOST_KEYS_IN_FLIGHT = 16 << 10, 96 << 10
 MAX_STAGES = 24
 
 
@@ -62,7 +63,8 @@ def source(size: GPTSize, head: Head, bits: int, n_rows: int) -> Source:
         HEAD_TILES=tiles,
         STAGES=shared.n_stages,
         WEIGHTS_IN_FLIGHT=min(max(WEIGHTS_IN_FLIGHT // shared.unit_bytes, 1), shared.n_stages - 1),
-        KEYS_IN_FLIGHT=min(max(_keys_in_flight(bits, n_rows) // shared.unit_bytes, 1), shared.n_stages - N_TEAMS),
+        KEYS_IN_FLIGHT=_n_stages(_keys_in_flight(bits, n_rows), shared),
+        MOST_KEYS_IN_FLIGHT=_n_stages(MOST_KEYS_IN_FLIGHT, shared),
     )
     return "wide.cu", shape | kernel_constants(size, head, bits)
 
@@ -164,9 +166,16 @@ class _Variant:
         self._kernel.launch((self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], stream)
 
 
+def _n_stages(n_bytes: int, shared: _SharedMemory) -> int:
+    """Of keys and values."""
+    return min(max(n_bytes // shared.unit_bytes, 1), shared.n_stages - N_TEAMS)
+
+
 def _keys_in_flight(bits: int, n_rows: int) -> int:
-    """Bytes of keys and values that are on their way at once. Few where they are not what limits: what blocks poll waits behind them."""
-    return 16 << 10 if bits == 8 and n_rows <= 16 else 32 << 10
+    """Bytes of keys and values that are on their way at once while a block polls (found by trying)."""
+    if bits == 8:
+        return 8 << 10
+    return 32 << 10 if n_rows <= 16 else 16 << 10
 
 
 def deal_rows(lengths: Sequence[int]) -> list[int]:
