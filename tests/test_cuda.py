@@ -276,7 +276,10 @@ def test_pieces_behind_one_another_say_what_one_says(model):
     model.poison()
     ended = 0
     for seed in range(24):
-        sampling = Sampling(seed=seed, temperature=0.7, min_eos_p=10 ** (-seed / 3))  # 1 to 2e-8
+        # 1 to 2e-8; the first ones end only where the end is likeliest of all, which is rare
+        sampling = Sampling(
+            seed=seed, temperature=0.7 if seed > 3 else 0, min_eos_p=10 ** (-seed / 3) if seed > 3 else 2
+        )
         row = Row(model.prefix(257), 90, 0, sampling, 3)
         whole = model.engine.generate([replace(row, stream=4)])[0]
         pieces = model.engine.start_alone(row, 20, lambda: True)()[0]
