@@ -6,10 +6,8 @@ this one calls.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +31,7 @@ from barkstream.pacing import Pacer, Player
 from barkstream.pipeline import NothingSaid, Pipeline, Speech, choose_voice
 from barkstream.sampling import Floats, Ints, Sampling
 from barkstream.semantic import token_ids
+from barkstream.spread import StreamKeys, n_gpus
 from barkstream.text import TextTokenizer
 from barkstream.tokens import Checkpoint
 from barkstream.voices import choose_speakers, load_voices
@@ -77,11 +76,13 @@ class TritonStages:
     """The stages as Triton models, for one request.
 
     wait_turn: called before every call; returns when it is this stream's turn, raises Cancelled when its listener has left.
+    key: of the stream, for fine and codec stages that want to know it; None: they don't.
     """
 
-    def __init__(self, checkpoint: Checkpoint, wait_turn: Callable[[], None]):
+    def __init__(self, checkpoint: Checkpoint, wait_turn: Callable[[], None], key: int | None = None):
         self._state_size = state_size(checkpoint.codec)
         self._wait_turn = wait_turn
+        self._key: dict[str, np.ndarray] = {} if key is None else dict(stream=np.array([key], np.int64))
 
     def _infer(self, model: str, inputs: dict[str, np.ndarray], *outputs: str) -> list[np.ndarray]:
         self._wait_turn()
@@ -107,11 +108,14 @@ class TritonStages:
             fill_from=np.array([fill_from], np.int32),
             uniforms=uniforms,
             temperature=np.array([temperature], np.float32),
+            **self._key,
         )
         return self._infer("bark_fine", inputs, "filled")[0]
 
     def codec(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:
-        audio, next_state = self._infer("bark_codec", dict(codes=codes, state=state), "audio", "next_state")
+        audio, next_state = self._infer(
+            "bark_codec", dict(codes=codes, state=state, **self._key), "audio", "next_state"
+        )
         return audio, next_state
 
     def codec_state(self) -> Floats:
@@ -269,7 +273,8 @@ def _answer_calls(
     good = [i for i, call in enumerate(calls) if not (isinstance(call, ValueError) or _is_release(call))]
     answers = [NOTHING if _is_release(call) else call for call in calls]
     if good:
-        for i, answer in zip(good, engine.run([calls[i] for i in good]), strict=True):
+        results = engine.run([calls[i] for i in good], [_stream_of(requests[i]) for i in good])
+        for i, answer in zip(good, results, strict=True):
             answers[i] = answer
         metrics.count(engine.take_news())
     return [_failure(answer) if isinstance(answer, Exception) else response(answer) for answer in answers]
@@ -282,6 +287,11 @@ def _is_release(call: Any) -> bool:
 def _failure(error: Exception) -> Any:
     code = pb_utils.TritonError.INVALID_ARG if isinstance(error, ValueError) else pb_utils.TritonError.INTERNAL
     return _error(str(error), code)
+
+
+def _stream_of(request: Any) -> int:
+    """The key of the stream whose call it is, 0 if it does not say."""
+    return next((int(tensor.as_numpy()[0, 0]) for tensor in request.inputs() if tensor.name() == "stream"), 0)
 
 
 def _arrays(request: Any) -> dict[str, np.ndarray]:
@@ -308,15 +318,17 @@ class Speaker:
         self._tokenizer = TextTokenizer(folder / "tokenizer.json", self._checkpoint.semantic)
         self._voices = load_voices(folder / "voices", self._checkpoint)
         self._schedule = _opened(_schedule, parameters, self._checkpoint)
-        self._crowd = int(parameters.get("crowd", 0)) or math.inf
+        self._keys = StreamKeys(n_gpus() if parameters.get("spread_streams") == "true" else 1)
+        n = self._keys.n_gpus  # limits are a GPU's
+        self._crowd = n * int(parameters.get("crowd", 0)) or math.inf
         if self._crowd < math.inf:
             self._crowded = _opened(_schedule, parameters, self._checkpoint, is_crowded=True)
-        self._quiet = int(parameters.get("quiet", 0)) or math.inf
-        self._admission = Admission(int(parameters["max_streams"]))
+        self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
+        self._admission = Admission(n * int(parameters["max_streams"]))
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
-        self._stream_keys = itertools.count(secrets.randbits(48) << 14 | 1)
         self._watch = Watch(self._admission.n_most)
-        self._pacer = Pacer(float(parameters.get("pace_lead_s", "inf")))
+        # A GPU's streams give way to one another, and to nobody else's.
+        self._pacers = [Pacer(float(parameters.get("pace_lead_s", "inf"))) for _ in range(n)]
         self._metrics = SpeakerMetrics(pb_utils.MetricFamily)
 
     def submit(self, request: Any) -> None:
@@ -375,11 +387,13 @@ class Speaker:
         name = None if voice_name is None else _string("voice", voice_name)
         voice = choose_voice(name, prompts, self._voices, self._checkpoint)
         speech = Speech() if options.return_prompt else None
-        key = next(self._stream_keys)
         with ExitStack() as until_over:
+            key = until_over.enter_context(self._keys.key())
+            pacer = self._pacers[key % self._keys.n_gpus]
             # offline, nobody listens yet
-            player = until_over.enter_context(self._pacer.player()) if options.streaming else None
-            stages = TritonStages(self._checkpoint, partial(self._wait_turn, player, sender.is_cancelled))
+            player = until_over.enter_context(pacer.player()) if options.streaming else None
+            wait_turn = partial(self._wait_turn, pacer, player, sender.is_cancelled)
+            stages = TritonStages(self._checkpoint, wait_turn, key if self._keys.n_gpus > 1 else None)
             until_over.enter_context(self._watch.listener(sender.is_cancelled, partial(stages.release, key)))
             schedule = self._schedule_among(self._admission.n_live)
             pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, schedule, self._metrics.count_guard)
@@ -388,7 +402,7 @@ class Speaker:
                 if sender.is_cancelled():
                     raise Cancelled
                 sender.send(_speech_response(options.seed, chunk))
-                self._count_chunk(player, len(chunk))
+                self._count_chunk(pacer, player, len(chunk))
                 if index == 0 and options.streaming:
                     self._metrics.first_chunk_s.observe(time.monotonic() - admitted_at)
         if options.return_prompt:
@@ -399,17 +413,17 @@ class Speaker:
         schedule = self._crowded if n_live > self._crowd else self._schedule
         return schedule if n_live <= self._quiet else schedule.in_company()
 
-    def _wait_turn(self, player: Player | None, is_cancelled: Callable[[], bool]) -> None:
+    def _wait_turn(self, pacer: Pacer, player: Player | None, is_cancelled: Callable[[], bool]) -> None:
         """Before a stage call."""
-        if player and (waited_s := self._pacer.wait(player, is_cancelled)):
+        if player and (waited_s := pacer.wait(player, is_cancelled)):
             self._metrics.paced_s.increment(waited_s)
         if is_cancelled():
             raise Cancelled
 
-    def _count_chunk(self, player: Player | None, n_samples: int) -> None:
+    def _count_chunk(self, pacer: Pacer, player: Player | None, n_samples: int) -> None:
         audio_s = n_samples / self._checkpoint.codec.sample_rate
         self._metrics.audio_s.increment(audio_s)
-        if player and self._pacer.take(player, audio_s):
+        if player and pacer.take(player, audio_s):
             self._metrics.underruns.increment()
 
 

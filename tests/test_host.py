@@ -145,6 +145,48 @@ def test_streams_are_dealt_to_the_gpus_in_turn_and_each_stays_on_its_own(spec):
     assert min(engine.take_news().n_rows for engine in (one, other)) > 0
 
 
+def test_another_gpu_does_the_work_of_one_whose_process_was_killed_until_it_is_there_again(spec):
+    stage = HostedStage([spec("coarse", device=device) for device in (0, 1)])
+    one, other = stage.engines
+    before = stage.run([coarse_row(stream=4)])[0].tokens
+    assert [engine.take_news().n_slots for engine in (one, other)] == [1, 0]
+    os.kill(process_of(one), signal.SIGKILL)
+    began = time.monotonic()
+    assert stage.run([coarse_row(stream=4)])[0].tokens.tolist() == before.tolist()
+    took_s = time.monotonic() - began
+    assert not one.is_there and other.take_news().n_slots == 1
+    deadline = time.monotonic() + 60
+    while not one.is_there:
+        assert time.monotonic() < deadline, "it was not started anew"
+        time.sleep(0.02)
+    assert took_s < time.monotonic() - began  # nobody waited for it
+    assert stage.run([coarse_row(stream=4)])[0].tokens.tolist() == before.tolist()
+    assert one.take_news().n_slots == 0  # one was lost, another is there
+    stage.release(4)
+    assert [engine.take_news().n_slots for engine in (one, other)] == [-1, -1]
+
+
+def test_a_process_that_cannot_be_started_is_its_callers_error_and_tried_again(spec, monkeypatch):
+    stage = HostedStage([spec("coarse")])
+
+    def broken(device):
+        raise EngineError("no GPU any more")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("barkstream.engines.hosted.connect", broken)
+        os.kill(process_of(stage), signal.SIGKILL)
+        for _ in range(2):
+            assert str(stage.run([coarse_row()])[0]) == "no GPU any more"
+    assert len(stage.run([coarse_row()])[0].tokens) == 24
+
+
+def test_a_call_goes_to_the_gpu_of_its_stream(spec):
+    stage = HostedStage([spec("codec", device=device) for device in (0, 1)])
+    chunk = np.zeros((8, 10), np.int32), np.zeros(state_size_of(spec), np.float32)
+    stage.run([chunk, chunk, chunk], [5, 7, 9])
+    assert [engine.take_news().n_rows for engine in stage.engines] == [0, 3]
+
+
 def test_a_folder_that_others_can_look_into_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "open"
     folder.mkdir()

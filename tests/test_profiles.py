@@ -16,7 +16,9 @@ from barkstream.server import MODEL_REPOSITORY
 
 NANO_BARK = Path(__file__).resolve().parents[1] / "checkpoints" / "nano-bark"
 PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
-SPEAKER = {"sample_rate", "max_streams", "pace_lead_s", "crowd", "quiet"} | {field.name for field in fields(Schedule)}
+SPEAKER = {"sample_rate", "max_streams", "spread_streams", "pace_lead_s", "crowd", "quiet"} | {
+    field.name for field in fields(Schedule)
+}
 KNOWN = {
     "bark": SPEAKER,
     "bark_semantic": {"engine", "shares_process", "kv_slots", "n_threads", "bits"},
@@ -57,7 +59,11 @@ def test_8_bits_are_all_that_sets_the_profile_cuda_int8_apart(model):
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{model_of(path).name}-{path.stem}")
 def test_a_profile_takes_and_gives_what_the_default_does(path):
-    assert interface(path) == interface(model_of(path) / "config.pbtxt")
+    """But for whose call it is, which fine and codec may be told: it says on which GPU."""
+    name, inputs, *rest = interface(path)
+    told = ("stream", model_config_pb2.TYPE_INT64, (1,), True)
+    assert (told in inputs) == (name in ("bark_fine", "bark_codec"))
+    assert (name, [each for each in inputs if each != told], *rest) == interface(model_of(path) / "config.pbtxt")
 
 
 @pytest.mark.parametrize("path", [*PROFILES, *sorted(MODEL_REPOSITORY.glob("*/config.pbtxt"))], ids=str)

@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -26,6 +27,7 @@ from barkstream.engines.open import VERBS, EngineError, Spec, open_stage
 from barkstream.engines.workers import Work
 from barkstream.server import SOCKETS
 
+RETRY_S = 10.0  # a process that could not be started is tried again after so long, while other GPUs do its work
 N_TRIES = 3  # a process that is being killed may still accept the second
 ERRORS = (EngineError, ValueError, FileNotFoundError)  # what opening an engine raises
 
@@ -40,8 +42,8 @@ class OwnStage:
         self._run: Callable[[list[Any]], list[Any]] = partial(by_windows, run) if spec.is_causal else run
         self._work, self._told = Work(), Work()
 
-    def run(self, calls: Sequence[Row | Window | Chunk]) -> list[Any]:
-        """Each call's result."""
+    def run(self, calls: Sequence[Row | Window | Chunk], streams: Sequence[int] = ()) -> list[Any]:
+        """Each call's result. streams: of no use here."""
         began = time.perf_counter()
         results = self._run(list(calls))
         self._work += Work(1, len(calls), time.perf_counter() - began)
@@ -61,7 +63,8 @@ class OwnStage:
 class HostedStage:
     """A stage on one GPU or several. One thread at a time may use it; instances of the stage's model have one each.
 
-    A stream's calls all go to one GPU, where its KV cache is; streams are dealt out in turn, and so is what has no stream.
+    A stream's calls all go to one GPU, where its KV cache is: its key says which. What has no stream is dealt out in turn. While the
+    process of a GPU is being started anew, another one's does its work: calls are pure, only caches have to be made again.
     """
 
     def __init__(self, specs: Sequence[Spec], first: int = 0):
@@ -70,16 +73,17 @@ class HostedStage:
             self.engines = list(pool.map(HostedEngine, specs))
         self._turn = itertools.count(first)
 
-    def run(self, calls: Sequence[Row | Window | Chunk]) -> list[Any]:
-        """Each call's result, or the exception that it ended with."""
-        asks = [_Ask("run", call) for call in calls]
-        engines = [self._engine_of(call.stream if isinstance(call, Row) else 0) for call in calls]
-        return self._answers(asks, engines)
+    def run(self, calls: Sequence[Row | Window | Chunk], streams: Sequence[int] = ()) -> list[Any]:
+        """Each call's result, or the exception that it ended with. streams: whose calls they are, if anybody's; a Row says so itself."""
+        streams = streams or [call.stream if isinstance(call, Row) else 0 for call in calls]
+        return self._answers(
+            [_Ask("run", call, self._home(stream)) for call, stream in zip(calls, streams, strict=True)]
+        )
 
     def release(self, *streams: int) -> None:
-        """Free streams' KV slots; nothing happens for one that has none. Raises EngineError."""
-        asks = [_Ask("release", (stream,)) for stream in streams]
-        for answer in self._answers(asks, [self._engine_of(stream) for stream in streams]):
+        """Free streams' KV slots, wherever they are; nothing happens for one that has none. Raises EngineError."""
+        engines = [engine for engine in range(len(self.engines)) if self.engines[engine].is_there]
+        for answer in self._answers([_Ask("release", streams, engine) for engine in engines]):
             if answer is not None:
                 raise answer
 
@@ -87,16 +91,26 @@ class HostedStage:
         """What the stage did since any of its instances last asked."""
         return reduce(add, (engine.take_news() for engine in self.engines))
 
-    def _answers(self, asks: Sequence[_Ask], engines: Sequence[HostedEngine]) -> list[Any]:
+    def _answers(self, asks: Sequence[_Ask]) -> list[Any]:
         """All GPUs at once: every ask is sent before the first answer is waited for."""
-        for ask, engine in zip(asks, engines, strict=True):
-            engine.send(ask)
-        for ask, engine in zip(asks, engines, strict=True):
-            engine.wait(ask)
+        for ask in asks:
+            self._send(ask)
+        for ask in asks:
+            while not ask.is_answered:
+                for lost in self.engines[ask.engine].receive():
+                    self._send(lost)
         return [ask.answer for ask in asks]
 
-    def _engine_of(self, stream: int) -> HostedEngine:
-        return self.engines[(stream or next(self._turn)) % len(self.engines)]
+    def _send(self, ask: _Ask) -> None:
+        """To its GPU, or the next one that need not be waited for."""
+        n = len(self.engines)
+        nearest = [(ask.home + i) % n for i in range(n)]
+        ask.engine = next((i for i in nearest if self.engines[i].is_there), ask.home)
+        for lost in self.engines[ask.engine].send(ask):
+            self._send(lost)
+
+    def _home(self, stream: int) -> int:
+        return (stream or next(self._turn)) % len(self.engines)
 
 
 @dataclass(eq=False)
@@ -105,6 +119,8 @@ class _Ask:
 
     verb: str
     argument: Any
+    home: int  # the GPU that should do it, of the stage's
+    engine: int = 0  # the one that does
     answer: Any = None  # or the exception that it ended with
     is_answered: bool = False
     n_lost: int = 0  # times that the process ended over it
@@ -116,7 +132,7 @@ class _Ask:
 class HostedEngine:
     """A stage on one GPU. One thread at a time may use it.
 
-    Calls are pure, so one that was lost with the process is made again, up to N_TRIES times in all.
+    Calls are pure, so one that was lost with the process can be made again, up to N_TRIES times in all.
     """
 
     def __init__(self, spec: Spec):
@@ -126,6 +142,18 @@ class HostedEngine:
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Ask] = {}
         self._connection: Connection | None = self._open()
+        self._opening: Future[Connection] | None = None
+        self._lost_s = 0.0  # when that began
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the process has the stage open: else the next ask waits until it has."""
+        if self._opening and self._opening.done():
+            if not self._opening.exception():
+                self._connection, self._opening = self._opening.result(), None
+            elif time.monotonic() > self._lost_s + RETRY_S:
+                self._opening = self._opened_soon()
+        return self._connection is not None
 
     def take_news(self) -> Work:
         """What the stage did since any of its instances last asked: what all of them are told adds up to all its work."""
@@ -133,40 +161,60 @@ class HostedEngine:
         self._n_slots += news.n_slots
         return news
 
-    def send(self, ask: _Ask) -> None:
+    def send(self, ask: _Ask) -> list[_Ask]:
+        """Those that were lost with the process over it, and are to be made again."""
         number = next(self._numbers)
         self._asked[number] = ask
         try:
-            self._connection = self._connection or self._open()
-            self._connection.send((number, ask.verb, ask.argument))
+            self._connected().send((number, ask.verb, ask.argument))
         except ERRORS as error:
             self._asked.pop(number).settle(error)
         except OSError:
-            self._ask_again()
+            return self._lose()
+        return []
 
-    def wait(self, ask: _Ask) -> None:
-        """Return when it is answered. Takes the answers that come before it, too."""
-        while not ask.is_answered:
-            assert self._connection is not None
-            try:
-                number, answer, news = self._connection.recv()
-            except (EOFError, OSError):
-                self._ask_again()
-                continue
-            self._news += news
-            self._asked.pop(number).settle(answer)
+    def receive(self) -> list[_Ask]:
+        """Wait for the next answer; as send."""
+        assert self._connection is not None
+        try:
+            number, answer, news = self._connection.recv()
+        except (EOFError, OSError):
+            return self._lose()
+        self._news += news
+        self._asked.pop(number).settle(answer)
+        return []
 
-    def _ask_again(self) -> None:
-        """The process has ended, and with it the KV slots and what it was asked."""
-        self._connection = None
+    def _lose(self) -> list[_Ask]:
+        """The process has ended, and with it the KV slots and what it was asked. It is started anew meanwhile."""
+        self._connection, self._opening = None, self._opened_soon()
         self._news = replace(self._news, n_slots=-self._n_slots)
         lost, self._asked = list(self._asked.values()), {}
         for ask in lost:
             ask.n_lost += 1
-            if ask.n_lost < N_TRIES:
-                self.send(ask)
-            else:
+            if ask.n_lost == N_TRIES:
                 ask.settle(EngineError(f"the process of GPU {self._spec.device} ended {N_TRIES} times over a call"))
+        return [ask for ask in lost if not ask.is_answered]
+
+    def _connected(self) -> Connection:
+        """Waits for it. Raises what opening the engine raises."""
+        if not self.is_there:
+            opening, self._opening = self._opening or self._opened_soon(), None
+            self._connection = opening.result()
+        assert self._connection is not None
+        return self._connection
+
+    def _opened_soon(self) -> Future[Connection]:
+        opened: Future[Connection] = Future()
+        self._lost_s = time.monotonic()
+
+        def work() -> None:
+            try:
+                opened.set_result(self._open())
+            except BaseException as error:
+                opened.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return opened
 
     def _open(self) -> Connection:
         """A connection to a process that has the stage open."""
