@@ -31,7 +31,7 @@ from barkstream.pacing import Pacer, Player
 from barkstream.pipeline import NothingSaid, Pipeline, Speech, choose_voice
 from barkstream.sampling import Floats, Ints, Sampling
 from barkstream.semantic import token_ids
-from barkstream.spread import StreamKeys, n_gpus
+from barkstream.spread import StreamKeys, usable_gpus
 from barkstream.text import TextTokenizer
 from barkstream.tokens import Checkpoint
 from barkstream.voices import choose_speakers, load_voices
@@ -318,7 +318,7 @@ class Speaker:
         self._tokenizer = TextTokenizer(folder / "tokenizer.json", self._checkpoint.semantic)
         self._voices = load_voices(folder / "voices", self._checkpoint)
         self._schedule = _opened(_schedule, parameters, self._checkpoint)
-        self._keys = StreamKeys(n_gpus() if parameters.get("spread_streams") == "true" else 1)
+        self._keys = StreamKeys(usable_gpus() if parameters.get("spread_streams") == "true" else 1)
         n = self._keys.n_gpus  # limits are a GPU's
         self._crowd = n * int(parameters.get("crowd", 0)) or math.inf
         if self._crowd < math.inf:

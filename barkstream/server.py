@@ -39,6 +39,7 @@ from types import TracebackType
 from typing import TextIO
 
 from barkstream.awake import keep_awake
+from barkstream.spread import usable_gpus
 
 PACKAGE = Path(__file__).resolve().parent
 MODEL_REPOSITORY = PACKAGE.parent / "model_repository"
@@ -49,6 +50,7 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 READY_TIMEOUT_S = 600  # a large checkpoint on a CPU, or TensorRT engines that are built at the first start
 DRAIN_S = 5  # how long `serve`, told to stop, lets Triton end by itself
 BLS_THREADS = 128  # stage calls that can be under way, two of each of 64 streams; Triton lets 32, and the others wait
+PID_MAX = Path("/proc/sys/kernel/pid_max")
 N_PORT_TRIES = 3
 N_LOG_LINES = 2000  # kept for error messages
 N_TAIL_LINES = 30  # shown in them
@@ -293,7 +295,7 @@ class Server:
             *profile,
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={name}",
-            f"--backend-config=python,thread-pool-size={BLS_THREADS}",
+            f"--backend-config=python,thread-pool-size={bls_threads(self.repository, self.profile)}",
             # Our configurations are complete; completing them would start every Python model twice (2.3 s, not .5 s).
             "--disable-auto-complete-config",
             f"--grpc-address={self.host}",
@@ -362,6 +364,24 @@ def n_gpus() -> int:
     """GPUs of this machine, whether or not they may be used."""
     gpus = NVIDIA_DRIVER / "gpus"
     return len(list(gpus.iterdir())) if gpus.is_dir() else 0
+
+
+def bls_threads(repository: Path, profile: str | None) -> int:
+    """BLS_THREADS, or fewer: Triton makes so many for each instance of a Python model, and the system has numbers for only so many
+    threads. An instance a stream (cuda profile), and four GPUs, would want 45,000."""
+    room = int(PID_MAX.read_text()) * 3 // 4
+    return max(1, min(BLS_THREADS, room // max(1, n_instances(repository, profile))))
+
+
+def n_instances(repository: Path, profile: str | None) -> int:
+    """Of all models that a server of this repository and profile loads."""
+    n = 0
+    for default in repository.glob("*/config.pbtxt"):
+        chosen = default.parent / "configs" / f"{profile}.pbtxt"
+        config = (chosen if profile and chosen.exists() else default).read_text()
+        for kind, count in re.findall(r"kind:\s*KIND_(\w+)\s+count:\s*(\d+)", config):
+            n += int(count) * (usable_gpus() if kind == "GPU" else 1)
+    return n
 
 
 def is_notable(line: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 
-def n_gpus() -> int:
+def usable_gpus() -> int:
     """NVIDIA GPUs that this process may use, at least 1. Creates no context on any."""
     count = ctypes.c_int(0)
     with suppress(OSError):

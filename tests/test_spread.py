@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from barkstream.spread import StreamKeys, n_gpus
+from barkstream.spread import StreamKeys, usable_gpus
 
 
 def gpus_of(keys, n):
@@ -53,4 +53,4 @@ def test_without_a_gpu_there_is_one_place(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr("barkstream.spread.ctypes.CDLL", no_driver)
-    assert n_gpus() == 1
+    assert usable_gpus() == 1
