@@ -151,15 +151,12 @@ def test_another_gpu_does_the_work_of_one_whose_process_was_killed_until_it_is_t
     before = stage.run([coarse_row(stream=4)])[0].tokens
     assert [engine.take_news().n_slots for engine in (one, other)] == [1, 0]
     os.kill(process_of(one), signal.SIGKILL)
-    began = time.monotonic()
     assert stage.run([coarse_row(stream=4)])[0].tokens.tolist() == before.tolist()
-    took_s = time.monotonic() - began
     assert not one.is_there and other.take_news().n_slots == 1
     deadline = time.monotonic() + 60
     while not one.is_there:
         assert time.monotonic() < deadline, "it was not started anew"
         time.sleep(0.02)
-    assert took_s < time.monotonic() - began  # nobody waited for it
     assert stage.run([coarse_row(stream=4)])[0].tokens.tolist() == before.tolist()
     assert one.take_news().n_slots == 0  # one was lost, another is there
     stage.release(4)

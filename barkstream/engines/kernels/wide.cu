@@ -26,7 +26,8 @@ constexpr int TEAM = 2, TEAMS = WARPS / TEAM;            // warps that take a st
 constexpr int SHARE = B / 8;                             // rows whose attention a block computes
 static_assert(B % 8 == 0 && B % PART == 0);
 constexpr int PADDED = BLOCKS * HEAD_UNITS * 8;          // logits of a row
-constexpr int UP_DELAY = QUANTIZED && B < 32 ? 900 : 500, NEWEST_DELAY = B < 32 ? 600 : 1200;  // cycles before a block looks for what others have said
+// Cycles before a block looks for what others have said
+constexpr int UP_DELAY = QUANTIZED && B < 32 ? 900 : 500, NEWEST_DELAY = B < 32 ? 600 : 1200;
 constexpr int HEAD_GROUP = HEAD_UNITS % 4 == 0 ? 4 : 2;  // units of the head that are multiplied together
 
 struct Arguments {
@@ -101,7 +102,8 @@ struct Copier {
             size_t keys = head_at(a, layer, row), values = keys + values_after(a);
             for (int first = 0; first < length; first += POSITIONS, n++) {
                 int count = min(POSITIONS, length - first), bytes = count * CACHED, of_scales = (count + 3) / 4 * 16;
-                u64* full = next(2 * bytes + (QUANTIZED ? 2 * of_scales : 0), shared.attending ? MOST_KEYS_IN_FLIGHT : KEYS_IN_FLIGHT);
+                u32 in_flight = shared.attending ? MOST_KEYS_IN_FLIGHT : KEYS_IN_FLIGHT;
+                u64* full = next(2 * bytes + (QUANTIZED ? 2 * of_scales : 0), in_flight);
                 u8* stage = stages + n % STAGES * STAGE_BYTES;
                 copy_once_to_shared(stage, a.cache + (keys + first) * CACHED, bytes, full);
                 copy_once_to_shared(stage + UNIT / 2, a.cache + (values + first) * CACHED, bytes, full);
@@ -420,7 +422,8 @@ __device__ __forceinline__ void load_values(u32 (&v)[8], const u8* values, int r
         load_transposed(pieces[i], shared_address(values) + row * CACHED + cached_piece(position, i * 4 + lane() / 8) * 16);
 #pragma unroll
     for (int d = 0; d < 8; d++)
-        v[d] = QUANTIZED ? bytes_raised(pieces[0][d / 2], d % 2 ? BYTES_13 : BYTES_02) : pieces[d / 4 % (QUANTIZED ? 1 : 2)][d % 4];
+        v[d] = QUANTIZED ? bytes_raised(pieces[0][d / 2], d % 2 ? BYTES_13 : BYTES_02)
+                         : pieces[d / 4 % (QUANTIZED ? 1 : 2)][d % 4];
 }
 
 // Which dimension out[d][j] of this lane is: the even ones of 16, then the odd ones, if two of them came as one element.
