@@ -1,0 +1,493 @@
+"""Listeners on a GPU in virtual time: what a change in scheduling does, in seconds and without tritonserver.
+
+    python perf/simulate_load.py --clients 32 --duration 30
+    python perf/simulate_load.py --costs h100 --rate 4 --duration 40 --set pace_lead_s=inf tight_batch_s=.06
+
+Streams, Triton's instances, the shared process with its turns and batches, and playback, as docs/architecture.md describes them, on a
+clock that jumps from event to event. Kernels, and the way through Triton, take what they were measured to take. It knows less than
+perf/pretended_gpu.py, which runs the real server, and takes a hundredth of the time; how far it can be believed is in docs/load.md.
+Clips of 10 s with a preset. Last line JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import heapq
+import json
+import math
+import random
+import selectors
+import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from barkstream.engines.workers import FEW, HURRIED_PIECE_S, PIECE_S, PIECES, SOON, TIGHT_BATCH_S, TIGHT_S
+from barkstream.pacing import NEEDY_S
+
+SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
+N_SEMANTIC, WINDOW, SLIDE, AHEAD = (
+    500,
+    60,
+    20,
+    46,
+)  # a clip's; coarse tokens of a window; semantic ones that it moves by, and reads ahead
+STAGES = "codec", "fine", "semantic", "coarse"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds, Bark large, measured on an H100 (docs/performance.md)."""
+
+    semantic_step: dict[int, float]  # by rows; others take the next greater number's
+    coarse_step: dict[int, float]
+    semantic_prefill: tuple[float, ...] = (1.16, 1.4, 1.6, 1.83)  # of one to four rows
+    coarse_prefill: tuple[float, ...] = (1.82, 2.94, 4.27, 5.3)
+    fine: tuple[float, ...] = (6.9, 7.7, 8.8, 10.2, 13.6, 13.6, 17.0, 17.1)  # of one to eight windows
+    codec: tuple[float, ...] = (1.7, 1.9, 2.1, 2.3)
+
+    def step(self, stage: str, n_rows: int) -> float:
+        steps = self.semantic_step if stage == "semantic" else self.coarse_step
+        return steps[min(n for n in steps if n >= n_rows)]
+
+    def prefill(self, stage: str, n_rows: int) -> float:
+        fours = self.semantic_prefill if stage == "semantic" else self.coarse_prefill
+        return n_rows // 4 * fours[3] + (fours[n_rows % 4 - 1] if n_rows % 4 else 0.0)
+
+
+COSTS = {
+    "h100-int8": Costs(
+        {1: 0.21, 2: 0.28, 4: 0.35, 8: 0.375, 16: 0.46, 24: 0.6, 32: 0.7},
+        {1: 0.215, 2: 0.29, 4: 0.355, 8: 0.388, 16: 0.555, 24: 0.715, 32: 0.854},
+    ),
+    "h100": Costs(
+        {1: 0.255, 2: 0.33, 4: 0.405, 8: 0.446, 16: 0.578, 24: 0.8, 32: 0.97},
+        {1: 0.265, 2: 0.37, 4: 0.495, 8: 0.507, 16: 0.769, 24: 1.065, 32: 1.276},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is tried out. Seconds."""
+
+    pace_lead_s: float = 1.0
+    needy_s: float = NEEDY_S
+    tight_s: float = TIGHT_S
+    tight_batch_s: float = TIGHT_BATCH_S
+    piece_s: float = PIECE_S
+    company: int = 16  # of the causal stages; of fine and codec 4
+    semantic_patience_s: float = 0.15
+    coarse_patience_s: float = 0.3
+    semantic_instances: int = 32
+    coarse_instances: int = 32
+    fine_instances: int = 16
+    codec_instances: int = 8
+    way_s: float = 0.0028  # through Triton, one way; found by trying, so that the whole says what an H100 said
+    gap_s: float = 0.0015  # between two batches, likewise
+    chunks: tuple[int, ...] = field(default=(24, 30, 60, 60, 60, 90))  # frames
+    lookahead: tuple[int, ...] = field(default=(6, 6, 6, 36, 66, 36))
+
+    def instances(self, stage: str) -> int:
+        return getattr(self, f"{stage}_instances")
+
+    def patience_s(self, stage: str) -> float:
+        return {"codec": 0.03, "fine": 0.04, "semantic": self.semantic_patience_s, "coarse": self.coarse_patience_s}[
+            stage
+        ]
+
+
+URGENCY = {"codec": (0, 1), "fine": (1, 1), "semantic": (2, 3), "coarse": (2, 4)}  # hurried, or not
+HURRIED, LONE = 2, 5
+MAX_BATCH = {"codec": 4, "fine": 8, "semantic": 32, "coarse": 32}
+HEAD_START_S, FOLLOW_S, GRACE_S, PREPARATION_S = 0.003, 0.005, 0.001, 0.001
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Nobody waits: the clock jumps to the next event."""
+
+    def __init__(self) -> None:
+        self.now_s, loop = 0.0, self
+
+        class Jumps(selectors.SelectSelector):
+            def select(self, timeout: float | None = None) -> list[Any]:
+                assert timeout is not None, "everybody waits for something that never comes"
+                loop.now_s += max(0.0, timeout)
+                return []
+
+        super().__init__(Jumps())
+        self._clock_resolution = 1e-9
+
+    def time(self) -> float:
+        return self.now_s
+
+
+@dataclass(eq=False)
+class Call:
+    """Of a stage, until it is answered."""
+
+    stage: str
+    stream: Stream
+    n_tokens: int = 0
+    position: int = 0
+    is_hurried: bool = False
+    is_new: bool = False  # needs a prefill
+    since_s: float = 0.0
+    answer: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def slack_s(self) -> float:
+        hz = SEMANTIC_HZ if self.stage == "semantic" else 2 * FRAME_HZ
+        return self.position / hz - (asyncio.get_running_loop().time() - self.stream.began_s)
+
+
+class Gpu:
+    """Takes turns, and puts batches together, as engines/turns.py and engines/workers.py do."""
+
+    def __init__(self, policy: Policy, costs: Costs):
+        self._policy, self._costs, self._loop = policy, costs, asyncio.get_running_loop()
+        self._waiting: dict[str, list[Call]] = {stage: [] for stage in STAGES}
+        self._changed = asyncio.Event()
+        self._free_s = self._kept_until_s = 0.0
+        self.known: dict[str, set[Stream]] = {"semantic": set(), "coarse": set()}
+        self.batches = {stage: [0, 0, 0.0] for stage in STAGES}  # how many, their rows, ms
+        self._task = self._loop.create_task(self._work())
+
+    def submit(self, call: Call) -> None:
+        call.since_s = self._loop.time()
+        self._waiting[call.stage].append(call)
+        self._changed.set()
+
+    async def _work(self) -> None:
+        while True:
+            self._changed.clear()
+            wait_s = self._wait_s()
+            if wait_s is None:
+                await self._changed.wait()
+            elif wait_s > 1e-6:
+                await self._sleep(wait_s)
+            else:
+                self._start(self._next_stage())
+                await asyncio.sleep(PREPARATION_S)
+
+    async def _sleep(self, wait_s: float) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), wait_s)
+
+    def _next_stage(self) -> str:
+        waiting = [stage for stage in STAGES if self._waiting[stage]]
+        return min(
+            waiting, key=lambda stage: (self._urgency(stage), min(call.since_s for call in self._waiting[stage]))
+        )
+
+    def _wait_s(self) -> float | None:
+        """Until the next turn may begin; None: nobody wants one."""
+        if not any(self._waiting.values()):
+            return None
+        urgency, now_s = self._urgency(self._next_stage()), self._loop.time()
+        early_s = self._free_s - HEAD_START_S - now_s
+        if urgency >= LONE:
+            early_s = max(early_s, self._free_s + GRACE_S - now_s)
+        if urgency > HURRIED:
+            early_s = max(early_s, self._kept_until_s - now_s)
+        return max(0.0, early_s)
+
+    def _urgency(self, stage: str) -> int:
+        calls, hurried = self._waiting[stage], URGENCY[stage]
+        if any(call.is_hurried for call in calls):
+            return hurried[0]
+        company = (
+            4 if stage in ("codec", "fine") else min(self._policy.company, max(1, len(self.known[stage]) * 3 // 4))
+        )
+        is_soon = stage == "coarse" and any(call.position <= SOON for call in calls)
+        longest_s = self._loop.time() - min(call.since_s for call in calls)
+        if not is_soon and len(calls) < company and longest_s < self._policy.patience_s(stage):
+            return LONE
+        return hurried[1]
+
+    def _start(self, stage: str) -> None:
+        batch = self._batch(stage)
+        self._waiting[stage] = [call for call in self._waiting[stage] if call not in batch]
+        n_tokens, ms = 0, 0.0
+        if stage == "fine":
+            ms = self._costs.fine[len(batch) - 1]
+        elif stage == "codec":
+            ms = self._costs.codec[len(batch) - 1]
+        else:
+            step = self._costs.step(stage, len(batch))
+            n_tokens = self._piece(batch, step / 1e3)
+            ms = n_tokens * step + self._costs.prefill(stage, sum(call.is_new for call in batch))
+        begin_s = max(self._loop.time() + PREPARATION_S, self._free_s + self._policy.gap_s)
+        self._free_s = begin_s + ms / 1e3
+        for i, more in enumerate((1, len(batch), ms)):
+            self.batches[stage][i] += more
+        self._loop.call_at(self._free_s, self._end, batch, n_tokens)
+
+    def _batch(self, stage: str) -> list[Call]:
+        calls = self._waiting[stage]
+        if stage in ("codec", "fine"):
+            return sorted(calls, key=lambda call: (not call.is_hurried, call.since_s))[: MAX_BATCH[stage]]
+        is_tight = min(call.slack_s for call in calls) < self._policy.tight_s
+        batch: list[Call] = []
+        for call in sorted(calls, key=lambda call: (not call.is_hurried, call.slack_s)):
+            n_new = sum(each.is_new for each in [*batch, call])
+            takes_ms = PIECES[1] * self._costs.step(stage, min(len(batch) + 1, 32)) + self._costs.prefill(stage, n_new)
+            fits = not is_tight or len(batch) < FEW or call.is_hurried or takes_ms <= self._policy.tight_batch_s * 1e3
+            if fits and len(batch) < MAX_BATCH[stage]:
+                batch.append(call)
+        return batch
+
+    def _piece(self, batch: list[Call], step_s: float) -> int:
+        n = next((n for n in PIECES if n * step_s <= self._policy.piece_s), PIECES[-1])
+        n_hurried = max((call.n_tokens for call in batch if call.is_hurried), default=0)
+        return max(min(n, max(call.n_tokens for call in batch)), min(n_hurried, int(HURRIED_PIECE_S / step_s)))
+
+    def _end(self, batch: list[Call], n_tokens: int) -> None:
+        if batch[0].stage != "codec" and any(call.is_hurried for call in batch):
+            self._kept_until_s = self._loop.time() + FOLLOW_S
+        for call in batch:
+            made = min(n_tokens, call.n_tokens)
+            call.n_tokens, call.position, call.is_new = call.n_tokens - made, call.position + made, False
+            if call.n_tokens:
+                self.submit(call)
+            else:
+                call.answer.set_result(None)
+        self._changed.set()
+
+
+class Server:
+    """The instances of Triton's stages, each of which waits for all calls of its batch; and the players, for pacing."""
+
+    def __init__(self, policy: Policy, costs: Costs):
+        self.policy, self.gpu = policy, Gpu(policy, costs)
+        self.streams: set[Stream] = set()
+        self._queues: dict[str, list[tuple[Call, asyncio.Future[None]]]] = {stage: [] for stage in STAGES}
+        self._free = {stage: policy.instances(stage) for stage in STAGES}
+
+    async def infer(self, call: Call) -> None:
+        await asyncio.sleep(self.policy.way_s)
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queues[call.stage].append((call, answered))
+        self._hand_on(call.stage)
+        await answered
+        await asyncio.sleep(self.policy.way_s)
+
+    def _hand_on(self, stage: str) -> None:
+        while self._free[stage] and self._queues[stage]:
+            batch = self._queues[stage][: MAX_BATCH[stage]]
+            del self._queues[stage][: len(batch)]
+            self._free[stage] -= 1
+            spawn(self._serve(stage, batch))
+
+    async def _serve(self, stage: str, batch: list[tuple[Call, asyncio.Future[None]]]) -> None:
+        for call, _ in batch:
+            self.gpu.submit(call)
+        for call, _ in batch:
+            await call.answer
+        for _, answered in batch:
+            if not answered.done():
+                answered.set_result(None)
+        self._free[stage] += 1
+        self._hand_on(stage)
+
+
+TASKS: set[asyncio.Task[None]] = set()
+
+
+def spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.get_running_loop().create_task(work)
+    TASKS.add(task)
+    task.add_done_callback(TASKS.discard)
+    return task
+
+
+class Stream:
+    """A request, as pipeline.py and pacing.py make it: semantic tokens and one coarse window ahead, from its first chunk on."""
+
+    def __init__(self, server: Server):
+        self._server, self._policy = server, server.policy
+        self._loop = asyncio.get_running_loop()
+        self.began_s, self._dry_s = self._loop.time(), math.inf
+        self.ttfa_s, self.n_underruns, self.underrun_s, self.ended_s = math.nan, 0, 0.0, 0.0
+        self._n_semantic, self._semantic_ahead = 0, None
+
+    @property
+    def lead_s(self) -> float:
+        return -math.inf if self._dry_s == math.inf else self._dry_s - self._loop.time()
+
+    async def speak(self) -> None:
+        self._server.streams.add(self)
+        await asyncio.sleep(0.004)  # to the server, and the text
+        windows: asyncio.Queue[int] = asyncio.Queue()
+        room = asyncio.Semaphore(1)
+        coarse = spawn(self._make_windows(windows, room))
+        n_known = n_done = index = 0
+        total = N_SEMANTIC * FRAME_HZ // SEMANTIC_HZ
+        while n_done < total:
+            n_chunk = self._policy.chunks[min(index, len(self._policy.chunks) - 1)]
+            n_seen = n_chunk + self._policy.lookahead[min(index, len(self._policy.lookahead) - 1)]
+            while n_known < min(n_done + n_seen, total):
+                n_known += await windows.get()
+                if index or n_known < n_done + n_seen:
+                    room.release()
+            n_chunk = min(n_chunk, total - n_done)
+            await self._call("fine", is_hurried=n_seen <= 96)
+            await self._call("codec", is_hurried=n_chunk <= 60)
+            self._play(n_chunk / FRAME_HZ)
+            if not index:
+                room.release()
+                self._semantic_ahead = spawn(self._say(60))
+            n_done, index = n_done + n_chunk, index + 1
+        self.ended_s = self._loop.time()
+        coarse.cancel()
+        self._server.streams.discard(self)
+        for known in self._server.gpu.known.values():
+            known.discard(self)
+
+    def _play(self, audio_s: float) -> None:
+        now_s = self._loop.time()
+        if self._dry_s == math.inf:
+            self.ttfa_s, self._dry_s = now_s + 0.002 - self.began_s, now_s
+        elif now_s > self._dry_s:
+            self.n_underruns, self.underrun_s = self.n_underruns + 1, self.underrun_s + now_s - self._dry_s
+        self._dry_s = max(self._dry_s, now_s) + audio_s
+
+    async def _make_windows(self, windows: asyncio.Queue[int], room: asyncio.Semaphore) -> None:
+        for position in range(0, 3 * N_SEMANTIC, WINDOW):
+            await room.acquire()
+            wanted = min(AHEAD + SLIDE * position // WINDOW, N_SEMANTIC)
+            while self._n_semantic < wanted:
+                if ahead := self._semantic_ahead:
+                    self._semantic_ahead = None
+                    await ahead
+                else:
+                    await self._say(max(wanted - self._n_semantic, 60 if self._n_semantic else 1))
+            await self._call("coarse", WINDOW, position, is_hurried=position <= WINDOW, is_new=True)
+            windows.put_nowait(WINDOW // 2)
+
+    async def _say(self, n_tokens: int) -> None:
+        n, position = min(n_tokens, N_SEMANTIC - self._n_semantic), self._n_semantic
+        if n:
+            await self._call("semantic", n, position, is_hurried=position <= WINDOW, is_new=position == 0)
+            self._n_semantic += n
+
+    async def _call(
+        self, stage: str, n_tokens: int = 0, position: int = 0, is_hurried: bool = False, is_new: bool = False
+    ) -> None:
+        while (excess_s := self.lead_s - self._policy.pace_lead_s) > 0 and self._is_anybody_needy():
+            await asyncio.sleep(min(excess_s, 0.01))
+        if stage in self._server.gpu.known:
+            self._server.gpu.known[stage].add(self)
+        await self._server.infer(Call(stage, self, n_tokens, position, is_hurried, is_new))
+
+    def _is_anybody_needy(self) -> bool:
+        return any(other is not self and other.lead_s < self._policy.needy_s for other in self._server.streams)
+
+
+async def listen(
+    policy: Policy, costs: Costs, clients: int, rate: float, duration_s: float, ramp_s: float, seed: int
+) -> dict[str, Any]:
+    loop, heard = asyncio.get_running_loop(), list[Stream]()
+    server = Server(policy, costs)
+
+    async def one() -> None:
+        stream = Stream(server)
+        await stream.speak()
+        heard.append(stream)
+
+    async def client(start_s: float) -> None:
+        await asyncio.sleep(start_s)
+        while loop.time() < duration_s:
+            await one()
+
+    async def stranger(start_s: float) -> None:
+        await asyncio.sleep(start_s)
+        await one()
+
+    if clients:
+        work = [spawn(client(ramp_s * i / clients)) for i in range(clients)]
+    else:
+        chance, due_s = random.Random(seed), list[float]()
+        while (next_s := (due_s[-1] if due_s else 0.0) + chance.expovariate(rate)) < duration_s:
+            due_s.append(next_s)
+        work = [spawn(stranger(start_s)) for start_s in due_s]
+    await asyncio.gather(*work)
+    audio_s = len(heard) * N_SEMANTIC / SEMANTIC_HZ
+    latest = heapq.nlargest(max(1, round(0.05 * len(heard))), [stream.ttfa_s for stream in heard])
+    return {
+        "requests": len(heard),
+        "ttfa_ms_p50": round(1e3 * sorted(stream.ttfa_s for stream in heard)[len(heard) // 2], 1),
+        "ttfa_ms_p95": round(1e3 * latest[-1], 1),
+        "underruns": sum(stream.n_underruns for stream in heard),
+        "underrun_s": round(sum(stream.underrun_s for stream in heard), 2),
+        "audio_s_per_s": round(audio_s / max(stream.ended_s for stream in heard), 1),
+        "stages": {
+            stage: {"rows_a_batch": round(rows / max(n, 1), 1), "ms_a_second_of_audio": round(ms / audio_s, 2)}
+            for stage, (n, rows, ms) in server.gpu.batches.items()
+        },
+    }
+
+
+def simulate(
+    policy: Policy,
+    costs: Costs,
+    clients: int = 0,
+    rate: float = 1.0,
+    duration_s: float = 30.0,
+    ramp_s: float = 4.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A row of load_test.py's kind, and what the stages did. clients: in a closed loop; 0: strangers at a rate a second."""
+    loop = VirtualLoop()
+    try:
+        return loop.run_until_complete(listen(policy, costs, clients, rate, duration_s, ramp_s, seed))
+    finally:
+        for task in (left := asyncio.all_tasks(loop)):
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.close()
+
+
+def policy_of(settings: list[str]) -> Policy:
+    """Raises SystemExit for a setting that a Policy does not have."""
+    types = {each.name: type(each.default) for each in fields(Policy) if isinstance(each.default, int | float)}
+    policy = Policy()
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in types:
+            raise SystemExit(f"no setting {name!r}: there are {', '.join(types)}")
+        policy = replace(policy, **{name: types[name](value)})
+    return policy
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    load = parser.add_mutually_exclusive_group(required=True)
+    load.add_argument("--clients", type=int, default=0, help="in a closed loop")
+    load.add_argument("--rate", type=float, default=1.0, help="requests a second, open loop")
+    parser.add_argument("--duration", type=float, default=30.0, help="s; no request is sent later")
+    parser.add_argument("--ramp", type=float, default=4.0, help="s; clients come in turn over so long")
+    parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
+    parser.add_argument("--costs", choices=COSTS, default="h100-int8")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of Policy")
+    options = parser.parse_args()
+    found = simulate(
+        policy_of(options.set),
+        COSTS[options.costs],
+        options.clients,
+        options.rate,
+        options.duration,
+        options.ramp,
+        options.seed,
+    )
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

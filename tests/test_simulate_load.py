@@ -1,0 +1,68 @@
+"""The simulation of listeners on a GPU: what it says where the answer is known."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+PERF = Path(__file__).resolve().parents[1] / "perf"
+sys.path.insert(0, str(PERF))
+
+from simulate_load import COSTS, Policy, policy_of, simulate  # noqa: E402
+
+INT8 = COSTS["h100-int8"]
+
+
+def test_a_stream_alone_takes_what_its_calls_take():
+    found = simulate(Policy(), INT8, clients=1, duration_s=0.1)
+    kernels_ms = 1.16 + 46 * 0.21 + 1.82 + 60 * 0.215 + 6.9 + 1.7
+    ways_ms = 8 * 2.8
+    assert kernels_ms + ways_ms < found["ttfa_ms_p50"] < kernels_ms + ways_ms + 25  # gaps, preparation, its way to us
+    assert found["underruns"] == 0 and found["requests"] == 1
+    assert found["stages"]["coarse"] == {
+        "rows_a_batch": 1.0,
+        "ms_a_second_of_audio": pytest.approx(2.5 * 14.72, abs=0.05),
+    }
+
+
+def test_instances_that_hold_calls_back_cost_audio():
+    """What it found first: with 6 semantic instances a call waits for others that wait for company."""
+    few, many = (
+        simulate(replace(Policy(), semantic_instances=n, fine_instances=k), INT8, clients=32, duration_s=14)
+        for n, k in ((6, 4), (32, 16))
+    )
+    assert few["audio_s_per_s"] < 0.95 * many["audio_s_per_s"]
+    assert many["stages"]["semantic"]["rows_a_batch"] > few["stages"]["semantic"]["rows_a_batch"]
+
+
+def test_dearer_steps_make_less_audio_and_the_same_arrivals_the_same_figures():
+    ask = dict(rate=4, duration_s=10, seed=3)
+    cheap, again, dear = (simulate(Policy(), COSTS[name], **ask) for name in ("h100-int8", "h100-int8", "h100"))
+    assert cheap == again and cheap["requests"] == dear["requests"]
+    assert cheap["ttfa_ms_p50"] < dear["ttfa_ms_p50"]
+
+
+def test_as_a_command():
+    command = [
+        sys.executable,
+        PERF / "simulate_load.py",
+        "--clients",
+        "2",
+        "--duration",
+        "3",
+        "--set",
+        "pace_lead_s=inf",
+    ]
+    row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert row["requests"] >= 2 and row["underruns"] == 0
+
+
+def test_a_setting_that_is_not_there_says_which_are():
+    assert policy_of(["company=4", "pace_lead_s=inf"]) == replace(Policy(), company=4, pace_lead_s=float("inf"))
+    with pytest.raises(SystemExit, match="no setting 'pace': there are pace_lead_s, "):
+        policy_of(["pace=1"])
