@@ -374,7 +374,7 @@ def bls_threads(repository: Path, profile: str | None) -> int:
 
 
 def n_instances(repository: Path, profile: str | None) -> int:
-    """Of all models that a server of this repository and profile loads."""
+    """Of all models that a server of this repository and profile loads, written as our configurations write them: kind, then count."""
     n = 0
     for default in repository.glob("*/config.pbtxt"):
         chosen = default.parent / "configs" / f"{profile}.pbtxt"

@@ -25,9 +25,8 @@ class StreamKeys:
 
     def __init__(self, n_gpus: int):
         self.n_gpus = n_gpus
-        self._numbers = itertools.count(
-            secrets.randbits(48) << 10 | 1
-        )  # by chance: a server's stages may outlive this process
+        # From a number by chance on: a server's stages may outlive this process
+        self._numbers = itertools.count(secrets.randbits(48) << 10 | 1)
         self._n_streams = [0] * n_gpus
         self._lock = threading.Lock()
 

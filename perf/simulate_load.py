@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import heapq
 import json
 import math
 import random
@@ -25,10 +24,23 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from barkstream.engines.workers import FEW, HURRIED_PIECE_S, PIECE_S, PIECES, SOON, TIGHT_BATCH_S, TIGHT_S
-from barkstream.pacing import NEEDY_S
+from load_report import percentiles  # noqa: E402
+
+from barkstream.engines.turns import FOLLOW_S, GRACE_S, HEAD_START_S, HURRIED, LONE  # noqa: E402
+from barkstream.engines.workers import (  # noqa: E402
+    FEW,
+    HURRIED_PIECE_S,
+    PIECE_S,
+    PIECES,
+    POLICIES,
+    SOON,
+    TIGHT_BATCH_S,
+    TIGHT_S,
+)
+from barkstream.pacing import NEEDY_S  # noqa: E402
 
 SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
 N_SEMANTIC, WINDOW, SLIDE, AHEAD = (
@@ -81,9 +93,9 @@ class Policy:
     tight_s: float = TIGHT_S
     tight_batch_s: float = TIGHT_BATCH_S
     piece_s: float = PIECE_S
-    company: int = 16  # of the causal stages; of fine and codec 4
-    semantic_patience_s: float = 0.15
-    coarse_patience_s: float = 0.3
+    company: int = POLICIES["coarse"].company  # of the causal stages
+    semantic_patience_s: float = POLICIES["semantic"].patience_s
+    coarse_patience_s: float = POLICIES["coarse"].patience_s
     semantic_instances: int = 32
     coarse_instances: int = 32
     fine_instances: int = 16
@@ -97,15 +109,11 @@ class Policy:
         return getattr(self, f"{stage}_instances")
 
     def patience_s(self, stage: str) -> float:
-        return {"codec": 0.03, "fine": 0.04, "semantic": self.semantic_patience_s, "coarse": self.coarse_patience_s}[
-            stage
-        ]
+        return getattr(self, f"{stage}_patience_s", POLICIES[stage].patience_s)
 
 
-URGENCY = {"codec": (0, 1), "fine": (1, 1), "semantic": (2, 3), "coarse": (2, 4)}  # hurried, or not
-HURRIED, LONE = 2, 5
 MAX_BATCH = {"codec": 4, "fine": 8, "semantic": 32, "coarse": 32}
-HEAD_START_S, FOLLOW_S, GRACE_S, PREPARATION_S = 0.003, 0.005, 0.001, 0.001
+PREPARATION_S = 0.001  # of a batch, by Python
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -198,17 +206,17 @@ class Gpu:
         return max(0.0, early_s)
 
     def _urgency(self, stage: str) -> int:
-        calls, hurried = self._waiting[stage], URGENCY[stage]
+        calls, policy = self._waiting[stage], POLICIES[stage]
         if any(call.is_hurried for call in calls):
-            return hurried[0]
-        company = (
-            4 if stage in ("codec", "fine") else min(self._policy.company, max(1, len(self.known[stage]) * 3 // 4))
-        )
+            return policy.hurried
+        company = policy.company
+        if stage in self.known:
+            company = min(self._policy.company, max(1, len(self.known[stage]) * 3 // 4))
         is_soon = stage == "coarse" and any(call.position <= SOON for call in calls)
         longest_s = self._loop.time() - min(call.since_s for call in calls)
         if not is_soon and len(calls) < company and longest_s < self._policy.patience_s(stage):
             return LONE
-        return hurried[1]
+        return policy.urgency
 
     def _start(self, stage: str) -> None:
         batch = self._batch(stage)
@@ -418,11 +426,9 @@ async def listen(
         work = [spawn(stranger(start_s)) for start_s in due_s]
     await asyncio.gather(*work)
     audio_s = len(heard) * N_SEMANTIC / SEMANTIC_HZ
-    latest = heapq.nlargest(max(1, round(0.05 * len(heard))), [stream.ttfa_s for stream in heard])
     return {
         "requests": len(heard),
-        "ttfa_ms_p50": round(1e3 * sorted(stream.ttfa_s for stream in heard)[len(heard) // 2], 1),
-        "ttfa_ms_p95": round(1e3 * latest[-1], 1),
+        **percentiles("ttfa_ms", [1e3 * stream.ttfa_s for stream in heard]),
         "underruns": sum(stream.n_underruns for stream in heard),
         "underrun_s": round(sum(stream.underrun_s for stream in heard), 2),
         "audio_s_per_s": round(audio_s / max(stream.ended_s for stream in heard), 1),

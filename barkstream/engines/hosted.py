@@ -210,7 +210,7 @@ class HostedEngine:
         def work() -> None:
             try:
                 opened.set_result(self._open())
-            except BaseException as error:
+            except Exception as error:
                 opened.set_exception(error)
 
         threading.Thread(target=work, daemon=True).start()

@@ -71,21 +71,6 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], u32 a0, u32 a1, u32 
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// d[8 x 8] += a[8 x 8] b[8 x 8]; the instruction's other 8 rows are zero
-template <bool F16 = false>
-__device__ __forceinline__ void multiply_add_8(float (&d)[4], u32 a, u32 b) {
-    if constexpr (F16)
-        asm volatile(
-            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a), "r"(0), "r"(b));
-    else
-        asm volatile(
-            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a), "r"(0), "r"(b));
-}
-
 // Four matrices [8 x 8] of 16 bits an element out of shared memory, 16 bytes a row, at the addresses of lanes 0-7,
 // 8-15 ...: lane 4 g + t gets elements 2 t, 2 t + 1 of row g; transposed, of column g.
 __device__ __forceinline__ void load_matrices(u32 (&m)[4], u32 address) {
