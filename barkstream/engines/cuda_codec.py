@@ -103,7 +103,8 @@ class CodecEngine:
 
     def _pieces(self, codes: Ints) -> list[Ints]:
         """codes [K, n] cut into the longest pieces that there are graphs for. What is left over is a piece of its own, with all that is
-        shorter than the longest graph: without one a piece takes as long as it takes to launch, whatever its length."""
+        shorter than the longest graph: without one a piece takes as long as it takes to launch, whatever its length. A stream that
+        begins with less than the first convolution sees mirrored is one piece too."""
         lengths, n = sorted({n_frames for _, n_frames in self._batches}, reverse=True), codes.shape[1]
         if not lengths:
             return [codes]
@@ -113,6 +114,8 @@ class CodecEngine:
             parts += [length] * (left // length)
             left %= length
         sizes += [rest] if left else parts
+        if sizes and sizes[0] < min(n, self.layout.kernel_size):
+            return [codes]
         ends = np.cumsum(sizes)
         return [codes[:, end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
