@@ -11,7 +11,7 @@ import pytest
 
 from barkstream.coarse import generate_coarse
 from barkstream.engines import Chain, Generation, Row, by_windows
-from barkstream.engines.turns import Turns
+from barkstream.engines.turns import Launch, Turns
 from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, at_once
 from barkstream.options import Schedule, SpeechOptions
 from barkstream.pipeline import Speech
@@ -223,12 +223,12 @@ def test_a_chains_next_window_is_known_to_need_a_prefill_unless_it_goes_on(start
     said = []
 
     class Listening(Turns):
-        def _launched(self, turn, takes_s, is_followed):
-            said.append(takes_s)
-            super()._launched(turn, 0.0, is_followed)
+        def _launched(self, turn, launch):
+            said.append(launch.takes_s)
+            super()._launched(turn, replace(launch, takes_s=0.0))
 
     engine = Attentive()
-    policy = replace(POLICIES["coarse"], is_hurried=lambda row: False)
+    policy = replace(POLICIES["coarse"], is_first=lambda row: False, is_hurried=lambda row: False)
     worker = start(
         CausalWorker(at_once(engine.generate), engine.release, 4, Listening(), policy, lambda n: 0.0025, lambda n: 1.0)
     )
@@ -319,7 +319,7 @@ def test_a_long_call_gives_way_to_who_waits_for_a_turn(alone):
 
     def other():
         with alone.turns.turn(lambda: 0) as turn:
-            turn.launched(0.0)
+            turn.launched(Launch(0.0))
 
     waiting = threading.Thread(target=other)
     waiting.start()

@@ -13,6 +13,7 @@ from barkstream.engines.cuda_codec import CodecEngine, Decoder  # noqa: E402
 from barkstream.engines.cuda_fine import FineEngine  # noqa: E402
 from barkstream.engines.kernels.batched import capture  # noqa: E402
 from barkstream.engines.kernels.lstm import Lstm  # noqa: E402
+from barkstream.engines.transfers import clear, download, download_all, upload  # noqa: E402
 from barkstream.export.codec_state import state_size  # noqa: E402
 from barkstream.tokens import CodecLayout, FineLayout, GPTSize  # noqa: E402
 
@@ -129,6 +130,31 @@ def test_a_window_that_does_not_fit_is_refused(fine):
         engine.fill([Window(np.full((8, 10), 1056, np.int32), 0, np.zeros((6, 10), np.float32), 0.5)])
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32, np.bool_, np.uint8])
+def test_what_goes_to_the_gpu_comes_back_whatever_its_size(dtype):
+    """Small ones through memory that is used again and again, while much is under way."""
+    arrays = [np.random.randint(0, 2, (n, 7)).astype(dtype) for n in (0, 1, 5_000, 9_000, 10_000, 50_000) * 20]
+    tensors = [upload(array) for array in arrays]
+    into = [
+        upload(array, torch.empty(array.shape, dtype=tensor.dtype, device="cuda"))
+        for array, tensor in zip(arrays, tensors, strict=True)
+    ]
+    waits = [download_all(*each) for each in zip(tensors, into, strict=True)]
+    for array, (first, second) in zip(arrays, waits, strict=True):
+        assert np.array_equal(first(), array) and np.array_equal(second(), array)
+
+
+def test_what_is_laid_out_otherwise_or_of_another_type_arrives_too():
+    array = np.arange(12, dtype=np.int32).reshape(3, 4)
+    place = torch.zeros(4, 3, device="cuda").t()
+    assert np.array_equal(upload(array, place).cpu().numpy(), array)
+    assert np.array_equal(upload(array.T).cpu().numpy(), array.T)
+    assert np.array_equal(download(upload(array)[:, 1:])(), array[:, 1:])
+    tensor = upload(array)
+    clear(tensor)
+    assert not tensor.any()
+
+
 @pytest.fixture(scope="module")
 def codec():
     """The engine, and the same decoder on the CPU, which the ordinary tests compare with the exported graph."""
@@ -192,6 +218,18 @@ def test_a_long_chunk_is_decoded_in_pieces(codec):
         scale = expected.abs().max().item()
         np.testing.assert_allclose(audio / scale, expected[0].numpy() / scale, atol=1e-4)
         np.testing.assert_allclose(next_state, expected_state[0].numpy(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("n", [3, 5, 7, 15])
+def test_with_graphs_for_all_that_is_left_over_a_stream_may_begin_with_any_length(n):
+    weights = random_codec_weights()
+    engine, twin = CodecEngine(weights, CODEC, max_batch=1), Decoder(weights, CODEC, device="cpu")
+    engine.warm_up([1, 2, 4, 8])
+    codes = np.random.randint(0, 1024, (8, n)).astype(np.int32)
+    audio, _ = engine.decode([(codes, np.zeros(state_size(CODEC), np.float32))])[0]
+    with torch.inference_mode():
+        expected = twin(torch.from_numpy(codes[None]), torch.zeros(1, state_size(CODEC)))[0][0].numpy()
+    np.testing.assert_allclose(audio / np.abs(expected).max(), expected / np.abs(expected).max(), atol=1e-4)
 
 
 def test_chunks_of_different_lengths_share_a_call(codec):

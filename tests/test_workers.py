@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from barkstream.engines import Generation, Row, Window
-from barkstream.engines.turns import FOLLOW_S, HEAD_START_S, LONE, Turns
+from barkstream.engines.slots import Slot, Slots
+from barkstream.engines.turns import FOLLOW_S, HEAD_START_S, LONE, Launch, Turns
 from barkstream.engines.workers import (
     PIECE_S,
     POLICIES,
@@ -72,8 +73,8 @@ def start():
         thread.join()
 
 
-STEP_S = PIECE_S / 20
-POLICY = Policy(lambda row: row.position == 0, hurried=2, urgency=3, company=4, patience_s=0.2)
+STEP_S = PIECE_S / 20  # so pieces are of 15 tokens
+POLICY = Policy(lambda row: False, lambda row: row.position == 0, hurried=2, urgency=3, company=4, patience_s=0.2)
 
 
 def causal(gpt, max_batch=4, turns=None):
@@ -82,13 +83,13 @@ def causal(gpt, max_batch=4, turns=None):
 
 
 def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_not_go_on(start):
-    """Pieces of 15 tokens, a step of .001 s; a prefill is said to take 1 s, and nobody is in a hurry."""
+    """Pieces of 15 tokens; a prefill is said to take 1 s, and nobody is in a hurry."""
     said = []
 
     class Listening(Turns):
-        def _launched(self, turn, takes_s, is_followed):
-            said.append(takes_s)
-            super()._launched(turn, 0.0, is_followed)
+        def _launched(self, turn, launch):
+            said.append(launch.takes_s)
+            super()._launched(turn, replace(launch, takes_s=0.0))
 
     gpt = FakeGPT()
     worker = start(
@@ -98,7 +99,7 @@ def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_n
             4,
             Listening(),
             POLICY,
-            lambda n_rows: 0.001,
+            lambda n_rows: STEP_S,
             lambda n_rows: 1.0 * n_rows,
             rate_hz=1.0,
         )
@@ -110,32 +111,41 @@ def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_n
             answer.result()
         return said
 
-    assert takes_s(row(20, n_ids=5)) == pytest.approx([1.015, 0.005])
-    assert takes_s(row(4, n_ids=25)) == pytest.approx([0.004])  # goes on
-    assert takes_s(row(4, n_ids=25)) == pytest.approx([1.004])  # has slid
-    assert takes_s(row(4, n_ids=29), row(4, stream=2)) == pytest.approx([1.004])
+    assert takes_s(row(20, n_ids=5)) == pytest.approx([1 + 15 * STEP_S, 5 * STEP_S])
+    assert takes_s(row(4, n_ids=25)) == pytest.approx([4 * STEP_S])  # goes on
+    assert takes_s(row(4, n_ids=25)) == pytest.approx([1 + 4 * STEP_S])  # has slid
+    assert takes_s(row(4, n_ids=29), row(4, stream=2)) == pytest.approx([1 + 4 * STEP_S])
     worker.drop(1)
-    assert takes_s(row(4, n_ids=33)) == pytest.approx([1.004])
-    assert takes_s(row(20, stream=0), row(20, stream=0)) == pytest.approx([2.015, 0.005])
+    assert takes_s(row(4, n_ids=33)) == pytest.approx([1 + 4 * STEP_S])
+    assert takes_s(row(20, stream=0), row(20, stream=0)) == pytest.approx([2 + 15 * STEP_S, 5 * STEP_S])
     assert set(worker._held) == set(worker._began_s) == {1, 2}  # and nothing is kept of those without a name
 
 
 def test_costs_are_measured_and_those_of_a_number_between_are_the_greater_ones_or_in_proportion(monkeypatch):
-    """An engine that takes 1 ms a step and row, and 100 ms for the prefill of a row that it does not hold; at first, ten times that."""
-    clock, held, n_calls = [0.0], set(), 0
+    """An engine that takes 1 ms a step and row, and 100 ms for the prefill of a row whose slot, free before or not, holds other ids; at
+    first, ten times that."""
+    clock, held, n_calls = [0.0], {}, 0
+    slots = Slots([Slot(np.zeros((0, 1), np.int32)) for _ in range(8)])
 
     def generate(rows):
         nonlocal n_calls
         n_calls += 1
-        took_s = 0.001 * rows[0].n_tokens * len(rows) + 0.1 * sum(row.stream not in held for row in rows)
+        took_s = 0.001 * rows[0].n_tokens * len(rows)
+        with slots.lease(rows) as leased:
+            for row, slot in zip(rows, leased, strict=True):
+                took_s += 0.1 * (slot.n_known(row.ids) < len(row.ids))
+                slot.ids = row.ids
         clock[0] += took_s * (10 if n_calls <= 3 else 1)
-        held.update(row.stream for row in rows)
+        held.update(dict.fromkeys(row.stream for row in rows))
         return []
 
+    def release(*streams):
+        for stream in streams:
+            slots.release(stream)
+            del held[stream]
+
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    costs = measure(
-        generate, lambda *streams: held.difference_update(streams), np.zeros((5, 1), np.int32), [1, 2, 4, 8]
-    )
+    costs = measure(generate, release, np.zeros((5, 1), np.int32), [1, 2, 4, 8])
     assert [costs.step_s(n) for n in (1, 3, 8, 9)] == pytest.approx([0.001, 0.004, 0.008, 0.008])
     assert [costs.prefill_s(n) for n in (1, 3, 8)] == pytest.approx([0.1, 0.3, 0.8])
     assert not held
@@ -150,9 +160,9 @@ def test_a_call_in_pieces_says_what_it_says_in_one(start):
 
 def test_a_row_that_somebody_waits_for_is_not_cut(start):
     gpt = FakeGPT()
-    for answer in start(causal(gpt)).submit([row(40, stream=1, position=0), row(60, stream=2)]):
+    for answer in start(causal(gpt)).submit([row(30, stream=1, position=0), row(60, stream=2)]):
         answer.result()
-    assert [n for _, _, n in gpt.batches[0]] == [40, 40]
+    assert [n for _, _, n in gpt.batches[0]] == [30, 30]
 
 
 def test_rows_that_began_apart_end_together_so_no_step_is_made_for_one_that_is_whole(start):
@@ -299,7 +309,7 @@ def test_calls_that_came_during_anothers_turn_go_together(start):
         at_once(lambda calls: batches.append(calls) or calls),
         8,
         turns,
-        Policy(lambda call: False, hurried=0, urgency=0),
+        Policy(lambda call: False, lambda call: False, hurried=0, urgency=0),
     )
     with turns.turn(lambda: 5):
         start(worker)
@@ -342,7 +352,7 @@ def test_the_next_turn_begins_before_the_work_is_over_and_no_third_one():
             first_runs.wait()
         with turns.turn(lambda: 1) as turn:
             began[name] = time.monotonic()
-            turn.launched(takes_s)
+            turn.launched(Launch(takes_s))
             first_runs.set()
             time.sleep(0.1 if name == "first" else 0.1 + HEAD_START_S + 0.06)
             over[name] = time.monotonic()
@@ -361,13 +371,13 @@ def test_work_goes_on_only_while_nobody_else_waits():
 
     def other():
         with turns.turn(lambda: 0) as turn:
-            turn.launched(0.0)
+            turn.launched(Launch(0.0))
             had.set()
             over.wait(timeout=5)
 
     with ThreadPoolExecutor(1) as pool, turns.turn(lambda: 1) as turn:
         assert not turn.extended(1.0), "it has not been launched"
-        turn.launched(0.0)
+        turn.launched(Launch(0.0))
         over_at_s = turn.over_at_s
         assert turn.extended(0.2) and turn.extended(0.2)
         assert turn.over_at_s == pytest.approx(over_at_s + 0.4, abs=0.1)
@@ -387,7 +397,7 @@ def test_two_at_most_are_under_way():
         with turns.turn(lambda: 1) as turn:
             under_way.append(name)
             most.append(len(under_way))
-            turn.launched(0.0)
+            turn.launched(Launch(0.0))
             time.sleep(0.002)
             under_way.remove(name)
 
@@ -412,7 +422,7 @@ def test_those_who_let_others_go_first_do_not_slip_in_between_two_pieces(monkeyp
                     pool.submit(lone)
                     while not turns._waiting:
                         pass
-                turn.launched(0.0)
+                turn.launched(Launch(0.0))
     assert order == [0, 1, 2, "lone"]
 
 
@@ -432,7 +442,7 @@ def test_who_is_not_waited_for_lets_a_listeners_next_call_go_first(monkeypatch):
                     pool.submit(crowd)
                     while not turns._waiting:
                         pass
-                turn.launched(0.0, is_followed=stage != "codec")
+                turn.launched(Launch(0.0, is_followed=stage != "codec"))
             time.sleep(0.001)  # the way back and forth
     assert order == ["semantic", "coarse", "fine", "codec", "crowd"]
 
@@ -440,7 +450,7 @@ def test_who_is_not_waited_for_lets_a_listeners_next_call_go_first(monkeypatch):
 def test_a_next_call_that_does_not_come_is_not_waited_for_long():
     turns = Turns()
     with turns.turn(lambda: 1) as turn:
-        turn.launched(0.0, is_followed=True)
+        turn.launched(Launch(0.0, is_followed=True))
     began = time.monotonic()
     with turns.turn(lambda: 4):
         assert FOLLOW_S / 2 < time.monotonic() - began < 20 * FOLLOW_S

@@ -21,11 +21,20 @@ from torch import Tensor
 from barkstream.engines import Generation, Head, Row
 from barkstream.engines.kernels import compile_all
 from barkstream.engines.kernels.batched import BatchedDecoder, Layers, Prefill
-from barkstream.engines.kernels.fused import ARCHITECTURE, FusedDecoder, KVCache, PackedLayers, RowArguments, pack_units
+from barkstream.engines.kernels.fused import (
+    ARCHITECTURE,
+    ENDED,
+    FusedDecoder,
+    Halts,
+    KVCache,
+    PackedLayers,
+    RowArguments,
+    pack_units,
+)
 from barkstream.engines.kernels.weights import load_weights, read_onnx
 from barkstream.engines.kernels.wide import ROW_COUNTS, WideDecoder
 from barkstream.engines.slots import Slot, Slots
-from barkstream.engines.transfers import download
+from barkstream.engines.transfers import download_all
 from barkstream.sampling import Ints, Sampling
 from barkstream.tokens import GPTSize
 
@@ -74,12 +83,13 @@ class CudaEngine:
         on_gpu = load_weights(weights, size, head)
         self.cache = KVCache.zeros(size, n_slots, bits)
         self._fused = self._wide = self._batched = None
+        self._halts = Halts()
         if fused and FusedDecoder.fits(size):
             units = pack_units(on_gpu, size, head, bits)
             if one_copy and bits == 16:
                 on_gpu = replace(on_gpu, layers=PackedLayers(units.words, size))
-            self._fused = FusedDecoder(on_gpu, units, size, head, self.cache)
-            self._wide = WideDecoder(on_gpu, units, size, head, self.cache)
+            self._fused = FusedDecoder(on_gpu, units, size, head, self.cache, self._halts)
+            self._wide = WideDecoder(on_gpu, units, size, head, self.cache, self._halts)
         elif bits == 8:
             raise ValueError(
                 "8 bits need a GPU of compute capability 9.x and a model that the fused kernels fit: use bf16"
@@ -125,9 +135,15 @@ class CudaEngine:
         """`start` for an only row, which may have a chain; None if this GPU does not fit the kernels that know how.
 
         The row goes in pieces of so many tokens at most, each of them launched behind the one before, whose tokens it finds on the GPU:
-        two are under way for as long as the callable says that it may go on. What was drawn by then is the result.
+        two are under way for as long as the callable says that it may go on. What was drawn by then, or until it was halted, is the result.
         """
         return None if self._fused is None else self._start_alone
+
+    @property
+    def halt(self) -> Callable[[], None] | None:
+        """Ends what is under way after the decode step that it is at, whatever was wanted: its generations are then shorter, and not ended.
+        Any thread may call it. None if this GPU does not fit the kernels that know how."""
+        return None if self._fused is None else self._halts.halt
 
     def release(self, *streams: int) -> None:
         """Free streams' slots; nothing happens for one that has none."""
@@ -176,6 +192,7 @@ class CudaEngine:
                     while len(pieces.under_way) < 2 and pieces.are_left and goes_on():
                         pieces.launch()
                     said.append(pieces.take())
+                pieces.settle()
             return [Generation.joined([each.tokens for each in said], said[-1].ended)]
 
         return finish
@@ -185,7 +202,7 @@ class CudaEngine:
         arguments = self._arguments(row, slot)
         arguments.ids[0] = -n_before
         tokens, results = self.decode([arguments])
-        tokens, results = download(tokens[:1]), download(results[:1])
+        tokens, results = download_all(tokens[:1], results[:1])
         return lambda: (tokens(), results())
 
     def _note_ids(self, row: Row, into: Tensor) -> None:
@@ -247,7 +264,7 @@ class CudaEngine:
         if new:
             self.prefill([row.ids[:-1] for row, _ in new], [slot.index for _, slot in new])
         tokens, results = self.decode([self._arguments(row, slot) for row, slot in zip(rows, slots, strict=True)])
-        tokens, results = download(tokens[: len(rows)]), download(results[: len(rows)])
+        tokens, results = download_all(tokens[: len(rows)], results[: len(rows)])
         return lambda: (tokens(), results())
 
     def _arguments(self, row: Row, slot: GpuSlot) -> RowArguments:
@@ -270,7 +287,7 @@ class CudaEngine:
         positions = np.array([[row.position] for row in rows]) + np.arange(max(row.n_tokens for row in rows))
         books = positions % self.head.n_codebooks
         ids = (self.head.first_id + books * self.head.size + tokens[:, : books.shape[1]]).astype(np.int32)
-        return [Generation(ids[i, :n], bool(ended)) for i, (n, ended) in enumerate(results)]
+        return [Generation(ids[i, :n], reason == ENDED) for i, (n, reason) in enumerate(results)]
 
 
 class _Pieces:
@@ -281,7 +298,10 @@ class _Pieces:
         self._engine, self._slot, self._n_piece = engine, slot, n_piece
         self._to_launch = self._to_take = row
         self._last: Row | None = None  # launched
+        self._is_halted = False
+        self._is_lost = False  # what the slot holds: a window's prefix was put there behind a piece that was halted
         self.under_way: deque[Callable[[], tuple[Ints, Ints]]] = deque()
+        self._slid: deque[bool] = deque()  # of those: whether a prefix went before
         # Ids drawn before the last launch, of which prefixes of a chain's windows are made.
         self._n_most = row.chain.max_history if row.chain else 0
         self._drawn = torch.empty(row.n_tokens if row.chain else 0, dtype=torch.int32, device="cuda")
@@ -289,12 +309,13 @@ class _Pieces:
 
     @property
     def are_left(self) -> bool:
-        """Pieces that have not been launched."""
-        return self._to_launch.n_tokens > 0
+        """Pieces that may be launched."""
+        return self._to_launch.n_tokens > 0 and not self._is_halted
 
     def launch(self) -> None:
         """The next one."""
         piece = self._to_launch.piece(self._n_piece)
+        self._slid.append(False)
         if self._last is None:
             self.under_way.append(self._engine._launch([piece], [self._slot]))
             self._slot.ids = self._slot.ids[:0]  # not known until it is over
@@ -311,14 +332,22 @@ class _Pieces:
         if not np.array_equal(piece.ids, held):  # a window that slides; else the cache goes on
             unknown = self._drawn[max(0, n - self._n_most) : n]
             engine._prefill([piece.ids[:-1]], [self._slot.index], partial(_amend, len(piece.ids), unknown))
+            self._slid[-1] = True
         self.under_way.append(engine._launch_behind(piece, self._slot, last.n_tokens))
 
     def take(self) -> Generation:
-        """Wait for the oldest that is under way."""
+        """Wait for the oldest that is under way. Behind one that was halted there are no tokens."""
         piece = self._to_take.piece(self._n_piece)
         (generation,) = self._engine._take([piece], *self.under_way.popleft()())
+        self._is_lost |= self._slid.popleft() and self._is_halted
+        self._is_halted |= len(generation.tokens) < piece.n_tokens and not generation.ended
         self._slot.ids, self._to_take = _held(piece, generation), self._to_take.after(generation.tokens)
         return generation
+
+    def settle(self) -> None:
+        """Nothing is under way any more."""
+        if self._is_lost:
+            self._slot.ids = self._slot.ids[:0]
 
 
 def _held(row: Row, generation: Generation) -> Ints:

@@ -18,6 +18,7 @@ anew.
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 import time
@@ -45,7 +46,8 @@ from barkstream.engines.open import (
 from barkstream.engines.turns import Turns
 from barkstream.engines.workers import POLICIES, CausalWorker, Work, Worker, at_once, measure
 
-SWITCH_S = 0.0005  # threads hand Python over after so long: the one that has the next piece to launch must not wait
+SWITCH_S = 0.0001  # threads hand Python over after so long: the one that has the next piece to launch must not wait
+N_POSTMEN = 2  # threads that send answers
 LISTENING = "listening"
 SAID = (ValueError, FileNotFoundError, EngineError)  # errors whose own words a caller should hear
 
@@ -118,6 +120,7 @@ class Stage:
             costs.prefill_s,
             None if is_cpu(spec.engine) else engine.start_alone,
             tokens_a_second(spec.stage, spec.checkpoint),
+            None if is_cpu(spec.engine) else engine.halt,
         )
         self._drop = worker.drop
         return worker
@@ -144,6 +147,18 @@ class Host:
         self._lock = threading.Lock()
         self._stages: dict[str, Stage] = {}
         self._n_connections = 0
+        # Answers are sent by threads of their own: those that work have the next batch to launch.
+        self._answers: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        for _ in range(N_POSTMEN):
+            threading.Thread(target=self._deliver, daemon=True).start()
+
+    def _deliver(self) -> None:
+        while True:
+            deliver = self._answers.get()
+            try:
+                deliver()
+            except Exception:  # its caller waits in vain, the others need not
+                traceback.print_exc()
 
     def serve(self) -> None:
         """Answer connections until the last of them closes: then the process ends."""
@@ -167,6 +182,9 @@ class Host:
             with sending, suppress(ConnectionError):
                 connection.send((number, error or done.result(), news))
 
+        def post(number: int, done: Future[Any]) -> None:
+            self._answers.put(partial(answer, number, done))
+
         with suppress(EOFError, ConnectionError):
             while True:
                 number, verb, argument = connection.recv()
@@ -180,7 +198,7 @@ class Host:
                 else:
                     assert stage is not None, "open a stage first"
                     done = stage.run(argument) if verb == "run" else stage.release(argument)
-                done.add_done_callback(partial(answer, number))
+                done.add_done_callback(partial(post, number))
         self._left(stage)
 
     def _open(self, spec: Spec) -> Stage:

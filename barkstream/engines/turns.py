@@ -6,22 +6,38 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 HEAD_START_S = 0.004  # before the work that runs is over, the next may be prepared and launched behind it
-HURRIED = 2  # the highest urgency of those whom somebody waits for
+AT_ONCE = -1  # the urgency of those whose listener has no audio yet
+HURRIED = 2  # the highest of those whom somebody waits for
 FOLLOW_S = 0.005  # so soon after such work the listener's next call comes, from another stage: others let it go first
 LONE = 5  # the urgency of those who let all others go first:
 GRACE_S = 0.001  # also those who come so soon after work was over, for most of them come again
+HALT_S = 0.001  # work that is halted is over after so long
 PATIENCE_S = 0.005  # urgencies are asked so often at least, for time changes them
+NOBODY = 99  # a rank above all
 
 Urgency = Callable[[], int]  # the lowest goes first
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Work on its way to the GPU."""
+
+    takes_s: float  # about
+    is_followed: bool = False  # whoever waits for it will ask for more as soon as it is there
+    halt: Callable[[], None] | None = None  # ends it early; None: nothing does
+    rank: int = 0  # whoever has a lower one may have it halted
+    least_s: float = 0.0  # before so much of it is over it cannot be halted: prefills
 
 
 class Turns:
     """Hands turns to the most urgent of those who wait for one. Threads share it.
 
     A turn is alone until its work is launched, which then runs on the GPU. Shortly before it is over the next turn begins, so that
-    the GPU does not idle while Python prepares: chosen as late as that, for somebody more urgent may come.
+    the GPU does not idle while Python prepares: chosen as late as that, for somebody more urgent may come. Who comes later and is more
+    urgent has what runs halted, if it can be.
     """
 
     def __init__(self) -> None:
@@ -52,19 +68,46 @@ class Turns:
             with self._changed:
                 self._end(turn)
 
-    def _launched(self, turn: Turn, takes_s: float, is_followed: bool) -> None:
+    def hurry(self, rank: int) -> None:
+        """A call of this rank has come, which will want a turn at once: work of a higher one is halted, where that can be done."""
         with self._changed:
-            turn.is_followed = is_followed
+            if self._preparing:
+                self._preparing.wanted_by = min(self._preparing.wanted_by, rank)
+            for turn in self._running:
+                if rank < turn.launch.rank:
+                    self._halt(turn)
+            self._give_away()
+            self._changed.notify_all()
+
+    def _halt(self, turn: Turn) -> None:
+        """Work that was launched. Until the call for which it is halted has a turn, none is given to those whom nobody waits for."""
+        if turn.launch.halt is None or turn.is_halted:
+            return
+        turn.launch.halt()
+        turn.is_halted, now_s = True, time.monotonic()
+        early_s = turn.over_at_s - (max(now_s, turn.begins_s + turn.launch.least_s) + HALT_S)
+        if early_s > 0:
+            for later in self._running[self._running.index(turn) :]:
+                later.over_at_s -= early_s
+                later.begins_s -= early_s if later is not turn else 0.0
+        self._followed_until_s = max(self._followed_until_s, now_s + FOLLOW_S)
+
+    def _launched(self, turn: Turn, launch: Launch) -> None:
+        with self._changed:
+            turn.launch = launch
             before_s = max((other.over_at_s for other in self._running), default=0.0)
-            turn.over_at_s = max(before_s, time.monotonic()) + takes_s
+            turn.begins_s = max(before_s, time.monotonic())
+            turn.over_at_s = turn.begins_s + launch.takes_s
             self._preparing = None
             self._running.append(turn)
+            if turn.wanted_by < launch.rank:
+                self._halt(turn)
             self._give_away()
             self._changed.notify_all()  # who waits has another time to wait for
 
     def _extended(self, turn: Turn, takes_s: float) -> bool:
         with self._changed:
-            if self._waiting or self._preparing is not None or self._running != [turn]:
+            if self._waiting or self._preparing is not None or self._running != [turn] or turn.is_halted:
                 return False
             turn.over_at_s = max(turn.over_at_s, time.monotonic()) + takes_s
             return True
@@ -77,7 +120,7 @@ class Turns:
             self._preparing = None
         else:
             self._running.remove(turn)
-        if turn.is_followed:
+        if (turn.launch.is_followed and not turn.is_halted) or turn.urgency() <= HURRIED:
             self._followed_until_s = now_s + FOLLOW_S
         self._give_away()
         self._changed.notify_all()
@@ -91,7 +134,7 @@ class Turns:
             return None
         next_up = min(self._waiting, key=lambda turn: turn.urgency())
         urgency = next_up.urgency()
-        if self._running and (urgency >= LONE or (urgency > HURRIED and any(t.is_followed for t in self._running))):
+        if self._running and (urgency >= LONE or self._is_kept_from(urgency)):
             return PATIENCE_S
         if (early_s := self._due_s(urgency) - time.monotonic()) > 0:
             return early_s
@@ -101,6 +144,13 @@ class Turns:
         self._preparing = next_up
         self._changed.notify_all()
         return None
+
+    def _is_kept_from(self, urgency: int) -> bool:
+        """Whether the turn behind those that run is kept for somebody more urgent: the next call of a listener whom one of them is for,
+        or a call that waits for one of them to be over, for it is of the same stage."""
+        own = min(turn.urgency() for turn in self._running)
+        is_waited_for = own <= HURRIED or any(turn.launch.is_followed for turn in self._running)
+        return own <= AT_ONCE < urgency or (urgency > HURRIED and is_waited_for)
 
     def _due_s(self, urgency: int) -> float:
         """When a turn of this urgency may begin, on time.monotonic()'s clock."""
@@ -115,16 +165,23 @@ class Turn:
 
     def __init__(self, turns: Turns, urgency: Urgency):
         self._turns, self.urgency = turns, urgency
-        self.began_s = self.over_at_s = 0.0
-        self.is_followed = False
+        self.began_s = self.begins_s = self.over_at_s = (
+            0.0  # of the block; of its work on the GPU, as far as the host can tell
+        )
+        self.launch = Launch(0.0)
+        self.wanted_by = NOBODY  # the lowest rank of the calls that came while the block was preparing
+        self.is_halted = False
         self.busy_s = 0.0  # once it is over: the GPU's time that it took, as far as the host can tell
 
-    def launched(self, takes_s: float, is_followed: bool = False) -> None:
-        """The work is on its way to the GPU, where it takes about takes_s.
+    def launched(self, launch: Launch) -> None:
+        """The work is on its way to the GPU."""
+        self._turns._launched(self, launch)
 
-        is_followed: whoever waits for it will ask for more as soon as it is there.
-        """
-        self._turns._launched(self, takes_s, is_followed)
+    def halt(self) -> None:
+        """End the launched work early, if it can be."""
+        with self._turns._changed:
+            if self in self._turns._running:
+                self._turns._halt(self)
 
     def extended(self, takes_s: float) -> bool:
         """Whether launched work may go on for so long: if nobody else waits for a turn."""

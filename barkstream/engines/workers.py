@@ -18,16 +18,20 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from barkstream.engines import Generation, Row
-from barkstream.engines.turns import LONE, Turn, Turns
+from barkstream.engines.turns import AT_ONCE, LONE, Launch, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
-PIECE_S = 0.022  # how long a GPT's piece may take, prefills aside: a more urgent stage waits so long at most
+PIECE_S = 0.035  # how long a GPT's piece may take, prefills aside: a more urgent stage waits so long at most
 HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
 # Tokens of a piece: parts of a coarse window, which has 60. So rows that began at different times end together, and no step is made
 # for a row that is whole already.
 PIECES = 60, 30, 15, 10
+# What a call is to a listener: the last one before first audio, which is short; one of those before; one that somebody will soon wait
+# for, with next to nothing in hand; the rest.
+LAST, FIRST, HURRIED, REST = range(4)
+COMFORTABLE_S = 1.5  # who has more made that has not been played does not go along with those
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
-TIGHT_BATCH_S = 0.04  # than what takes so long for half a window, or this many rows:
+TIGHT_BATCH_S = 0.08  # than what takes so long for half a window, or this many rows:
 FEW = 4
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
@@ -58,9 +62,12 @@ class Policy(Generic[Call]):
     Batches are what makes a loaded GPU fast, so calls that nobody waits for let others go first until they have company.
     """
 
-    is_hurried: Callable[[Call], bool]  # somebody waits for it, or will soon
+    is_first: Callable[[Call], bool]  # somebody waits for it
+    is_hurried: Callable[[Call], bool]  # or will soon
     hurried: int  # urgency with such a call
     urgency: int  # without, but with company
+    first: int = FIRST  # or LAST: rank of those
+    first_batch: int = 8  # rows of a batch with such a call, others that are such aside: with more it takes longer
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
     is_followed: bool = True  # a hurried call's listener calls another stage next
@@ -68,27 +75,46 @@ class Policy(Generic[Call]):
     is_soon: Callable[[Call], bool] = lambda call: False
     is_long: Callable[[Call], bool] = lambda call: False
 
+    def rank(self, call: Call) -> int:
+        """LAST, FIRST, HURRIED or REST."""
+        return self.first if self.is_first(call) else HURRIED if self.is_hurried(call) else REST
+
 
 # Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
-# listener who has little in hand (in the cuda profile: the first three of a sentence, and its end). Semantic calls are made 60 tokens
-# (1.2 s of speech) ahead; whoever asks for more at once does not stream. Two windows are a beginning: the first chunk, which takes
-# one, plays for .3 s, and by then the second must be there.
+# listener who has little in hand (in the cuda profile: the first three of a sentence, and its end), the shortest to one who has no audio
+# yet. Semantic calls are made 60 tokens (1.2 s of speech) ahead; whoever asks for more at once does not stream. Two windows are a
+# beginning: the first chunk, which takes one, plays for .3 s, and by then the second must be there.
 POLICIES: dict[str, Policy[Any]] = {
     "codec": Policy(
-        lambda chunk: chunk[0].shape[1] <= 60, hurried=0, urgency=1, company=4, patience_s=0.03, is_followed=False
+        lambda chunk: chunk[0].shape[1] <= 24,
+        lambda chunk: chunk[0].shape[1] <= 60,
+        hurried=0,
+        urgency=1,
+        first=LAST,
+        company=4,
+        patience_s=0.03,
+        is_followed=False,
     ),
     "fine": Policy(
-        lambda window: window.n_frames - window.fill_from <= 96, hurried=1, urgency=1, company=4, patience_s=0.04
+        lambda window: window.n_frames - window.fill_from <= 32,
+        lambda window: window.n_frames - window.fill_from <= 96,
+        hurried=1,
+        urgency=1,
+        company=4,
+        patience_s=0.04,
     ),
     "semantic": Policy(
+        lambda row: row.position == 0 and row.n_tokens <= LISTENED_TO,
         lambda row: row.position <= 60 and row.n_tokens <= LISTENED_TO,
         hurried=2,
         urgency=3,
+        first_batch=1,
         company=16,
         patience_s=0.15,
         is_long=lambda row: row.n_tokens > LISTENED_TO,
     ),
     "coarse": Policy(
+        lambda row: row.position == 0 and row.chain is None,
         lambda row: row.position <= 60,
         hurried=2,
         urgency=4,
@@ -124,14 +150,18 @@ class Work:
 class _Pending(Generic[Call, Result]):
     """A call that waits, or is under way."""
 
-    def __init__(self, call: Call, is_hurried: bool):
-        self.call, self.is_hurried, self.since_s = call, is_hurried, time.monotonic()
+    def __init__(self, call: Call, rank: int):
+        self.call, self.rank, self.since_s = call, rank, time.monotonic()
         self.is_left = False  # its listener has gone
         self.answer: Future[Result] = Future()
 
+    @property
+    def is_hurried(self) -> bool:
+        return self.rank < REST
+
 
 class Worker(Generic[Call, Result]):
-    """Runs the calls that wait, up to max_batch together: first the hurried ones, then the oldest. Callers' threads share it."""
+    """Runs the calls that wait, up to max_batch together: those of the lowest rank, then the oldest. Callers' threads share it."""
 
     def __init__(self, start: Start[Call, Result], max_batch: int, turns: Turns, policy: Policy[Call]):
         """start: used by one thread at a time, in its turn."""
@@ -140,15 +170,22 @@ class Worker(Generic[Call, Result]):
         self._waiting: list[_Pending[Call, Result]] = []
         self._errands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._is_closed = False
+        self._turn: Turn | None = None  # under way
         self._took_s: dict[int, float] = {}  # by the number of calls: the latest such batch
         self.work_done = Work()
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
         """Results to come, in order."""
-        pending = [_Pending[Call, Result](call, self._policy.is_hurried(call)) for call in calls]
+        pending = [_Pending[Call, Result](call, self._policy.rank(call)) for call in calls]
         with self._changed:
             self._waiting += pending
             self._changed.notify()
+            turn = self._turn
+        rank = min((each.rank for each in pending), default=REST)
+        if rank < REST:
+            self._turns.hurry(rank)
+        if rank <= FIRST and turn:
+            turn.halt()  # so that it goes along
         return [each.answer for each in pending]
 
     def between(self, errand: Callable[[], Any]) -> Future[Any]:
@@ -172,7 +209,9 @@ class Worker(Generic[Call, Result]):
                 batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
                 if not batch:  # who waited has left
                     continue
+                self._turn = turn
                 results = self._try(batch, turn)
+                self._turn = None
             self._took_s[len(batch)] = turn.busy_s
             self.work_done += Work(1, len(batch), turn.busy_s)
             self._settle(batch, results)
@@ -180,7 +219,9 @@ class Worker(Generic[Call, Result]):
     def _try(self, batch: Sequence[_Pending[Call, Result]], turn: Turn) -> Sequence[Result] | Exception:
         try:
             finish = self._start_batch(batch, turn)
-            turn.launched(self._takes_s(batch), self._policy.is_followed and any(each.is_hurried for each in batch))
+            turn.launched(self._launch(batch))
+            if self._is_joined(batch):
+                turn.halt()
             return finish()
         except Exception as error:
             return error
@@ -188,17 +229,26 @@ class Worker(Generic[Call, Result]):
     def _start_batch(self, batch: Sequence[_Pending[Call, Result]], turn: Turn) -> Finish[Result]:
         return self._start([each.call for each in batch])
 
-    def _takes_s(self, batch: Sequence[_Pending[Call, Result]]) -> float:
-        """What the batch that was just started will take. Too much, and the GPU idles behind it."""
-        return self._took_s.get(len(batch), 0.0)
+    def _launch(self, batch: Sequence[_Pending[Call, Result]]) -> Launch:
+        """What is known of the batch that was just started. Takes it less than it says, the GPU idles behind it."""
+        rank = min(each.rank for each in batch)
+        return Launch(self._took_s.get(len(batch), 0.0), self._policy.is_followed and rank < REST, rank=rank)
+
+    def _is_joined(self, batch: Sequence[_Pending[Call, Result]]) -> bool:
+        """Whether somebody who waits for first audio came while the batch was being prepared, and has room in it."""
+        with self._changed:
+            return len(batch) < self._max_batch and any(each.rank <= FIRST for each in self._waiting)
 
     def _now_urgent(self) -> int:
         policy = self._policy
         with self._changed:
-            if any(each.is_hurried for each in self._waiting):
-                return policy.hurried
+            if not self._waiting:
+                return LONE
+            rank = min(each.rank for each in self._waiting)
+            if rank < REST:
+                return AT_ONCE if rank <= FIRST else policy.hurried
             now_s = time.monotonic()
-            longest_s = now_s - min((each.since_s for each in self._waiting), default=now_s)
+            longest_s = now_s - min(each.since_s for each in self._waiting)
             can_wait = len(self._waiting) < self._company() and longest_s < policy.patience_s
             can_wait = can_wait and not any(
                 policy.is_soon(each.call) or policy.is_long(each.call) for each in self._waiting
@@ -226,7 +276,7 @@ class Worker(Generic[Call, Result]):
 
     def _next_batch(self) -> list[_Pending[Call, Result]]:
         with self._changed:
-            waiting = sorted(self._waiting, key=lambda each: not each.is_hurried)
+            waiting = sorted(self._waiting, key=lambda each: each.rank)
             batch, self._waiting = waiting[: self._max_batch], waiting[self._max_batch :]
         return batch
 
@@ -253,11 +303,12 @@ class CausalWorker(Worker[Row, Generation]):
         prefill_s: Callable[[int], float] = lambda n_rows: 0.0,
         start_alone: StartAlone | None = None,
         rate_hz: float = math.inf,
+        halt: Callable[[], None] | None = None,
     ):
-        """start, release, start_alone: the engine's, which may not have the last. step_s, prefill_s: what a decode step, or prefills,
-        of so many rows take. rate_hz: tokens a second of speech."""
+        """start, release, start_alone, halt: the engine's, which may not have the last two. step_s, prefill_s: what a decode step, or
+        prefills, of so many rows take. rate_hz: tokens a second of speech."""
         super().__init__(start, max_batch, turns, policy)
-        self._release, self._start_alone = release, start_alone
+        self._release, self._start_alone, self._halt = release, start_alone, halt
         self._step_s, self._prefill_s = functools.cache(step_s), functools.cache(prefill_s)
         self._rate_hz = rate_hz
         self._began_s: dict[int, float] = {}  # when a stream's latest sentence did
@@ -310,14 +361,18 @@ class CausalWorker(Worker[Row, Generation]):
         return self._under_way
 
     def _together(self, waiting: Sequence[_Pending[Row, Generation]]) -> list[_Pending[Row, Generation]]:
-        """First the hurried, then those who will soonest be short of speech. If anybody may be, no more than take TIGHT_BATCH_S for half
-        a window: who begins one takes more than who goes on."""
+        """By rank, then those who will soonest be short of speech. With somebody's first, few of the others. If anybody may be short, no
+        more than take TIGHT_BATCH_S for half a window: who begins one takes more than who goes on."""
         now_s = time.monotonic()
         slack_s = {each: self._slack_s(each.call, now_s) for each in waiting}
         is_tight = min(slack_s.values(), default=TIGHT_S) < TIGHT_S
         batch: list[_Pending[Row, Generation]] = []
         n_new = 0
-        for each in sorted(waiting, key=lambda each: (not each.is_hurried, slack_s[each])):
+        for each in sorted(waiting, key=lambda each: (each.rank, slack_s[each])):
+            if batch and batch[0].rank <= FIRST < each.rank:
+                is_comfortable = each.rank == REST and slack_s[each] > COMFORTABLE_S
+                if is_comfortable or len(batch) >= self._policy.first_batch:
+                    break
             n_more = n_new + self._is_new(each.call)
             takes_s = PIECES[1] * self._step_s(len(batch) + 1) + self._prefills_s(n_more)
             fits = not is_tight or len(batch) < FEW or each.is_hurried or takes_s <= TIGHT_BATCH_S
@@ -360,9 +415,10 @@ class CausalWorker(Worker[Row, Generation]):
 
         return start_alone(pending.call, self._n_piece, goes_on)
 
-    def _takes_s(self, batch: Sequence[_Pending[Row, Generation]]) -> float:
-        n_new = sum(self._is_new(each.call) for each in batch)
-        return self._n_piece * self._step_s(len(batch)) + self._prefills_s(n_new)
+    def _launch(self, batch: Sequence[_Pending[Row, Generation]]) -> Launch:
+        prefills_s = self._prefills_s(sum(self._is_new(each.call) for each in batch))
+        takes_s = prefills_s + self._n_piece * self._step_s(len(batch))
+        return replace(super()._launch(batch), takes_s=takes_s, halt=self._halt, least_s=prefills_s)
 
     def _is_new(self, row: Row) -> bool:
         """Whether it needs a prefill."""
@@ -386,7 +442,7 @@ class CausalWorker(Worker[Row, Generation]):
         pending.call = rest = row.after(tokens)
         goes_on = rest.chain is row.chain or np.array_equal(rest.ids, row.ids_with(tokens))
         if rest.chain is not row.chain:
-            pending.is_hurried = self._policy.is_hurried(rest)
+            pending.rank = self._policy.rank(rest)
         if not pending.is_left:
             self._held[row.stream] = len(rest.ids) if goes_on else 0
 
@@ -447,15 +503,18 @@ def measure(
     costs = Costs({}, {})
     sampling = Sampling(temperature=0, min_eos_p=1.0)
 
-    def took_s(streams: range, n_tokens: int) -> float:
+    def took_s(ids: Ints, streams: range, n_tokens: int) -> float:
         began = time.perf_counter()
-        generate([Row(prefix, n_tokens, 0, sampling, stream) for stream in streams])
+        generate([Row(ids, n_tokens, 0, sampling, stream) for stream in streams])
         return time.perf_counter() - began
 
     for n_rows in row_counts:
         streams, tries = range(-n_rows, 0), []
-        for _ in range(N_TRIES):
-            tries.append([took_s(streams, n) for n in (1, *STEPS_TIMED)])  # the first prefills
+        for i in range(N_TRIES):
+            ids = (
+                prefix + (len(costs.steps_s) + i) % 2
+            )  # other ones than last time: a slot that is free still holds what it held
+            tries.append([took_s(ids, streams, n) for n in (1, *STEPS_TIMED)])  # the first prefills
             release(*streams)
         first_s, few_s, many_s = map(min, zip(*tries, strict=True))
         step_s = max(many_s - few_s, 1e-5) / (STEPS_TIMED[1] - STEPS_TIMED[0])

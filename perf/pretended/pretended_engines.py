@@ -6,6 +6,7 @@ from: docs/performance.md, docs/load.md.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -76,28 +77,63 @@ COSTS = {
 LAUNCH_S = 0.0008  # Python's own time, before anything is on its way
 
 
+@dataclass(eq=False)
+class Work:
+    """On the time line. Seconds."""
+
+    begins_at: float
+    first_s: float  # what comes before its steps, or all of it
+    step_s: float = 0.0
+    n_steps: int = 0
+
+    @property
+    def over_at(self) -> float:
+        return self.begins_at + self.first_s + self.n_steps * self.step_s
+
+
 class Gpu:
     """The time line."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self._lock = threading.Lock()
-        self._free_at = 0.0
+        self._launched: list[Work] = []  # and not waited for yet
 
-    def launch(self, cost_ms: float) -> Callable[[], None]:
-        """Returns what waits until the work is over."""
+    def launch(self, first_ms: float, step_ms: float = 0.0, n_steps: int = 0) -> Work:
         until = time.thread_time() + LAUNCH_S
         while time.thread_time() < until:  # Python's time is work, not sleep
             pass
         with self._lock:
-            self._free_at = over_at = max(time.monotonic(), self._free_at) + cost_ms / 1e3
-        return lambda: time.sleep(max(0.0, over_at - time.monotonic()))
+            work = Work(self._free_at(self._launched), first_ms / 1e3, step_ms / 1e3, n_steps)
+            self._launched.append(work)
+        return work
+
+    def wait(self, work: Work) -> None:
+        """Until it is over."""
+        while (early_s := work.over_at - time.monotonic()) > 0:
+            time.sleep(min(early_s, 0.001) if work.n_steps else early_s)  # it may be halted
+        with self._lock:
+            self._launched.remove(work)
+
+    def halt(self, works: list[Work]) -> None:
+        """They make no step after the one that they are at, but one at least."""
+        with self._lock:
+            for i, work in enumerate(self._launched):
+                if work.begins_at > time.monotonic():
+                    work.begins_at = self._free_at(self._launched[:i])
+                if work in works:
+                    into_s = time.monotonic() - work.begins_at - work.first_s
+                    work.n_steps = min(work.n_steps, max(1, math.ceil(into_s / work.step_s)))
+
+    def _free_at(self, works: list[Work]) -> float:
+        return max([time.monotonic(), *(work.over_at for work in works)])
 
 
 class CausalEngine:
     def __init__(self, gpu: Gpu, stage: str, head: Head):
         self._gpu, self._stage, self._head = gpu, stage, head
         self._held: dict[int, Ints] = {}
+        self._under_way: list[Work] = []
 
     @property
     def row_counts(self) -> list[int]:
@@ -114,41 +150,57 @@ class CausalEngine:
     def generate(self, rows: list[Row]) -> list[Generation]:
         return self.start(rows)()
 
+    def halt(self) -> None:
+        self._gpu.halt(self._under_way)
+
     def start(self, rows: list[Row]) -> Callable[[], list[Generation]]:
-        wait = self._launch(rows)
+        work = self._launch(rows)
 
         def finish() -> list[Generation]:
-            wait()
-            return [Generation(self._tokens(row), False) for row in rows]
+            return self._wait(work, rows)
 
         return finish
 
     def start_alone(self, row: Row, n_piece: int, goes_on: Callable[[], bool]) -> Callable[[], list[Generation]]:
-        left, waits, said = row, [], []
+        left, launched, said = row, [], list[Ints]()
 
         def launch() -> None:
             nonlocal left
             piece = left.piece(n_piece)
-            waits.append(self._launch([piece]))
-            said.append(self._tokens(piece))
-            left = left.after(said[-1])
+            launched.append((self._launch([piece]), piece))
+            left = left.after(self._tokens(piece))
 
         def finish() -> list[Generation]:
-            while waits:
-                while len(waits) < 2 and left.n_tokens and goes_on():
+            is_halted = False
+            while launched:
+                while not is_halted and len(launched) < 2 and left.n_tokens and goes_on():
                     launch()
-                waits.pop(0)()
+                work, piece = launched.pop(0)
+                (generation,) = self._wait(work, [piece])
+                if not is_halted:
+                    said.append(generation.tokens)
+                is_halted |= len(generation.tokens) < piece.n_tokens
             return [Generation.joined(said, False)]
 
         launch()
         return finish
 
-    def _launch(self, rows: list[Row]) -> Callable[[], None]:
+    def _launch(self, rows: list[Row]) -> Work:
         n_steps, n_new = max(row.n_tokens for row in rows), sum(not self._goes_on(row) for row in rows)
         for row in rows:  # what a call finds that is launched behind this one
             self._held[row.stream] = row.ids_with(self._tokens(row))[:-1]
         prefills_ms = in_fours(self._gpu.costs.prefill[self._stage], n_new)
-        return self._gpu.launch(n_steps * self._step_ms(len(rows)) + prefills_ms)
+        work = self._gpu.launch(prefills_ms, self._step_ms(len(rows)), n_steps)
+        self._under_way = [*self._under_way, work]  # a new list: another thread may be reading the old one
+        return work
+
+    def _wait(self, work: Work, rows: list[Row]) -> list[Generation]:
+        self._gpu.wait(work)
+        self._under_way = [each for each in self._under_way if each is not work]
+        said = [self._tokens(row)[: work.n_steps] for row in rows]
+        for row, tokens in zip(rows, said, strict=True):
+            self._held[row.stream] = row.ids_with(tokens)[:-1]
+        return [Generation(tokens, False) for tokens in said]
 
     def _step_ms(self, n_rows: int) -> float:
         return next(ms for n, ms in self._gpu.costs.step[self._stage].items() if n >= n_rows)
@@ -172,10 +224,10 @@ class FineEngine:
     def start(self, windows: list[Window]) -> Callable[[], list[Ints]]:
         n_short = sum(window.n_frames <= 256 for window in windows)
         costs = self._gpu.costs
-        wait = self._gpu.launch(in_fours(costs.fine, n_short) + costs.long_fine * (len(windows) - n_short))
+        work = self._gpu.launch(in_fours(costs.fine, n_short) + costs.long_fine * (len(windows) - n_short))
 
         def finish() -> list[Ints]:
-            wait()
+            self._gpu.wait(work)
             return [np.where(window.codes < 1024, window.codes, 0) for window in windows]
 
         return finish
@@ -186,10 +238,10 @@ class CodecEngine:
         self._gpu = gpu
 
     def start(self, chunks: list[Chunk]) -> Callable[[], list[tuple[Floats, Floats]]]:
-        wait = self._gpu.launch(self._gpu.costs.codec + self._gpu.costs.codec_a_chunk * len(chunks))
+        work = self._gpu.launch(self._gpu.costs.codec + self._gpu.costs.codec_a_chunk * len(chunks))
 
         def finish() -> list[tuple[Floats, Floats]]:
-            wait()
+            self._gpu.wait(work)
             return [(np.full(codes.shape[1] * 320, 0.1, np.float32), state) for codes, state in chunks]  # audible
 
         return finish

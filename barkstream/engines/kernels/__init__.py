@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ class Kernel:
             attribute.id = kind
             attribute.value[: len(values)] = values
         if shared_bytes:  # with what the kernel declares it may be more than the 48 KB that need no asking
-            _check(_cuda().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
+            check(_cuda().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
 
     def launch(
         self,
@@ -75,10 +75,10 @@ class Kernel:
         stream: int,
     ) -> None:
         """Put the kernel on a stream (torch.cuda.Stream.cuda_stream); asynchronous, and captured if the stream captures."""
-        _use_context()
+        use_context()
         config = self._config(grid, block, stream)
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        _check(_cuda().cuLaunchKernelEx(byref(config), self._function, pointers, None))
+        check(driver().cuLaunchKernelEx(byref(config), self._function, pointers, None))
 
     def max_clusters(self, grid: tuple[int, int, int], block: int) -> int:
         """Clusters of this kernel that can run at once on this GPU; 0 if none can."""
@@ -102,13 +102,13 @@ class Module:
 
     def __init__(self, image: bytes):
         self._handle = c_void_p()
-        _check(_cuda().cuModuleLoadData(byref(self._handle), c_char_p(image)))
+        check(_cuda().cuModuleLoadData(byref(self._handle), c_char_p(image)))
 
     def kernel(
         self, name: str, shared_bytes: int = 0, cluster: int = 1, cooperative: bool = False, early_start: bool = False
     ) -> Kernel:
         function = c_void_p()
-        _check(_cuda().cuModuleGetFunction(byref(function), self._handle, name.encode()))
+        check(_cuda().cuModuleGetFunction(byref(function), self._handle, name.encode()))
         return Kernel(function, shared_bytes, cluster, cooperative, early_start)
 
 
@@ -220,7 +220,7 @@ def _read(get_size: Callable[..., int], get: Callable[..., int], program: c_void
 _thread = threading.local()
 
 
-def _use_context() -> None:
+def use_context() -> None:
     """The driver launches in the calling thread's context, and a new thread has none until the runtime gives it PyTorch's."""
     if not getattr(_thread, "has_context", False):
         torch.cuda.mem_get_info()
@@ -230,9 +230,19 @@ def _use_context() -> None:
 @functools.cache
 def _cuda() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    library.cuLaunchKernelEx.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
     library.cuModuleLoadData.argtypes = [c_void_p, c_char_p]
     library.cuFuncSetAttribute.argtypes = [c_void_p, c_int, c_int]
+    return library
+
+
+@functools.cache
+def driver() -> ctypes.PyDLL:
+    """For what is quickly done: a call keeps Python for itself, and the next is not held up by another thread."""
+    library = ctypes.PyDLL("libcuda.so.1")
+    library.cuLaunchKernelEx.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
+    library.cuMemcpyHtoDAsync_v2.argtypes = [c_uint64, c_void_p, c_size_t, c_void_p]
+    library.cuMemcpyDtoHAsync_v2.argtypes = [c_void_p, c_uint64, c_size_t, c_void_p]
+    library.cuMemsetD8Async.argtypes = [c_uint64, c_ubyte, c_size_t, c_void_p]
     return library
 
 
@@ -262,7 +272,7 @@ def _nvrtc_candidates() -> list[str | Path]:
     return [*found, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
     if status:
         name = c_char_p()
         _cuda().cuGetErrorString(status, byref(name))

@@ -60,9 +60,11 @@ struct Arguments {
     float* cache_scales;
     u8* packets;
     int* tokens;    // [B][BLOCK_SIZE]: vocabulary indices within the book
-    int* result;    // [B][2]: how many tokens, and whether speech ended
+    int* result;    // [B][2]: how many tokens, and why no more: 0 (all that were wanted), ENDED or HALTED
     float* logits;  // [B][BOOK_SIZE] of the last step, for tests; may be null
+    const u64* halted;  // the host's, see `is_halted`
     int n_slots, n_steps;
+    u64 launch;  // its number
     u32 number;    // of the first step; each step has its own
     int filter;    // some row asks for top-k or top-p
     int one_book;  // all rows stand at the same codebook, so the others need not be computed
@@ -79,6 +81,7 @@ struct Shared {
     float scratch[WARPS];
     RowState rows[B];
     volatile int stop;
+    int halting;  // the host wants no further step: block 0's is what counts
 };
 
 __device__ __forceinline__ u8* at(const Arguments& a, int packet) { return a.packets + packet * 16; }
@@ -784,7 +787,7 @@ __device__ void draw(const Arguments& a, Shared& shared, int step, u32 number) {
         u8* to = at(a, CANDIDATE_AT + (b * BLOCKS + blockIdx.x) * 2);
         int copy = lane() / 2;  // three words and the step's number in each of two packets
         if (copy < COPIES && lane() % 2 == 0)
-            publish_numbered(to + copy * (B * BLOCKS * 32), __float_as_uint(best.value), best.index, 0, number);
+            publish_numbered(to + copy * (B * BLOCKS * 32), __float_as_uint(best.value), best.index, shared.halting, number);
         if (copy < COPIES && lane() % 2 && END >= 0)
             publish_numbered(to + copy * (B * BLOCKS * 32) + 16, __float_as_uint(best.peak), __float_as_uint(best.sum),
                              __float_as_uint(best.end), number);
@@ -798,6 +801,7 @@ __device__ void draw(const Arguments& a, Shared& shared, int step, u32 number) {
                 return from + block * 32 + i % N_PACKETS * 16;
             },
             [&](const uint4& packet) { return packet.w == number; });
+        bool halting = v[0].z;  // lane 0's is block 0's
         best = nothing();
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
@@ -811,11 +815,12 @@ __device__ void draw(const Arguments& a, Shared& shared, int step, u32 number) {
         if (lane() == 0) {
             RowState& state = shared.rows[b];
             if (state.running) {
-                state.ended = ends(best, END, row);
+                state.ended = ends(best, END, row) ? ENDED : 0;
                 if (!state.ended) {
                     if (blockIdx.x == 0) a.tokens[b * BLOCK_SIZE + state.n_drawn] = best.index;
                     state.n_drawn++;
                 }
+                if (halting && !state.ended && state.n_drawn < row.n_tokens) state.ended = HALTED;
                 state.running = !state.ended && state.n_drawn < row.n_tokens;
                 if (state.running) {  // a finished row feeds its last position again and again: the same keys, the same
                                       // values
@@ -835,6 +840,7 @@ __device__ void helping_warp(const Arguments& a, Shared& shared) {
     for (int step = 0; step < a.n_steps; step++) {
 #pragma unroll 1
         for (int layer = 0; layer < N_LAYERS; layer++) attend_newest(a, shared, layer, layer % 2 == 0);
+        bool halting = blockIdx.x == 0 && lane() == 0 && is_halted(a.halted, a.launch);
 #pragma unroll 1
         for (int i = lane(); i < B * HEAD_TILES * 2; i += 32) {
             int b = i / (HEAD_TILES * 2), unit = i % (HEAD_TILES * 2);
@@ -843,6 +849,7 @@ __device__ void helping_warp(const Arguments& a, Shared& shared) {
                 gumbel_block(&shared.noise[b][unit * 8], row.seed, STAGE, row.position + step,
                              blockIdx.x * HEAD_TILES * 2 + unit);
         }
+        if (lane() == 0) shared.halting = halting;
         sync_threads(2, THREADS + 32);  // noise ready
         sync_threads(3, THREADS + 32);  // noise used, rows' states moved on
         if (shared.stop) return;
@@ -861,7 +868,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
     if (thread() < B) {
         const Row& row = a.rows[thread()];
         int id = row.ids[0], ended = 0;
-        if (id < 0) {  // -n: the n-th token of the call before, which drew it for the position before, unless speech ended there
+        if (id < 0) {  // -n: the n-th token of the call before, which drew it for the position before, unless it ended or was halted first
             id = FIRST_ID + (row.position + N_BOOKS - 1) % N_BOOKS * BOOK_SIZE + a.tokens[thread() * BLOCK_SIZE - id - 1];
             ended = a.result[thread() * 2 + 1];
         }

@@ -51,6 +51,14 @@ __device__ __forceinline__ size_t values_after(const Arguments& a) {
 struct RowState {
     int length, ids[2], n_drawn, running, ended;
 };
+constexpr int ENDED = 1, HALTED = 2;  // why a row has fewer tokens than it wanted: speech ended; the host wanted the GPU
+
+// Whether the host wants this launch to make no further step: the number of the last that is to halt stands in the host's memory.
+__device__ __forceinline__ bool is_halted(const u64* halted, u64 launch) {
+    u64 last;
+    asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(last) : "l"(halted) : "memory");
+    return last >= launch;
+}
 
 __device__ __forceinline__ int
 thread() {  // volatile: else all that follows from it is kept for the whole loop, in local memory

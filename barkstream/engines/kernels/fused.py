@@ -17,6 +17,7 @@ from barkstream.engines.kernels.weights import GPTWeights, LayerWeights
 from barkstream.tokens import GPTSize
 
 N_WARPS, COPIES = 8, 8
+ENDED = 1  # of decode.cuh: a row's speech ended
 ROW_COUNTS = (1, 2, 4, 8)
 
 
@@ -64,6 +65,30 @@ class KVCache:
         return 16 if self.scales is None else 8
 
 
+class Halts:
+    """Ends launches early: numbers them, and tells those under way to make no step after the one that they are at."""
+
+    def __init__(self) -> None:
+        # The last launch that is to halt. Kernels look here, in the host's memory, once a step.
+        self._word = torch.zeros(1, dtype=torch.int64).pin_memory()
+        self._on_host = self._word.numpy()
+        self._launched = 0
+
+    @property
+    def address(self) -> int:
+        """Where the kernels look."""
+        return self._word.data_ptr()
+
+    def next_launch(self) -> int:
+        """The number of a launch that nothing halts yet."""
+        self._launched += 1
+        return self._launched
+
+    def halt(self) -> None:
+        """Launches so far make one step at least, and none after it. Any thread may call it."""
+        self._on_host[0] = self._launched
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """For a kernel; a null pointer if there is no tensor."""
     return None if tensor is None else tensor.data_ptr()
@@ -102,8 +127,9 @@ def source(size: GPTSize, head: Head, bits: int, n_rows: int) -> Source:
 class FusedDecoder:
     """Decodes up to 8 rows on compute capability 9.0 or later, if the GPU can run 8 blocks a head at once."""
 
-    def __init__(self, weights: GPTWeights, units: Units, size: GPTSize, head: Head, cache: KVCache):
+    def __init__(self, weights: GPTWeights, units: Units, size: GPTSize, head: Head, cache: KVCache, halts: Halts):
         """units: the weights as `pack_units` orders them, of as many bits as the cache's numbers."""
+        self._halts = halts
         self._weights, self._units, self._size, self._head, self._cache = weights, units, size, head, cache
         self._n_blocks = 8 * size.n_heads
         self._variants: dict[int, _Variant] = {}
@@ -128,14 +154,16 @@ class FusedDecoder:
     def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Start as many steps as the longest row wants; nothing waits for the GPU.
 
-        Returns tokens [>= rows, block] int32 (indices within their codebook) and [>= rows, 2] int32: how many there are, and whether speech
-        ended. Both are overwritten by the next call. logits: [rows, head.size] float32, to be filled with the last step's.
+        Returns tokens [>= rows, block] int32 (indices within their codebook) and [>= rows, 2] int32: how many there are, and ENDED if
+        speech ended, HALTED if the host ended the launch. Both are overwritten by the next call. logits: [rows, head.size] float32, to be
+        filled with the last step's.
         """
         n_rows = padded(len(rows))
         variant = self._variants.get(n_rows) or self._build(n_rows)
         idle = RowArguments(slot=self._cache.n_slots - 1, position=rows[0].position, temperature=0, top_p=1)
         arguments = variant.arguments
         arguments.n_steps, arguments.number = max(row.n_tokens for row in rows), self._number
+        arguments.launch = self._halts.next_launch()
         arguments.filter = any(row.filters for row in rows)
         arguments.one_book = len({row.position % self._head.n_codebooks for row in rows}) == 1
         last_logits = (
@@ -197,6 +225,7 @@ class _Variant:
             packets=self.packets.data_ptr(),
             tokens=self.tokens.data_ptr(),
             result=self.result.data_ptr(),
+            halted=decoder._halts.address,
             n_slots=decoder._cache.n_slots,
         )
 
@@ -218,9 +247,11 @@ def _arguments(n_rows: int) -> type[ctypes.Structure]:
         "tokens",
         "result",
         "logits",
+        "halted",
     )
     fields: list[tuple[str, type]] = [(name, c_void_p) for name in pointers]
-    fields += [("n_slots", c_int), ("n_steps", c_int), ("number", c_uint), ("filter", c_int), ("one_book", c_int)]
+    fields += [("n_slots", c_int), ("n_steps", c_int), ("launch", c_uint64), ("number", c_uint)]
+    fields += [("filter", c_int), ("one_book", c_int)]
     return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", RowArguments * n_rows)]})
 
 

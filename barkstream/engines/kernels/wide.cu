@@ -43,12 +43,14 @@ struct Arguments {
     u8* attended;           // [B][W] pairs
     u8* hidden;             // [B][4 W] pairs
     u8* exchange;           // [BLOCKS][4 sources][B][2 halves]: partial sums of the MLP's output
-    u8* drawn;              // [B]: token, whether it ended, -, step + 1
+    u8* drawn;              // [B]: token, whether it ended, whether the host halts the launch, step + 1
     u32* logits_ready;      // [BLOCKS]: step + 1
     float *logits, *noise;  // [B][PADDED]
     int* tokens;            // [B][BLOCK_SIZE]: vocabulary indices within the book
     int* result;            // [B][2]: how many tokens, and whether speech ended
+    const u64* halted;      // the host's, see `is_halted`
     int n_slots, n_steps;
+    u64 launch;  // its number
     int one_book;  // all rows stand at the same codebook, so the others need not be computed
     u8 order[B];   // [8 ranks][SHARE]: rows dealt to a head's blocks
     Row rows[B];
@@ -63,7 +65,7 @@ struct Shared {
     Candidate candidates[WARPS];
     float scratch[WARPS];
     RowState rows[B];
-    int stop;
+    int stop, halting;
     volatile int attending;  // the computing warps: nobody polls
 };
 
@@ -659,7 +661,7 @@ __device__ __noinline__ u32 least_kept(const float* logits, const Row& row, floa
 }
 
 // Draws a row's token, and says so to all.
-__device__ void draw(const Arguments& a, Shared& shared, int b, int step) {
+__device__ void draw(const Arguments& a, Shared& shared, int b, int step, bool halting) {
     const Row& row = a.rows[b];
     const RowState& state = shared.rows[b];
     const float *logits = a.logits + (size_t)b * PADDED, *noise = a.noise + (size_t)b * PADDED;
@@ -679,7 +681,7 @@ __device__ void draw(const Arguments& a, Shared& shared, int b, int step) {
         if (lane() == 0) {
             int token = min(best.index, BOOK_SIZE - 1);  // if no logit is a number, a token all the same
             if (!ended) a.tokens[b * BLOCK_SIZE + state.n_drawn] = token;
-            publish_numbered(a.drawn + b * 16, token, ended, 0, step + 1);
+            publish_numbered(a.drawn + b * 16, token, ended, halting, step + 1);
         }
     }
     sync();
@@ -688,6 +690,7 @@ __device__ void draw(const Arguments& a, Shared& shared, int b, int step) {
 // All rows' tokens: each of the first blocks draws a row's, and every block hears of all.
 __device__ __forceinline__ void draw_step(const Arguments& a, Shared& shared, int step) {
     if (blockIdx.x < B) {
+        bool halting = thread() == 0 && is_halted(a.halted, a.launch);
         u32 seen, patience = PATIENCE;
         do {
             seen = step + 1;
@@ -701,7 +704,7 @@ __device__ __forceinline__ void draw_step(const Arguments& a, Shared& shared, in
         sync();
 #pragma unroll 1
         for (int b = blockIdx.x; b < B; b += BLOCKS)
-            if (shared.rows[b].running) draw(a, shared, b, step);
+            if (shared.rows[b].running) draw(a, shared, b, step, halting);
     }
     sync();
     if (thread() < B && shared.rows[thread()].running) {
@@ -711,6 +714,7 @@ __device__ __forceinline__ void draw_step(const Arguments& a, Shared& shared, in
             packet, [&](int) { return a.drawn + thread() * 16; },
             [&](const uint4& drawn) { return drawn.w == step + 1; });
         state.ended = packet[0].y;
+        if (packet[0].z) shared.halting = 1;
         state.n_drawn += !state.ended;
         state.running = !state.ended && state.n_drawn < a.rows[thread()].n_tokens;
         if (state.running) {
@@ -745,7 +749,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
     if (thread() == 0) {
         for (int i = 0; i < STAGES; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS);
         barrier_init_fence();
-        shared.stop = 0, shared.attending = 0;
+        shared.stop = 0, shared.halting = 0, shared.attending = 0;
     }
     if (thread() < B) {
         const Row& row = a.rows[thread()];
@@ -774,6 +778,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
         draw_step(a, shared, step);
         bool running = false;
         for (int b = 0; b < B; b++) running |= shared.rows[b].running != 0;
+        running &= !shared.halting;
         if (!running && thread() == 0) shared.stop = 1;
         if (step + 1 < a.n_steps) sync_threads(3, THREADS + 64);
         if (!running) break;

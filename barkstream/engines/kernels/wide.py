@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int, c_ubyte, c_void_p
+from ctypes import c_int, c_ubyte, c_uint64, c_void_p
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from barkstream.engines.kernels import Kernel, Source, build, quickest_place
 from barkstream.engines.kernels.fused import (
     ARCHITECTURE,
     UNITS,
+    Halts,
     KVCache,
     RowArguments,
     Units,
@@ -24,6 +25,7 @@ from barkstream.engines.kernels.fused import (
     pointer,
 )
 from barkstream.engines.kernels.weights import GPTWeights
+from barkstream.engines.transfers import clear
 from barkstream.tokens import GPTSize
 
 ROW_COUNTS = (8, 16, 24, 32, 64)
@@ -72,8 +74,9 @@ def source(size: GPTSize, head: Head, bits: int, n_rows: int) -> Source:
 class WideDecoder:
     """Decodes up to 64 rows on the GPUs that `FusedDecoder` fits, from the same weights."""
 
-    def __init__(self, weights: GPTWeights, units: Units, size: GPTSize, head: Head, cache: KVCache):
+    def __init__(self, weights: GPTWeights, units: Units, size: GPTSize, head: Head, cache: KVCache, halts: Halts):
         """As FusedDecoder."""
+        self._halts = halts
         self._weights, self._units, self._size, self._head, self._cache = weights, units, size, head, cache
         self._variants: dict[int, _Variant] = {}
 
@@ -88,7 +91,7 @@ class WideDecoder:
             self._variants[n_rows] = _Variant(self, n_rows)
         variant = self._variants[n_rows]
         idle = RowArguments(slot=self._cache.n_slots - 1, position=rows[0].position, temperature=0, top_p=1)
-        variant.launch([*rows, *[idle] * (n_rows - len(rows))])
+        variant.launch([*rows, *[idle] * (n_rows - len(rows))], self._halts.next_launch())
         if logits is not None:
             logits.copy_(variant.logits[: len(rows), : self._head.size])
         return variant.tokens, variant.result
@@ -140,10 +143,11 @@ class _Variant:
             result=self.result,
         )
         fields: list[tuple[str, type]] = [(name, c_void_p) for name in self._buffers]
-        fields += [("n_slots", c_int), ("n_steps", c_int), ("one_book", c_int), ("order", c_ubyte * n_rows)]
+        fields += [("halted", c_void_p), ("n_slots", c_int), ("n_steps", c_int), ("launch", c_uint64)]
+        fields += [("one_book", c_int), ("order", c_ubyte * n_rows)]
         layout = type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", RowArguments * n_rows)]})
         pointers = {name: pointer(buffer) for name, buffer in self._buffers.items()}
-        self._arguments = layout(**pointers, n_slots=decoder._cache.n_slots)
+        self._arguments = layout(**pointers, halted=decoder._halts.address, n_slots=decoder._cache.n_slots)
 
     def _parts(self, news: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._sizes, news.split(list(self._sizes.values())), strict=True))
@@ -154,14 +158,15 @@ class _Variant:
         for name, part in self._parts(news).items():
             setattr(self._arguments, name, part.data_ptr())
 
-    def launch(self, rows: Sequence[RowArguments]) -> None:
+    def launch(self, rows: Sequence[RowArguments], number: int) -> None:
         """As many steps as the longest row wants. Asynchronous."""
         arguments = self._arguments
+        arguments.launch = number
         arguments.n_steps = max(row.n_tokens for row in rows)
         arguments.one_book = len({row.position % self._n_codebooks for row in rows}) == 1
         arguments.order[:] = deal_rows([row.length if row.n_tokens else 0 for row in rows])
         arguments.rows[:] = rows
-        self.news.zero_()
+        clear(self.news)
         stream = torch.cuda.current_stream().cuda_stream
         self._kernel.launch((self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], stream)
 
