@@ -65,7 +65,8 @@ struct Shared {
     Candidate candidates[WARPS];
     float scratch[WARPS];
     RowState rows[B];
-    int stop, halting;
+    int stop, halting;  // the latter: all blocks know that the host wants no further step
+    bool is_halted;     // this one does
     volatile int attending;  // the computing warps: nobody polls
 };
 
@@ -661,7 +662,7 @@ __device__ __noinline__ u32 least_kept(const float* logits, const Row& row, floa
 }
 
 // Draws a row's token, and says so to all.
-__device__ void draw(const Arguments& a, Shared& shared, int b, int step, bool halting) {
+__device__ void draw(const Arguments& a, Shared& shared, int b, int step) {
     const Row& row = a.rows[b];
     const RowState& state = shared.rows[b];
     const float *logits = a.logits + (size_t)b * PADDED, *noise = a.noise + (size_t)b * PADDED;
@@ -681,7 +682,7 @@ __device__ void draw(const Arguments& a, Shared& shared, int b, int step, bool h
         if (lane() == 0) {
             int token = min(best.index, BOOK_SIZE - 1);  // if no logit is a number, a token all the same
             if (!ended) a.tokens[b * BLOCK_SIZE + state.n_drawn] = token;
-            publish_numbered(a.drawn + b * 16, token, ended, halting, step + 1);
+            publish_numbered(a.drawn + b * 16, token, ended, shared.is_halted, step + 1);
         }
     }
     sync();
@@ -690,7 +691,6 @@ __device__ void draw(const Arguments& a, Shared& shared, int b, int step, bool h
 // All rows' tokens: each of the first blocks draws a row's, and every block hears of all.
 __device__ __forceinline__ void draw_step(const Arguments& a, Shared& shared, int step) {
     if (blockIdx.x < B) {
-        bool halting = thread() == 0 && is_halted(a.halted, a.launch);
         u32 seen, patience = PATIENCE;
         do {
             seen = step + 1;
@@ -704,7 +704,7 @@ __device__ __forceinline__ void draw_step(const Arguments& a, Shared& shared, in
         sync();
 #pragma unroll 1
         for (int b = blockIdx.x; b < B; b += BLOCKS)
-            if (shared.rows[b].running) draw(a, shared, b, step, halting);
+            if (shared.rows[b].running) draw(a, shared, b, step);
     }
     sync();
     if (thread() < B && shared.rows[thread()].running) {
@@ -730,6 +730,9 @@ __device__ __forceinline__ void draw_step(const Arguments& a, Shared& shared, in
 
 __device__ void helping_warp(const Arguments& a, Shared& shared) {
     for (int step = 0; step < a.n_steps; step++) {
+        int first = 0;  // row that runs: one block looks, for that holds the others up
+        while (first < B - 1 && !shared.rows[first].running) first++;
+        bool halted = blockIdx.x == first % BLOCKS && lane() == 0 && is_halted(a.halted, a.launch);
 #pragma unroll 1
         for (int i = lane(); i < B * HEAD_UNITS; i += 32) {
             int b = i / HEAD_UNITS, unit = blockIdx.x * HEAD_UNITS + i % HEAD_UNITS;
@@ -737,6 +740,7 @@ __device__ void helping_warp(const Arguments& a, Shared& shared) {
             if (shared.rows[b].running && row.temperature != 0)
                 gumbel_block(a.noise + (size_t)b * PADDED + unit * 8, row.seed, STAGE, row.position + step, unit);
         }
+        if (lane() == 0) shared.is_halted = halted;
         sync_threads(2, THREADS + 32);  // noise ready
         if (step + 1 < a.n_steps) sync_threads(3, THREADS + 64);  // noise used, rows' states moved on
         if (shared.stop) return;
