@@ -29,13 +29,18 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from load_report import percentiles  # noqa: E402
 
-from barkstream.engines.turns import FOLLOW_S, GRACE_S, HEAD_START_S, HURRIED, LONE  # noqa: E402
+from barkstream.engines.turns import AT_ONCE, FOLLOW_S, GRACE_S, HEAD_START_S, LONE  # noqa: E402
+from barkstream.engines.turns import HURRIED as MOST_HURRIED  # noqa: E402
 from barkstream.engines.workers import (  # noqa: E402
+    COMFORTABLE_S,
     FEW,
+    FIRST,
+    HURRIED,
     HURRIED_PIECE_S,
     PIECE_S,
     PIECES,
     POLICIES,
+    REST,
     SOON,
     TIGHT_BATCH_S,
     TIGHT_S,
@@ -96,11 +101,15 @@ class Policy:
     company: int = POLICIES["coarse"].company  # of the causal stages
     semantic_patience_s: float = POLICIES["semantic"].patience_s
     coarse_patience_s: float = POLICIES["coarse"].patience_s
+    halts: int = 1  # work that runs is halted for listeners without audio; 0: never
+    halted_s: float = 0.0003  # until it stands
+    comfortable_s: float = COMFORTABLE_S
+    first_batch: int = POLICIES["coarse"].first_batch
     semantic_instances: int = 32
     coarse_instances: int = 32
     fine_instances: int = 16
     codec_instances: int = 8
-    way_s: float = 0.0028  # through Triton, one way; found by trying, so that the whole says what an H100 said
+    way_s: float = 0.0014  # through Triton, one way; found by trying, so that the whole says what an H100 said
     gap_s: float = 0.0015  # between two batches, likewise
     chunks: tuple[int, ...] = field(default=(24, 30, 60, 60, 60, 90))  # frames
     lookahead: tuple[int, ...] = field(default=(6, 6, 6, 36, 66, 36))
@@ -143,7 +152,7 @@ class Call:
     stream: Stream
     n_tokens: int = 0
     position: int = 0
-    is_hurried: bool = False
+    rank: int = REST
     is_new: bool = False  # needs a prefill
     since_s: float = 0.0
     answer: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -154,6 +163,27 @@ class Call:
         return self.position / hz - (asyncio.get_running_loop().time() - self.stream.began_s)
 
 
+@dataclass(eq=False)
+class Run:
+    """A batch on the GPU. Seconds."""
+
+    stage: str
+    batch: list[Call]
+    begins_s: float
+    first_s: float  # what comes before its steps, or all of it
+    step_s: float
+    n_steps: int
+    end: asyncio.TimerHandle | None = None
+
+    @property
+    def rank(self) -> int:
+        return min(call.rank for call in self.batch)
+
+    @property
+    def over_s(self) -> float:
+        return self.begins_s + self.first_s + self.n_steps * self.step_s
+
+
 class Gpu:
     """Takes turns, and puts batches together, as engines/turns.py and engines/workers.py do."""
 
@@ -161,7 +191,8 @@ class Gpu:
         self._policy, self._costs, self._loop = policy, costs, asyncio.get_running_loop()
         self._waiting: dict[str, list[Call]] = {stage: [] for stage in STAGES}
         self._changed = asyncio.Event()
-        self._free_s = self._kept_until_s = 0.0
+        self._kept_until_s = 0.0
+        self._running: list[Run] = []
         self.known: dict[str, set[Stream]] = {"semantic": set(), "coarse": set()}
         self.batches = {stage: [0, 0, 0.0] for stage in STAGES}  # how many, their rows, ms
         self._task = self._loop.create_task(self._work())
@@ -169,7 +200,25 @@ class Gpu:
     def submit(self, call: Call) -> None:
         call.since_s = self._loop.time()
         self._waiting[call.stage].append(call)
+        if self._policy.halts and call.rank < REST:
+            self._halt_for(call)
         self._changed.set()
+
+    def _halt_for(self, call: Call) -> None:
+        now_s, free_s = self._loop.time(), 0.0
+        for run in self._running:
+            if run.begins_s > now_s:
+                run.begins_s = max(now_s, free_s)
+            goes_along = call.rank <= FIRST and run.stage == call.stage
+            if run.n_steps and (call.rank < run.rank or goes_along):
+                into_s = now_s + self._policy.halted_s - run.begins_s - run.first_s
+                run.n_steps = min(run.n_steps, max(1, math.ceil(into_s / run.step_s)))
+            free_s = run.over_s
+            self._end_at(run)
+
+    @property
+    def _free_s(self) -> float:
+        return max((run.over_s for run in self._running), default=self._loop.time())
 
     async def _work(self) -> None:
         while True:
@@ -188,27 +237,35 @@ class Gpu:
             await asyncio.wait_for(self._changed.wait(), wait_s)
 
     def _next_stage(self) -> str:
-        waiting = [stage for stage in STAGES if self._waiting[stage]]
+        waiting = self._stages_that_wait()
         return min(
             waiting, key=lambda stage: (self._urgency(stage), min(call.since_s for call in self._waiting[stage]))
         )
 
+    def _stages_that_wait(self) -> list[str]:
+        """A stage whose batch runs waits for its end first."""
+        under_way = {run.stage for run in self._running}
+        return [stage for stage in STAGES if self._waiting[stage] and stage not in under_way]
+
     def _wait_s(self) -> float | None:
-        """Until the next turn may begin; None: nobody wants one."""
-        if not any(self._waiting.values()):
+        """Until the next turn may begin; None: nobody wants one, or may have it before something changes."""
+        if not self._stages_that_wait() or len(self._running) > 1:
             return None
         urgency, now_s = self._urgency(self._next_stage()), self._loop.time()
+        own = min((self._urgency(run.stage) for run in self._running if self._waiting[run.stage]), default=LONE)
+        if own <= AT_ONCE < urgency or own <= MOST_HURRIED < urgency:
+            return None
         early_s = self._free_s - HEAD_START_S - now_s
         if urgency >= LONE:
             early_s = max(early_s, self._free_s + GRACE_S - now_s)
-        if urgency > HURRIED:
+        if urgency > MOST_HURRIED:
             early_s = max(early_s, self._kept_until_s - now_s)
         return max(0.0, early_s)
 
     def _urgency(self, stage: str) -> int:
         calls, policy = self._waiting[stage], POLICIES[stage]
-        if any(call.is_hurried for call in calls):
-            return policy.hurried
+        if (rank := min(call.rank for call in calls)) < REST:
+            return AT_ONCE if rank <= FIRST else policy.hurried
         company = policy.company
         if stage in self.known:
             company = min(self._policy.company, max(1, len(self.known[stage]) * 3 // 4))
@@ -221,45 +278,58 @@ class Gpu:
     def _start(self, stage: str) -> None:
         batch = self._batch(stage)
         self._waiting[stage] = [call for call in self._waiting[stage] if call not in batch]
-        n_tokens, ms = 0, 0.0
+        n_tokens, step = 0, 0.0
         if stage == "fine":
-            ms = self._costs.fine[len(batch) - 1]
+            first = self._costs.fine[len(batch) - 1]
         elif stage == "codec":
-            ms = self._costs.codec[len(batch) - 1]
+            first = self._costs.codec[len(batch) - 1]
         else:
             step = self._costs.step(stage, len(batch))
             n_tokens = self._piece(batch, step / 1e3)
-            ms = n_tokens * step + self._costs.prefill(stage, sum(call.is_new for call in batch))
-        begin_s = max(self._loop.time() + PREPARATION_S, self._free_s + self._policy.gap_s)
-        self._free_s = begin_s + ms / 1e3
-        for i, more in enumerate((1, len(batch), ms)):
-            self.batches[stage][i] += more
-        self._loop.call_at(self._free_s, self._end, batch, n_tokens)
+            first = self._costs.prefill(stage, sum(call.is_new for call in batch))
+        begins_s = max(self._loop.time() + PREPARATION_S, self._free_s + self._policy.gap_s)
+        run = Run(stage, batch, begins_s, first / 1e3, step / 1e3, n_tokens)
+        self._running.append(run)
+        self._end_at(run)
+
+    def _end_at(self, run: Run) -> None:
+        if run.end:
+            run.end.cancel()
+        run.end = self._loop.call_at(run.over_s, self._end, run)
 
     def _batch(self, stage: str) -> list[Call]:
         calls = self._waiting[stage]
         if stage in ("codec", "fine"):
-            return sorted(calls, key=lambda call: (not call.is_hurried, call.since_s))[: MAX_BATCH[stage]]
+            return sorted(calls, key=lambda call: (call.rank, call.since_s))[: MAX_BATCH[stage]]
         is_tight = min(call.slack_s for call in calls) < self._policy.tight_s
         batch: list[Call] = []
-        for call in sorted(calls, key=lambda call: (not call.is_hurried, call.slack_s)):
+        most = self._policy.first_batch if stage == "coarse" else POLICIES[stage].first_batch
+        for call in sorted(calls, key=lambda call: (call.rank, call.slack_s)):
+            if batch and batch[0].rank <= FIRST < call.rank:
+                is_comfortable = call.rank == REST and call.slack_s > self._policy.comfortable_s
+                if is_comfortable or len(batch) >= most:
+                    break
             n_new = sum(each.is_new for each in [*batch, call])
             takes_ms = PIECES[1] * self._costs.step(stage, min(len(batch) + 1, 32)) + self._costs.prefill(stage, n_new)
-            fits = not is_tight or len(batch) < FEW or call.is_hurried or takes_ms <= self._policy.tight_batch_s * 1e3
+            fits = not is_tight or len(batch) < FEW or call.rank < REST or takes_ms <= self._policy.tight_batch_s * 1e3
             if fits and len(batch) < MAX_BATCH[stage]:
                 batch.append(call)
         return batch
 
     def _piece(self, batch: list[Call], step_s: float) -> int:
         n = next((n for n in PIECES if n * step_s <= self._policy.piece_s), PIECES[-1])
-        n_hurried = max((call.n_tokens for call in batch if call.is_hurried), default=0)
+        n_hurried = max((call.n_tokens for call in batch if call.rank < REST), default=0)
         return max(min(n, max(call.n_tokens for call in batch)), min(n_hurried, int(HURRIED_PIECE_S / step_s)))
 
-    def _end(self, batch: list[Call], n_tokens: int) -> None:
-        if batch[0].stage != "codec" and any(call.is_hurried for call in batch):
+    def _end(self, run: Run) -> None:
+        self._running.remove(run)
+        for i, more in enumerate((1, len(run.batch), 1e3 * (run.over_s - run.begins_s))):
+            self.batches[run.stage][i] += more
+        waits = self._waiting[run.stage] and self._urgency(run.stage) <= MOST_HURRIED
+        if waits or (run.stage != "codec" and run.rank < REST):
             self._kept_until_s = self._loop.time() + FOLLOW_S
-        for call in batch:
-            made = min(n_tokens, call.n_tokens)
+        for call in run.batch:
+            made = min(run.n_steps, call.n_tokens)
             call.n_tokens, call.position, call.is_new = call.n_tokens - made, call.position + made, False
             if call.n_tokens:
                 self.submit(call)
@@ -391,7 +461,8 @@ class Stream:
             await asyncio.sleep(min(excess_s, 0.01))
         if stage in self._server.gpu.known:
             self._server.gpu.known[stage].add(self)
-        await self._server.infer(Call(stage, self, n_tokens, position, is_hurried, is_new))
+        rank = POLICIES[stage].first if self._dry_s == math.inf else HURRIED if is_hurried else REST
+        await self._server.infer(Call(stage, self, n_tokens, position, rank, is_new))
 
     def _is_anybody_needy(self) -> bool:
         return any(other is not self and other.lead_s < self._policy.needy_s for other in self._server.streams)

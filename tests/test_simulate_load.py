@@ -21,7 +21,7 @@ INT8 = COSTS["h100-int8"]
 def test_a_stream_alone_takes_what_its_calls_take():
     found = simulate(Policy(), INT8, clients=1, duration_s=0.1)
     kernels_ms = 1.16 + 46 * 0.21 + 1.82 + 60 * 0.215 + 6.9 + 1.7
-    ways_ms = 8 * 2.8
+    ways_ms = 8 * 1e3 * Policy().way_s
     assert kernels_ms + ways_ms < found["ttfa_ms_p50"] < kernels_ms + ways_ms + 25  # gaps, preparation, its way to us
     assert found["underruns"] == 0 and found["requests"] == 1
     assert found["stages"]["coarse"] == {
@@ -45,6 +45,12 @@ def test_dearer_steps_make_less_audio_and_the_same_arrivals_the_same_figures():
     cheap, again, dear = (simulate(Policy(), COSTS[name], **ask) for name in ("h100-int8", "h100-int8", "h100"))
     assert cheap == again and cheap["requests"] == dear["requests"]
     assert cheap["ttfa_ms_p50"] < dear["ttfa_ms_p50"]
+
+
+def test_first_audio_comes_sooner_where_work_is_halted_for_it():
+    ask = dict(rate=4, duration_s=10, seed=3)
+    waits, halts = (simulate(replace(Policy(), halts=n), INT8, **ask) for n in (0, 1))
+    assert halts["ttfa_ms_p50"] < 0.85 * waits["ttfa_ms_p50"] and halts["requests"] == waits["requests"]
 
 
 def test_as_a_command():
