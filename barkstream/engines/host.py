@@ -157,7 +157,7 @@ class Host:
             deliver = self._answers.get()
             try:
                 deliver()
-            except Exception:  # its caller waits in vain, the others need not
+            except Exception:  # its caller waits in vain; the others must not
                 traceback.print_exc()
 
     def serve(self) -> None:

@@ -21,7 +21,7 @@ from barkstream.engines import Generation, Row
 from barkstream.engines.turns import AT_ONCE, LONE, Launch, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
-PIECE_S = 0.035  # how long a GPT's piece may take, prefills aside: a more urgent stage waits so long at most
+PIECE_S = 0.035  # how long a GPT's piece may take, prefills aside: who cannot have it halted waits so long at most
 HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
 # Tokens of a piece: parts of a coarse window, which has 60. So rows that began at different times end together, and no step is made
 # for a row that is whole already.
@@ -230,7 +230,7 @@ class Worker(Generic[Call, Result]):
         return self._start([each.call for each in batch])
 
     def _launch(self, batch: Sequence[_Pending[Call, Result]]) -> Launch:
-        """What is known of the batch that was just started. Takes it less than it says, the GPU idles behind it."""
+        """What is known of the batch that was just started. If it takes less than this says, the GPU idles behind it."""
         rank = min(each.rank for each in batch)
         return Launch(self._took_s.get(len(batch), 0.0), self._policy.is_followed and rank < REST, rank=rank)
 
@@ -511,9 +511,8 @@ def measure(
     for n_rows in row_counts:
         streams, tries = range(-n_rows, 0), []
         for i in range(N_TRIES):
-            ids = (
-                prefix + (len(costs.steps_s) + i) % 2
-            )  # other ones than last time: a slot that is free still holds what it held
+            # Other ids than last time: a slot that is free still holds what it held.
+            ids = prefix + (len(costs.steps_s) + i) % 2
             tries.append([took_s(ids, streams, n) for n in (1, *STEPS_TIMED)])  # the first prefills
             release(*streams)
         first_s, few_s, many_s = map(min, zip(*tries, strict=True))
