@@ -193,6 +193,26 @@ def test_few_go_along_with_a_first_call_and_nobody_who_is_comfortable(stage):
     engine.let()
 
 
+def test_a_later_sentence_halts_nobody_who_is_hurried(stage):
+    turns = Turns()
+    engine, worker = stage(turns)
+    first = worker.submit([row(stream=1, position=0)])[0]
+    engine.begun(1)
+    engine.let()
+    first.result(LONG_S)
+    other, others_worker = stage(turns, "semantic")
+    others_worker.submit([row(60, stream=2, position=46)])
+    other.begun(1)
+    worker.submit([row(stream=1, position=0)])  # its second sentence
+    assert not other.n_halts
+    other.let()
+    engine.begun(2)
+    worker.submit([row(stream=3, position=0)])  # somebody else's first
+    engine.begun(3)
+    assert engine.n_halts == 1
+    engine.let()
+
+
 def test_semantic_rows_of_others_do_not_go_along_with_a_first_call(stage):
     turns = Turns()
     engine, worker = stage(turns, "semantic")

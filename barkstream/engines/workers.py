@@ -176,7 +176,10 @@ class Worker(Generic[Call, Result]):
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
         """Results to come, in order."""
-        pending = [_Pending[Call, Result](call, self._policy.rank(call)) for call in calls]
+        return self._submit(calls, [self._policy.rank(call) for call in calls])
+
+    def _submit(self, calls: Sequence[Call], ranks: Sequence[int]) -> list[Future[Result]]:
+        pending = [_Pending[Call, Result](call, rank) for call, rank in zip(calls, ranks, strict=True)]
         with self._changed:
             self._waiting += pending
             self._changed.notify()
@@ -320,15 +323,21 @@ class CausalWorker(Worker[Row, Generation]):
         self._n_nameless = 0
 
     def submit(self, calls: Sequence[Row]) -> list[Future[Generation]]:
+        """As Worker.submit. A stream's later sentence is hurried, not its first: its listener has the sentences before."""
         rows = [self._named(row) for row in calls]
         now_s = time.monotonic()
         with self._changed:
+            ranks = [self._rank(row) for row in rows]
             for row in rows:
                 if (
                     row.position == 0 or row.stream not in self._began_s
                 ):  # the latter: this process is younger than the sentence
                     self._began_s[row.stream] = now_s - row.position / self._rate_hz
-        return super().submit(rows)
+        return self._submit(rows, ranks)
+
+    def _rank(self, row: Row) -> int:
+        rank = self._policy.rank(row)
+        return max(rank, HURRIED) if row.stream in self._began_s else rank
 
     def drop(self, *streams: int) -> None:
         """Their listeners have left: rows that wait are answered at once with what there is of them, one under way after its piece."""
