@@ -191,7 +191,7 @@ class Gpu:
         self._policy, self._costs, self._loop = policy, costs, asyncio.get_running_loop()
         self._waiting: dict[str, list[Call]] = {stage: [] for stage in STAGES}
         self._changed = asyncio.Event()
-        self._kept_until_s = 0.0
+        self._kept_until_s = self._over_s = 0.0  # the latter: when the GPU's last work was over
         self._running: list[Run] = []
         self.known: dict[str, set[Stream]] = {"semantic": set(), "coarse": set()}
         self.batches = {stage: [0, 0, 0.0] for stage in STAGES}  # how many, their rows, ms
@@ -218,7 +218,7 @@ class Gpu:
 
     @property
     def _free_s(self) -> float:
-        return max((run.over_s for run in self._running), default=self._loop.time())
+        return max((run.over_s for run in self._running), default=self._over_s)
 
     async def _work(self) -> None:
         while True:
@@ -323,6 +323,7 @@ class Gpu:
 
     def _end(self, run: Run) -> None:
         self._running.remove(run)
+        self._over_s = run.over_s
         for i, more in enumerate((1, len(run.batch), 1e3 * (run.over_s - run.begins_s))):
             self.batches[run.stage][i] += more
         waits = self._waiting[run.stage] and self._urgency(run.stage) <= MOST_HURRIED

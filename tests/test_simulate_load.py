@@ -30,6 +30,11 @@ def test_a_stream_alone_takes_what_its_calls_take():
     }
 
 
+def test_nobody_waits_for_company_while_the_gpu_is_free():
+    alone = simulate(Policy(), INT8, clients=1, duration_s=5)
+    assert alone["audio_s_per_s"] > 11  # an H100: 14.4
+
+
 def test_instances_that_hold_calls_back_cost_audio():
     """What it found first: with 6 semantic instances a call waits for others that wait for company."""
     few, many = (
