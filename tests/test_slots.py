@@ -76,7 +76,8 @@ def engine(monkeypatch):
     from barkstream.engines import cuda
     from barkstream.engines.cuda import CudaEngine, GpuSlot
 
-    monkeypatch.setattr(cuda, "download", lambda tensor: tensor.numpy)  # this machine has no pinned memory
+    # This machine has no pinned memory.
+    monkeypatch.setattr(cuda, "download_all", lambda *tensors: [tensor.numpy for tensor in tensors])
 
     made = object.__new__(CudaEngine)
     made.size = GPTSize(n_layers=2, n_heads=1, width=64, block_size=64, n_input_ids=5000, n_output_ids=5000)
