@@ -48,12 +48,8 @@ from barkstream.engines.workers import (  # noqa: E402
 from barkstream.pacing import NEEDY_S  # noqa: E402
 
 SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
-N_SEMANTIC, WINDOW, SLIDE, AHEAD = (
-    500,
-    60,
-    20,
-    46,
-)  # a clip's; coarse tokens of a window; semantic ones that it moves by, and reads ahead
+N_SEMANTIC = 500  # a clip's
+WINDOW, SLIDE, AHEAD = 60, 20, 46  # coarse tokens of a window; semantic ones that it moves by, and reads ahead
 STAGES = "codec", "fine", "semantic", "coarse"
 
 

@@ -105,6 +105,11 @@ class Turns:
             self._give_away()
             self._changed.notify_all()  # who waits has another time to wait for
 
+    def _ended_early(self, turn: Turn) -> None:
+        with self._changed:
+            if turn in self._running:
+                self._halt(turn)
+
     def _extended(self, turn: Turn, takes_s: float) -> bool:
         with self._changed:
             if self._waiting or self._preparing is not None or self._running != [turn] or turn.is_halted:
@@ -165,9 +170,8 @@ class Turn:
 
     def __init__(self, turns: Turns, urgency: Urgency):
         self._turns, self.urgency = turns, urgency
-        self.began_s = self.begins_s = self.over_at_s = (
-            0.0  # of the block; of its work on the GPU, as far as the host can tell
-        )
+        self.began_s = 0.0  # the block
+        self.begins_s = self.over_at_s = 0.0  # its work on the GPU, as far as the host can tell
         self.launch = Launch(0.0)
         self.wanted_by = NOBODY  # the lowest rank of the calls that came while the block was preparing
         self.is_halted = False
@@ -178,10 +182,8 @@ class Turn:
         self._turns._launched(self, launch)
 
     def halt(self) -> None:
-        """End the launched work early, if it can be."""
-        with self._turns._changed:
-            if self in self._turns._running:
-                self._turns._halt(self)
+        """End the launched work early, if it can be. Any thread may call it."""
+        self._turns._ended_early(self)
 
     def extended(self, takes_s: float) -> bool:
         """Whether launched work may go on for so long: if nobody else waits for a turn."""
