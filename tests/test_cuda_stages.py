@@ -11,7 +11,7 @@ from barkstream import gpt  # noqa: E402
 from barkstream.engines import Window  # noqa: E402
 from barkstream.engines.cuda_codec import CodecEngine, Decoder  # noqa: E402
 from barkstream.engines.cuda_fine import FineEngine  # noqa: E402
-from barkstream.engines.kernels.batched import capture  # noqa: E402
+from barkstream.engines.kernels.graphs import capture  # noqa: E402
 from barkstream.engines.kernels.lstm import Lstm  # noqa: E402
 from barkstream.engines.transfers import clear, download, download_all, upload  # noqa: E402
 from barkstream.export.codec_state import state_size  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from barkstream.engines import Head, kernels  # noqa: E402
-from barkstream.engines.kernels import fused, lstm, wide  # noqa: E402
+from barkstream.engines.kernels import attention, fused, lstm, wide  # noqa: E402
 from barkstream.sampling import COARSE, SEMANTIC  # noqa: E402
 from barkstream.tokens import GPTSize  # noqa: E402
 
@@ -75,6 +76,14 @@ def test_the_lstm_compiles_for_any_recent_gpu(architecture):
     for n_rows in lstm.ROW_COUNTS:
         file, constants = lstm.source(n_rows)
         assert b".text.lstm" in kernels.compile_source(file, architecture, **constants)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_attention_compiles_for_any_recent_gpu(architecture):
+    caches = None, *(fused.kernel_constants(LARGE, COARSE_HEAD, bits) for bits in (16, 8))
+    for constants, n_groups in itertools.product(caches, (1, 2)):
+        file, defined = attention.source(LARGE.width, n_groups, constants)
+        assert b".text.attend_all" in kernels.compile_source(file, architecture, **defined)
 
 
 def compiler_log(source):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from barkstream.engines import Chunk, check_chunk
-from barkstream.engines.kernels.batched import capture
+from barkstream.engines.kernels.graphs import capture
 from barkstream.engines.kernels.lstm import Lstm
 from barkstream.engines.kernels.weights import read_initializers
 from barkstream.engines.transfers import download, upload

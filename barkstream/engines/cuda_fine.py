@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 from barkstream.engines import Window
 from barkstream.engines.kernels import build
-from barkstream.engines.kernels.batched import add_product, capture, gelu_of_product, norm_threads
+from barkstream.engines.kernels.attention import Attention
+from barkstream.engines.kernels.batched import norm_threads
+from barkstream.engines.kernels.graphs import capture
+from barkstream.engines.kernels.products import add_product, gelu_of_product, product
 from barkstream.engines.kernels.weights import read_onnx
 from barkstream.engines.transfers import download, upload
 from barkstream.sampling import Ints
@@ -25,6 +28,7 @@ GRAPH_FRAMES = 4096  # rows times frames: more than this keep the GPU busy witho
 FREE_FRAMES = 1024  # rows times frames: up to here windows of any length go together (docs/performance.md)
 SHORT_FRAMES = 2048  # rows times frames: up to here there are graphs between powers of two, too
 THREADS = 256  # of a block in fine.cu
+SHORT_WINDOW = 512  # frames: attention of longer ones is faster by cuDNN's kernel, PyTorch's choice, than by ours
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Linear:
     bias: Tensor | None  # [out] bf16, the bias of that layer norm
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class FineEngine:
         major, minor = torch.cuda.get_device_capability()
         module = build("fine.cu", f"sm_{major}{minor}", WIDTH=layout.size.width, BOOK_SIZE=layout.codebook_size)
         self._kernels = {name: module.kernel(name) for name in ("embed", "layer_norm", "draw")}
+        self._attention = Attention(layout.size.width) if layout.size.head_width == 64 else None
         self._batches: dict[tuple[int, int, bool], _Batch] = {}
 
     @classmethod
@@ -148,6 +153,9 @@ class FineEngine:
 
     def _attend(self, batch: _Batch, qkv: Tensor) -> Tensor:
         size = self.layout.size
+        is_short = batch.n_frames <= SHORT_WINDOW and Attention.fits(batch.n_frames)
+        if self._attention and batch.mask is None and is_short:
+            return self._attention(qkv, batch.n_rows)
         q, k, v = qkv.view(batch.n_rows, batch.n_frames, 3, size.n_heads, size.head_width).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask)
         return attended.transpose(1, 2).reshape(batch.n_tokens, size.width)

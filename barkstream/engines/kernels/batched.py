@@ -1,12 +1,12 @@
-"""Many rows at once: matrix products by cuBLAS, the rest by `batched.cu`; prefill of whole prefixes, and decode steps as CUDA graphs."""
+"""Many rows at once: prefill of whole prefixes, and decode steps as CUDA graphs.
+
+Matrix products are cuBLASLt's (`products.py`), attention of prefixes is `attention.cu`, the rest `batched.cu`.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from ctypes import c_int, c_void_p
 
 import numpy as np
@@ -16,7 +16,10 @@ from torch.nn import functional as F
 
 from barkstream.engines import Head
 from barkstream.engines.kernels import Kernel, build
+from barkstream.engines.kernels.attention import Attention
 from barkstream.engines.kernels.fused import KVCache, RowArguments, kernel_constants, pointer
+from barkstream.engines.kernels.graphs import capture
+from barkstream.engines.kernels.products import add_product, gelu_of_product, product
 from barkstream.engines.kernels.weights import GPTWeights
 from barkstream.engines.transfers import upload
 from barkstream.sampling import Ints
@@ -35,10 +38,11 @@ class Layers:
     def __init__(self, weights: GPTWeights, size: GPTSize, head: Head, cache: KVCache):
         self.weights, self.size, self.head, self.cache = weights, size, head, cache
         major, minor = torch.cuda.get_device_capability()
-        module = build("batched.cu", f"sm_{major}{minor}", **kernel_constants(size, head, cache.bits))
+        constants = kernel_constants(size, head, cache.bits)
+        module = build("batched.cu", f"sm_{major}{minor}", **constants)
         names = ["embed", "layer_norm", "store", "sample"] + ["attend"] * (cache.bits == 16)
         self.kernels: dict[str, Kernel] = {name: module.kernel(name) for name in names}
-        self._no_bias = torch.zeros(4 * size.width, dtype=torch.bfloat16, device="cuda")
+        self.attention = Attention(size.width, cache, constants)
 
     def run(self, states: Tensor, attend: Attend, n_layers: int) -> Tensor:
         """states: [rows, 6] int32, what to feed where. Returns the normed activations [rows, width] bf16 behind n_layers."""
@@ -47,9 +51,9 @@ class Layers:
         self.launch("embed", (len(x), 1, 1), states, self.weights.embedding, self.weights.positions, x, normed)
         for i in range(n_layers):
             layer = self.weights.layers[i]
-            add_product(x, attend(i, normed @ layer.qkv.t()), layer.out)
+            add_product(x, attend(i, product(normed, layer.qkv)), layer.out)
             self._norm(x, normed)
-            add_product(x, gelu_of_product(normed, layer.up, self._no_bias), layer.down)
+            add_product(x, gelu_of_product(normed, layer.up), layer.down)
             self._norm(x, normed)
         return normed
 
@@ -66,16 +70,6 @@ class Layers:
 
     def _norm(self, x: Tensor, normed: Tensor) -> None:
         self.launch("layer_norm", (len(x), 1, 1), x, normed, block=norm_threads(self.size.width))
-
-
-def add_product(x: Tensor, y: Tensor, weight: Tensor) -> None:
-    """x [rows, out] float32 += y [rows, in] weight [out, in]^T, both bf16: one kernel, which adds before it rounds."""
-    torch.ops.aten.addmm.dtype_out(x, y, weight.t(), torch.float32, out=x)
-
-
-def gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x weight^T + bias), bf16, in one kernel of cuBLAS: by tanh, which differs from Bark's erf by less than bf16 does."""
-    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
 
 
 def norm_threads(width: int) -> int:
@@ -126,6 +120,8 @@ class Prefill:
         n_tokens = len(states) // len(slots)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
+            if Attention.fits(n_tokens):
+                return layers.attention(qkv, len(slots), slots, i)
             layers.store(slots, qkv, i)
             q, k, v = qkv.view(len(slots), n_tokens, 3, size.n_heads, 64).permute(2, 0, 3, 1, 4)
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -133,7 +129,7 @@ class Prefill:
 
         last = size.n_layers - 1  # of the last layer only keys and values are wanted
         normed = layers.run(states, attend, last)
-        layers.store(slots, normed @ layers.weights.layers[last].qkv.t(), last)
+        layers.store(slots, product(normed, layers.weights.layers[last].qkv), last)
 
 
 class BatchedDecoder:
@@ -188,51 +184,3 @@ class _Step:
         normed = layers.run(self.states, attend, size.n_layers)
         self.logits = torch.mm(normed, layers.weights.head.t(), out_dtype=torch.float32)
         layers.launch("sample", (self._n_rows, 1, 1), self.rows, self.states, self.logits, self.tokens, block=1024)
-
-
-def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The work as a CUDA graph; it runs once before, so that libraries initialise outside of it.
-
-    All graphs on a GPU share the memory they work in, for they run one after another: what a graph leaves there is to be copied before
-    the next one is launched.
-    """
-    device = torch.cuda.current_device()
-    stream = side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    pool = graph_pool(device).pool()
-    graph = torch.cuda.CUDAGraph()
-    with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        work()
-    return graph
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's garbage is collected before, not during: graphs that a collection destroys, those of an engine that is no more, may end a
-    capture with an error."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@functools.cache
-def graph_pool(device: int) -> torch.cuda.CUDAGraph:
-    """A graph that keeps the memory which all share: PyTorch gives a pool up with its last graph, for good."""
-    graph = torch.cuda.CUDAGraph()
-    with _no_collection(), torch.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"):
-        torch.zeros(1, device="cuda")
-    return graph
-
-
-@functools.cache
-def side_stream(device: int) -> torch.cuda.Stream:
-    """Where graphs are captured. One for all: cuBLAS keeps 32 MB of workspace for every stream that it has seen."""
-    return torch.cuda.Stream(device)

@@ -92,12 +92,6 @@ __device__ __forceinline__ uint4 as_words(float x, float y, float z, float w) {
     return make_uint4(__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w));
 }
 
-__device__ __forceinline__ float power_of_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // x (1 + erf(x / sqrt 2)) / 2; erf by Abramowitz and Stegun's 7.1.26, which is off by less than 2e-7 and has no branches, as erff has.
 __device__ __forceinline__ float gelu(float x) {
     float y = fabsf(x) * 0.70710678f, t = __fdividef(1, fmaf(0.3275911f, y, 1));
