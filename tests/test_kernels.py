@@ -84,6 +84,8 @@ def test_attention_compiles_for_any_recent_gpu(architecture):
     for constants, n_groups in itertools.product(caches, (1, 2)):
         file, defined = attention.source(LARGE.width, n_groups, constants)
         assert b".text.attend_all" in kernels.compile_source(file, architecture, **defined)
+        log = compiler_log((file, defined))
+        assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")]
 
 
 def compiler_log(source):

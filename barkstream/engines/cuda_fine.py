@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from barkstream.engines import Window
 from barkstream.engines.kernels import build
 from barkstream.engines.kernels.attention import Attention
-from barkstream.engines.kernels.batched import norm_threads
+from barkstream.engines.kernels.batched import NORM_ROWS
 from barkstream.engines.kernels.graphs import capture
 from barkstream.engines.kernels.products import add_product, gelu_of_product, product
 from barkstream.engines.kernels.weights import read_onnx
@@ -149,7 +149,7 @@ class FineEngine:
         return normed
 
     def _norm(self, x: Tensor, normed: Tensor) -> None:
-        self._launch("layer_norm", len(x), x, normed, block=norm_threads(self.layout.size.width))
+        self._launch("layer_norm", -(-len(x) // NORM_ROWS), x, normed, len(x), block=32 * NORM_ROWS)
 
     def _attend(self, batch: _Batch, qkv: Tensor) -> Tensor:
         size = self.layout.size

@@ -54,7 +54,7 @@ __device__ __forceinline__ void keep(const u8* tile, u8* cache, float* scales, s
 
 // grid: heads, n_tokens / 64, rows. qkv [rows][n_tokens][3 W] -> out [rows][n_tokens][W], bf16. Shared memory: SHARED_BYTES.
 constexpr int SHARED_BYTES = TILE_BYTES * (1 + 4 * GROUPS);
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4 / GROUPS)
     attend_all(const u16* qkv, u16* out, int n_tokens
 #if CAUSAL
                ,
@@ -73,30 +73,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
     if (group == 0) fetch(shared, q + (size_t)tile * TILE * 3 * W);
     if (group < n_tiles) fetch_tile(group);
-    wait_for_copies();
-    __syncthreads();
-    u32 query[4][4];
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-        load_matrices(query[k], shared_address(shared) + tile_at(warp * 16 + lane % 16, 2 * k + lane / 16));
     float o[8][4] = {}, highest[2] = {-1e30f, -1e30f}, sum[2] = {};
-    for (int t = group; t < n_tiles; t += GROUPS) {
-        if (t > group) {
-            wait_for_copies();
-            sync_threads(1 + group, GROUP);
-        }
+    for (int first = 0; first < n_tiles; first += GROUPS) {
+        int t = first + group;
+        wait_for_copies();
+        __syncthreads();
         if (t + GROUPS < n_tiles) fetch_tile(t + GROUPS);
+        if (t >= n_tiles) break;  // the last time: no barrier of the loop follows
         float s[8][4] = {};
 #pragma unroll
-        for (int k = 0; k < 4; k++)
+        for (int k = 0; k < 4; k++) {  // 16 dimensions; the queries again each time, for they would take 16 registers
+            u32 a[4];
+            load_matrices(a, shared_address(shared) + tile_at(warp * 16 + lane % 16, 2 * k + lane / 16));
 #pragma unroll
             for (int n = 0; n < 4; n++) {
                 u32 b[4];
                 load_matrices(b, shared_address(keys_of(t)) +
                                      tile_at(n * 16 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-                multiply_add(s[2 * n], query[k][0], query[k][1], query[k][2], query[k][3], b[0], b[1]);
-                multiply_add(s[2 * n + 1], query[k][0], query[k][1], query[k][2], query[k][3], b[2], b[3]);
+                multiply_add(s[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+                multiply_add(s[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
             }
+        }
         if (CAUSAL && t == tile)
 #pragma unroll
             for (int n = 0; n < 8; n++)
@@ -139,7 +136,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
 #if CAUSAL
-    if (GROUPS > 1) __syncthreads();
     size_t kept = ((size_t)layer * 2 * n_slots + slots[blockIdx.z]) * H + head;
     keep(keys_of(tile), cache, scales, kept, tile * TILE);
     keep(keys_of(tile) + TILE_BYTES, cache, scales, kept + (size_t)n_slots * H, tile * TILE);

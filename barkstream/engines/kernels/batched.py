@@ -27,6 +27,7 @@ from barkstream.tokens import GPTSize
 
 PREFILL_STEP = 128  # prefixes are padded to a multiple of this many tokens
 GRAPH_TOKENS = 4096  # a prefill of more tokens than this keeps the GPU busy without a graph
+NORM_ROWS = 2  # of a block of `layer_norm` in norm.cuh
 STATE_FIELDS = 6  # length, ids, n_drawn, running, ended: `RowState` of batched.cu
 
 Attend = Callable[[int, Tensor], Tensor]  # (layer, q | k | v [rows, 3 width]) -> [rows, width]
@@ -69,12 +70,7 @@ class Layers:
         self.kernels[name].launch(grid, block, passed, torch.cuda.current_stream().cuda_stream)
 
     def _norm(self, x: Tensor, normed: Tensor) -> None:
-        self.launch("layer_norm", (len(x), 1, 1), x, normed, block=norm_threads(self.size.width))
-
-
-def norm_threads(width: int) -> int:
-    """Of a block of `layer_norm` in norm.cuh."""
-    return -(-width // 128) * 32
+        self.launch("layer_norm", (-(-len(x) // NORM_ROWS), 1, 1), x, normed, len(x), block=32 * NORM_ROWS)
 
 
 class Prefill:

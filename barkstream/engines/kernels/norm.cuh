@@ -35,25 +35,37 @@ __device__ __forceinline__ void write_normed(u16* normed, const float (&x)[PER_T
     }
 }
 
-// x [rows][W] -> normed [rows][W], four columns a thread
-extern "C" __global__ void __launch_bounds__((W / 4 + 31) / 32 * 32) layer_norm(const float4* x, uint2* normed) {
-    constexpr int N_WARPS = (W / 4 + 31) / 32;
-    __shared__ float sums[N_WARPS], squares[N_WARPS];
-    auto over_block = [](float v, float* scratch) {
+// x [n_rows][W] -> normed [n_rows][W]; a warp a row, four columns a lane at a time
+constexpr int NORM_ROWS = 2;  // of a block
+extern "C" __global__ void __launch_bounds__(NORM_ROWS * 32) layer_norm(const float4* x, uint2* normed, int n_rows) {
+    constexpr int PER_LANE = (W / 4 + 31) / 32;
+    int row = blockIdx.x * NORM_ROWS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= n_rows) return;
+    auto over_warp = [](float sum) {
 #pragma unroll
-        for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-        __syncthreads();
-        float total = 0;
-#pragma unroll
-        for (int i = 0; i < N_WARPS; i++) total += scratch[i];
-        return total;
+        for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+        return sum;
     };
-    size_t at = (size_t)blockIdx.x * (W / 4) + threadIdx.x;
-    bool mine = threadIdx.x < W / 4;
-    float4 v = mine ? x[at] : make_float4(0, 0, 0, 0);
-    float mean = over_block(v.x + v.y + v.z + v.w, sums) / W;
-    if (mine) v.x -= mean, v.y -= mean, v.z -= mean, v.w -= mean;
-    float scale = rsqrtf(over_block(v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w, squares) / W + 1e-5f);
-    if (mine) normed[at] = make_uint2(pack_bf16(v.x * scale, v.y * scale), pack_bf16(v.z * scale, v.w * scale));
+    float4 v[PER_LANE];
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        int four = lane + i * 32;
+        v[i] = four < W / 4 ? x[(size_t)row * (W / 4) + four] : make_float4(0, 0, 0, 0);
+        sum += v[i].x + v[i].y + v[i].z + v[i].w;
+    }
+    float mean = over_warp(sum) / W;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        if (lane + i * 32 < W / 4) v[i].x -= mean, v[i].y -= mean, v[i].z -= mean, v[i].w -= mean;
+        squares += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+    }
+    float scale = rsqrtf(over_warp(squares) / W + 1e-5f);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        int four = lane + i * 32;
+        if (four < W / 4)
+            normed[(size_t)row * (W / 4) + four] =
+                make_uint2(pack_bf16(v[i].x * scale, v[i].y * scale), pack_bf16(v[i].z * scale, v[i].w * scale));
+    }
 }
