@@ -13,7 +13,7 @@ import pytest
 
 from barkstream.engines import Generation, Row, Window
 from barkstream.engines.slots import Slot, Slots
-from barkstream.engines.turns import FOLLOW_S, HEAD_START_S, LONE, Launch, Turns
+from barkstream.engines.turns import FOLLOW_S, HEAD_START_S, HURRIED, LONE, UNHURRIED, Launch, Turns
 from barkstream.engines.workers import (
     PIECE_S,
     POLICIES,
@@ -496,6 +496,58 @@ def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_wa
     assert next_turn(later, row(4, stream=2, position=0)) == "patient"  # a new stream
     assert next_turn(*[replace(later, stream=i) for i in range(1, POLICY.company + 1)]) == "patient"
     assert next_turn(later, wait_s=2 * POLICY.patience_s) == "patient"
+
+
+def window(n_frames, fill_from):
+    return Window(np.zeros((8, n_frames), np.int32), fill_from, np.zeros((6, n_frames), np.float32), 1.0)
+
+
+def chunk(n_frames):
+    return np.zeros((8, n_frames), np.int32), np.zeros(1, np.float32)
+
+
+OFFLINE = {"fine": window(1024, 512), "codec": chunk(1154)}
+LISTENED_TO = {"fine": window(256, 128), "codec": chunk(90)}
+
+
+@pytest.mark.parametrize("stage", OFFLINE)
+def test_what_is_longer_than_a_listeners_call_waits_for_no_company(start, monkeypatch, stage):
+    patience_s = 0.2
+    monkeypatch.setattr("barkstream.engines.turns.GRACE_S", 0.5)
+    policy = replace(POLICIES[stage], patience_s=patience_s)
+
+    def begins_after_s(call):
+        turns, began_s = Turns(), []
+        worker = Worker(at_once(lambda calls: began_s.append(time.monotonic()) or calls), 4, turns, policy)
+        with turns.turn(lambda: UNHURRIED):
+            start(worker)
+            answer = worker.submit([call])[0]
+        over_s = time.monotonic()
+        answer.result(timeout=5)
+        return began_s[0] - over_s
+
+    assert begins_after_s(LISTENED_TO[stage]) > 0.9 * patience_s
+    assert begins_after_s(OFFLINE[stage]) < 0.5 * patience_s
+
+
+@pytest.mark.parametrize("stage", OFFLINE)
+def test_what_is_longer_than_a_listeners_call_lets_who_is_hurried_go_first(start, stage):
+    turns, order = Turns(), []
+    worker = start(Worker(at_once(lambda calls: order.append("offline") or calls), 4, turns, POLICIES[stage]))
+
+    def hurried():
+        with turns.turn(lambda: HURRIED):
+            order.append("hurried")
+
+    with ThreadPoolExecutor(1) as pool, turns.turn(lambda: -1):
+        answer = worker.submit([OFFLINE[stage]])[0]
+        while len(turns._waiting) < 1:
+            time.sleep(0.001)
+        pool.submit(hurried)
+        while len(turns._waiting) < 2:
+            time.sleep(0.001)
+    answer.result(timeout=5)
+    assert order == ["hurried", "offline"]
 
 
 def test_urgencies_that_change_while_they_are_compared_leave_nobody_waiting():

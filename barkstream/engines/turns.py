@@ -11,6 +11,7 @@ from dataclasses import dataclass
 HEAD_START_S = 0.004  # before the work that runs is over, the next may be prepared and launched behind it
 AT_ONCE = -1  # the urgency of those whose listener has no audio yet
 HURRIED = 2  # the highest of those whom somebody waits for
+UNHURRIED = 3  # the lowest of the others
 FOLLOW_S = 0.005  # so soon after such work the listener's next call comes, from another stage: others let it go first
 LONE = 5  # the urgency of those who let all others go first:
 GRACE_S = 0.001  # also those who come so soon after work was over, for most of them come again

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from barkstream.engines import Generation, Row
-from barkstream.engines.turns import AT_ONCE, LONE, Launch, Turn, Turns
+from barkstream.engines.turns import AT_ONCE, LONE, UNHURRIED, Launch, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
 PIECE_S = 0.035  # how long a GPT's piece may take, prefills aside: who cannot have it halted waits so long at most
@@ -35,6 +35,7 @@ TIGHT_BATCH_S = 0.06  # than what takes so long for half a window, or this many 
 FEW = 4
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
+CHUNK, WINDOW = 120, 512  # frames of a listener's chunk, and of the window that it is filled in, at most
 STEPS_TIMED, N_TRIES = (8, 24), 5
 
 Call = TypeVar("Call")
@@ -71,7 +72,8 @@ class Policy(Generic[Call]):
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
     is_followed: bool = True  # a hurried call's listener calls another stage next
-    # Who does not wait for company either: whom somebody will soon wait for, and who is longer than any call that is listened to.
+    # Who does not wait for company either: whom somebody will soon wait for, and, behind all who are hurried, who is longer than any
+    # call that is listened to.
     is_soon: Callable[[Call], bool] = lambda call: False
     is_long: Callable[[Call], bool] = lambda call: False
 
@@ -94,6 +96,7 @@ POLICIES: dict[str, Policy[Any]] = {
         company=4,
         patience_s=0.03,
         is_followed=False,
+        is_long=lambda chunk: chunk[0].shape[1] > CHUNK,
     ),
     "fine": Policy(
         lambda window: window.n_frames - window.fill_from <= 32,
@@ -102,6 +105,7 @@ POLICIES: dict[str, Policy[Any]] = {
         urgency=1,
         company=4,
         patience_s=0.04,
+        is_long=lambda window: window.n_frames > WINDOW,
     ),
     "semantic": Policy(
         lambda row: row.position == 0 and row.n_tokens <= LISTENED_TO,
@@ -252,11 +256,11 @@ class Worker(Generic[Call, Result]):
                 return AT_ONCE if rank <= FIRST else policy.hurried
             now_s = time.monotonic()
             longest_s = now_s - min(each.since_s for each in self._waiting)
-            can_wait = len(self._waiting) < self._company() and longest_s < policy.patience_s
-            can_wait = can_wait and not any(
-                policy.is_soon(each.call) or policy.is_long(each.call) for each in self._waiting
-            )
-        return LONE if can_wait else policy.urgency
+            has_company = len(self._waiting) >= self._company() or longest_s >= policy.patience_s
+            if has_company or any(policy.is_soon(each.call) for each in self._waiting):
+                return policy.urgency
+            is_long = any(policy.is_long(each.call) for each in self._waiting)
+        return max(policy.urgency, UNHURRIED) if is_long else LONE
 
     def _company(self) -> int:
         """Calls that need wait for no more."""
