@@ -223,7 +223,10 @@ class CodecStage:
 
     def _chunk(self, request: Any) -> Chunk:
         call = _arrays(request)
-        chunk = call["codes"], call["state"]
+        state = call["state"]
+        if np.array_equal(state, [0]):  # a new stream's: the profile's warm-up does not know its size
+            state = np.zeros(state_size(self._layout), np.float32)
+        chunk = call["codes"], state
         check_chunk(chunk, self._layout)
         return chunk
 

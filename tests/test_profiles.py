@@ -79,6 +79,15 @@ def test_every_stage_of_the_cuda_profile_runs_on_gpus_and_has_its_model(path):
     assert [group.kind for group in c.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_GPU]
 
 
+@pytest.mark.parametrize("stage", ["semantic", "coarse", "fine", "codec"])
+def test_every_instance_of_a_stage_has_its_first_call_before_the_server_is_ready(stage):
+    (call,) = config(MODEL_REPOSITORY / f"bark_{stage}" / "configs" / "cuda.pbtxt").model_warmup
+    if stage == "codec":  # the first long answer of an instance takes longer, too
+        checkpoint = open_huggingface(NANO_BARK).checkpoint
+        n_most = n_coarse_tokens(checkpoint.semantic.max_new_tokens, checkpoint.coarse)
+        assert call.inputs["codes"].dims[1] >= n_most // checkpoint.coarse.n_codebooks
+
+
 def parameters(model: str, path: str) -> dict[str, str]:
     return {key: value.string_value for key, value in config(MODEL_REPOSITORY / model / path).parameters.items()}
 
