@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Event
 
 import numpy as np
@@ -19,7 +21,7 @@ from barkstream.options import BadRequest, Schedule, SpeechOptions
 from barkstream.sampling import Floats, Ints, sentence_seed
 from barkstream.semantic import SemanticTokens, semantic_prompt
 from barkstream.stages import Stages
-from barkstream.text import TextTokenizer, check_text
+from barkstream.text import Sentence, TextTokenizer, check_text
 from barkstream.tokens import Checkpoint
 from barkstream.voices import HistoryPrompt, find_voice
 
@@ -50,6 +52,28 @@ class Speech:
         )
 
 
+class Slots:
+    """A stream's KV slots: freed at the end, whatever happens, and before if nobody needs them any more."""
+
+    def __init__(self, stages: Stages, stream: int):
+        self._stages, self.stream = stages, stream
+        self._freed: Future[None] | None = None
+
+    def take(self) -> int:
+        """The key, for calls that fill them."""
+        self._freed = None
+        return self.stream
+
+    def free_soon(self, worker: Executor) -> None:
+        """By `worker`, while the caller goes on. No call for them may be under way."""
+        self._freed = worker.submit(self._stages.release, self.stream)
+
+    def free(self) -> None:
+        """If that has not been done. Raises what releasing raises."""
+        if self._freed is None or self._freed.cancelled() or self._freed.exception():
+            self._stages.release(self.stream)
+
+
 @dataclass(frozen=True)
 class Utterance:
     """One sentence to say."""
@@ -59,8 +83,9 @@ class Utterance:
     voice: HistoryPrompt | None
     options: SpeechOptions
     max_seconds: float
-    stream: int  # key of the KV caches
+    slots: Slots
     is_first: bool  # somebody waits for the first audio
+    is_last: bool  # of its text
 
 
 @dataclass(frozen=True)
@@ -96,13 +121,14 @@ class Pipeline:
         language = choose_language(options.language, voice.language if voice else None, text)
         sentences = self.tokenizer.split(check_text(text), language, options.normalize, tuple(speakers or ()))
         n_samples, pause = 0, NO_SAMPLES
+        slots = Slots(self.stages, stream)
         try:
-            for index, sentence in enumerate(sentences):
+            for index, (sentence, is_last) in enumerate(_knowing_the_last(sentences)):
                 seconds_left = options.max_seconds - (n_samples + len(pause)) / self.checkpoint.codec.sample_rate
                 if n_samples and seconds_left * self.checkpoint.semantic.rate_hz < 1:
                     break
                 seed, voice = sentence_seed(options.seed, index), voices[sentence.speaker]
-                asked = Utterance(sentence.text, seed, voice, options, seconds_left, stream, is_first=not n_samples)
+                asked = Utterance(sentence.text, seed, voice, options, seconds_left, slots, not n_samples, is_last)
                 said = Speech()
                 for chunk in (self._say_guarded if options.guard else self._say)(asked, said):
                     yield np.concatenate([pause, chunk])
@@ -116,7 +142,7 @@ class Pipeline:
             if not n_samples:
                 raise NothingSaid("the model ended before it said anything; try another seed, voice or text")
         finally:
-            self.stages.release(stream)
+            slots.free()
 
     def speak(self, text: str, options: SpeechOptions, voice: HistoryPrompt | None = None) -> Floats:
         """All samples [n] of a text at once: the stream's chunks, joined."""
@@ -148,6 +174,7 @@ class Pipeline:
         waits = asked.is_first and options.streaming  # somebody, for the first audio
         schedule = self.schedule if options.streaming else self.schedule.offline(is_guarded=guard is not None)
         knows_all_first = (guard and not waits) or (not options.streaming and schedule.offline_coarse_windows > 1)
+        stream = asked.slots.take()
         nobody_waits = Event()  # from the first audio on
         if not waits:
             nobody_waits.set()
@@ -157,7 +184,7 @@ class Pipeline:
 
         with Workers() as workers:
             semantic = SemanticTokens(
-                prompt, layouts.semantic, sampling, max_seconds, schedule, stages, asked.stream, workers.semantic,
+                prompt, layouts.semantic, sampling, max_seconds, schedule, stages, stream, workers.semantic,
                 watch, may_go_ahead,
             )  # fmt: skip
             if knows_all_first:
@@ -165,11 +192,13 @@ class Pipeline:
                 if guard and guard.is_hopeless:
                     return
             coarse = generate_coarse(
-                semantic, voice, layouts.coarse, sampling, options.lookahead, schedule, stages, asked.stream,
+                semantic, voice, layouts.coarse, sampling, options.lookahead, schedule, stages, stream,
                 may_chain=nobody_waits.is_set,
             )  # fmt: skip
             coarse = ahead(coarse, workers.coarse, schedule.coarse_ahead, may_go_ahead)
             coarse = _collect(coarse, said.coarse)
+            if asked.is_last:
+                coarse = _then(coarse, partial(asked.slots.free_soon, workers.coarse))
             if options.streaming:
                 codes = generate_fine(
                     coarse, voice, layouts.fine, asked.seed, options.fine_temperature, schedule, stages
@@ -210,6 +239,20 @@ def choose_voice(
     if missing:
         raise BadRequest(f"a history prompt has three arrays; {sorted(missing)[0]} is missing")
     return HistoryPrompt.check(prompts["semantic_prompt"], prompts["coarse_prompt"], prompts["fine_prompt"], checkpoint)
+
+
+def _knowing_the_last(sentences: Iterator[Sentence]) -> Iterator[tuple[Sentence, bool]]:
+    """Each sentence, and whether it is the last one."""
+    before = next(sentences, None)
+    while before is not None:
+        sentence, before = before, next(sentences, None)
+        yield sentence, before is None
+
+
+def _then(pieces: Iterator[Ints], when_over: Callable[[], None]) -> Iterator[Ints]:
+    """The same pieces, and when_over behind the last."""
+    yield from pieces
+    when_over()
 
 
 def _collect(pieces: Iterator[Ints], into: list[Ints]) -> Iterator[Ints]:

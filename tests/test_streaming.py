@@ -1,5 +1,7 @@
 """Streaming changes when audio arrives, not what is said. In this process, on the embedded checkpoint; no server."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ from barkstream.engines import Row
 from barkstream.fine import generate_fine
 from barkstream.local import LocalStages
 from barkstream.options import BadRequest, SpeechOptions
-from barkstream.pipeline import NothingSaid, Pipeline, Speech
+from barkstream.pipeline import NothingSaid, Pipeline, Slots, Speech
 from barkstream.sampling import Sampling
 
 TEXT = "Good morning, how are you today?"
@@ -224,6 +226,81 @@ def test_leaving_a_stream_frees_its_slots(pipeline, voices):
     assert stages.semantic_engine.n_owned_slots == 1
     stream.close()
     assert stages.semantic_engine.n_owned_slots == stages.coarse_engine.n_owned_slots == 0
+
+
+class Freeing(Spy):
+    """Stages that remember when a stream's slots were freed; `free` is called each time."""
+
+    def __init__(self, stages, free=lambda: None):
+        super().__init__(stages, None)
+        self.order, self.freed, self._free = [], threading.Event(), free
+
+    def semantic(self, prefix, n_tokens, position, *rest):
+        self.order += ["sentence"] * (position == 0)
+        return self._stages.semantic(prefix, n_tokens, position, *rest)
+
+    def release(self, stream):
+        self._free()
+        self._stages.release(stream)
+        self.order.append("freed")
+        self.freed.set()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_slots_are_freed_while_the_last_chunk_is_decoded_and_not_before_the_last_sentence(pipeline, voices, streaming):
+    stages = Freeing(pipeline.stages)
+
+    def codec(codes, state):
+        stages.order.append("codec")
+        if stages.order.count("sentence") == 2 and not streaming:
+            assert stages.freed.wait(timeout=10)
+        return pipeline.stages.codec(codes, state)
+
+    stages.codec = codec
+    options = SpeechOptions.parse({"seed": 5, "streaming": streaming})
+    text = "Good morning to you all. The weather is fine today."
+    list(replace(pipeline, stages=stages).stream(text, options, voices["heart_0"], stream=9))
+    assert stages.order.count("freed") == 1 and stages.order.count("sentence") == 2
+    assert stages.order.index("freed") > len(stages.order) - 1 - stages.order[::-1].index("sentence")
+    assert pipeline.stages.semantic_engine.n_owned_slots == pipeline.stages.coarse_engine.n_owned_slots == 0
+
+
+def test_slots_that_could_not_be_freed_in_time_are_freed_at_the_end(pipeline, voices):
+    failures = [RuntimeError("the stage is away")]
+
+    def free():
+        if failures:
+            raise failures.pop()
+
+    stages = Freeing(pipeline.stages, free)
+    list(replace(pipeline, stages=stages).stream(TEXT, SpeechOptions.parse({"seed": 5}), voices["heart_0"], stream=9))
+    assert not failures and stages.order.count("freed") == 1
+
+
+def test_slots_that_are_taken_again_are_freed_again(pipeline):
+    """By a guard's next try, whose listener may leave before its own slots are freed early."""
+    stages = Freeing(pipeline.stages)
+    slots = Slots(stages, 9)
+    with ThreadPoolExecutor(1) as worker:
+        slots.free_soon(worker)
+        assert slots.take() == 9
+    slots.free()
+    assert stages.order == ["freed", "freed"]
+
+
+def test_another_try_takes_slots_anew_and_they_are_freed_too(pipeline, voices):
+    """The first one's codec gives silence, found when its slots were freed."""
+    stages = Freeing(pipeline.stages)
+
+    def codec(codes, state):
+        audio, state = pipeline.stages.codec(codes, state)
+        return audio * (stages.order.count("sentence") > 1), state
+
+    stages.codec = codec
+    options = SpeechOptions.parse({"seed": 5, "guard": True, "streaming": False})
+    list(replace(pipeline, stages=stages).stream("Good morning.", options, voices["heart_0"], stream=9))
+    assert stages.order == ["sentence", "freed"] * stages.order.count("sentence") and len(stages.order) > 2
+    assert pipeline.stages.semantic_engine.n_owned_slots == pipeline.stages.coarse_engine.n_owned_slots == 0
 
 
 def test_a_failing_stage_reaches_the_caller_and_frees_the_slots(pipeline, voices):
