@@ -21,7 +21,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
-from barkstream.engines import Chain, Chunk, Generation, Row, Window, check_chunk
+from barkstream.engines import Chain, Chunk, Generation, Row, Window, Windows, check_chunk
 from barkstream.engines.hosted import HostedStage, OwnStage
 from barkstream.engines.open import CausalStageName, Spec, StageName
 from barkstream.export.codec_state import state_size
@@ -103,11 +103,18 @@ class TritonStages:
         return self._infer("bark_coarse", inputs, "tokens")[0]
 
     def fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float) -> Ints:
+        return self._fine(codes, fill_from, uniforms, temperature)
+
+    def fine_windows(self, codes: Ints, spans: Ints, uniforms: Floats, temperature: float) -> Ints:
+        return self._fine(codes, int(spans[0, 1]), uniforms, temperature, windows=spans)
+
+    def _fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float, **windows: Ints) -> Ints:
         inputs = dict(
             codes=codes,
             fill_from=np.array([fill_from], np.int32),
             uniforms=uniforms,
             temperature=np.array([temperature], np.float32),
+            **windows,
             **self._key,
         )
         return self._infer("bark_fine", inputs, "filled")[0]
@@ -198,10 +205,12 @@ class FineStage:
     def execute(self, requests: list[Any]) -> list[Any]:
         return _answer_calls(requests, self._window, lambda codes: _outputs(filled=codes), self._engine, self._metrics)
 
-    def _window(self, request: Any) -> Window:
+    def _window(self, request: Any) -> Window | Windows:
         call = _arrays(request)
         fill_from, temperature = call["fill_from"][0].item(), call["temperature"][0].item()
-        window = Window(call["codes"], fill_from, call["uniforms"], temperature)
+        window: Window | Windows = Window(call["codes"], fill_from, call["uniforms"], temperature)
+        if "windows" in call:
+            window = Windows(call["codes"], call["windows"], self._layout.window, call["uniforms"], temperature)
         window.check(self._layout)
         return window
 
@@ -255,7 +264,7 @@ def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
 
 def _answer_calls(
     requests: list[Any],
-    parse: Callable[[Any], Row | Window | Chunk],
+    parse: Callable[[Any], Row | Window | Windows | Chunk],
     response: Callable[[Any], Any],
     engine: HostedStage | OwnStage,
     metrics: StageMetrics,

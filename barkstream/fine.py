@@ -54,21 +54,41 @@ def generate_fine(
 
 
 def fill_offline(
-    coarse: Ints, history: HistoryPrompt | None, layout: FineLayout, seed: int, temperature: float, stages: Stages
+    coarse: Ints,
+    history: HistoryPrompt | None,
+    layout: FineLayout,
+    seed: int,
+    temperature: float,
+    stages: Stages,
+    n_a_call: int = 1,
 ) -> Ints:
-    """All codes [8, t] of coarse codes [2, t], in the reference's windows of 1,024 frames with a hop of 512."""
+    """All codes [8, t] of coarse codes [2, t], in the reference's windows of 1,024 frames with a hop of 512.
+
+    n_a_call: windows that a call of the stage has, at most.
+    """
     past = _history(history, layout)
     n_past, n_new = past.shape[1], coarse.shape[1]
     codes = np.concatenate([past, _unknown(coarse, layout)], axis=1)
     codes = _at_least(layout.window, codes, layout)
-    n_windows = max(0, -(-(n_new - (layout.window - n_past)) // layout.hop)) + 1
-    for i in range(n_windows):
-        start = min(i * layout.hop, codes.shape[1] - layout.window)
-        fill_from = min(n_past + i * layout.hop, codes.shape[1] - layout.hop) - start
-        window = codes[:, start : start + layout.window]
-        draws = _draws(seed, start - n_past, layout.window, layout)
-        codes[:, start : start + layout.window] = stages.fine(window, fill_from, draws, temperature)
+    spans = _offline_spans(n_past, n_new, codes.shape[1], layout)
+    for i in range(0, len(spans), n_a_call):
+        start, end = spans[i, 0], spans[i : i + n_a_call][-1, 0] + layout.window
+        windows = spans[i : i + n_a_call] - [start, 0]
+        draws = _draws(seed, start - n_past, end - start, layout)
+        if len(windows) == 1:
+            filled = stages.fine(codes[:, start:end], int(windows[0, 1]), draws, temperature)
+        else:
+            filled = stages.fine_windows(codes[:, start:end], windows.astype(np.int32), draws, temperature)
+        codes[:, start:end] = filled
     return codes[:, n_past : n_past + n_new]
+
+
+def _offline_spans(n_past: int, n_new: int, n_frames: int, layout: FineLayout) -> Ints:
+    """Of the reference's windows over n_frames of codes [k, 2]: the first frame and, counted from there, the first one to fill."""
+    n_windows = max(0, -(-(n_new - (layout.window - n_past)) // layout.hop)) + 1
+    hops = layout.hop * np.arange(n_windows)
+    starts = np.minimum(hops, n_frames - layout.window)
+    return np.stack([starts, np.minimum(n_past + hops, n_frames - layout.hop) - starts], axis=1)
 
 
 def _history(history: HistoryPrompt | None, layout: FineLayout) -> Ints:

@@ -7,7 +7,7 @@ from threading import Lock
 
 import numpy as np
 
-from barkstream.engines import Chain, Row, Window, by_windows
+from barkstream.engines import Chain, Row, Window, Windows, by_windows, one_by_one
 from barkstream.engines.open import open_causal, open_codec, open_fine
 from barkstream.export.codec_state import state_size
 from barkstream.options import Schedule
@@ -65,6 +65,11 @@ class LocalStages:
 
     def fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float) -> Ints:
         return self._fine.fill([Window(codes, fill_from, uniforms, temperature)])[0]
+
+    def fine_windows(self, codes: Ints, spans: Ints, uniforms: Floats, temperature: float) -> Ints:
+        windows = Windows(codes, spans, self.checkpoint.fine.window, uniforms, temperature)
+        windows.check(self.checkpoint.fine)
+        return one_by_one(self._fine.fill, [windows])[0]
 
     def codec(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:
         return self._codec.decode([(codes, state)])[0]

@@ -122,6 +122,9 @@ class Schedule:
     coarse_windows: tuple[int, ...] = (1,)
     offline_coarse_windows: int = 1  # the same without streaming; above 1: once all semantic tokens are there
     offline_semantic_call: int = 0  # semantic_call without streaming or a guard, who looks in between; 0: the same
+    offline_fine_windows: int = (
+        1  # windows of a fine call without streaming; above 1: the stage must be one of our engines'
+    )
     semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
     coarse_ahead: int = 4  # coarse calls made before they are needed, while the fine stage works; 0: none
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
@@ -130,7 +133,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         calls = (self.coarse_call, self.semantic_call, self.semantic_least)
-        counts = (*self.chunk_frames, *calls, *self.coarse_windows, self.offline_coarse_windows)
+        offline = self.offline_coarse_windows, self.offline_fine_windows
+        counts = (*self.chunk_frames, *calls, *self.coarse_windows, *offline)
         ahead = (self.coarse_ahead, self.semantic_ahead)
         extents = (self.fine_context, *self.fine_lookahead, self.fine_window, *ahead, self.offline_semantic_call)
         if not (self.chunk_frames and self.fine_lookahead and self.coarse_windows):
@@ -157,7 +161,8 @@ class Schedule:
 
     def in_company(self) -> Schedule:
         """No call longer than a window: where many streams share instances, each would keep one from the others."""
-        return replace(self, coarse_windows=(1,), offline_coarse_windows=1, offline_semantic_call=0)
+        single = replace(self, coarse_windows=(1,), offline_coarse_windows=1, offline_fine_windows=1)
+        return replace(single, offline_semantic_call=0)
 
     def for_a_crowd(self) -> Schedule:
         """A sentence's first two chunks in one, which plays for longer than the next takes when many streams share a GPU."""

@@ -204,20 +204,19 @@ class Pipeline:
                     coarse, voice, layouts.fine, asked.seed, options.fine_temperature, schedule, stages
                 )
             else:
-                codes = self._offline(coarse, voice, asked.seed, options.fine_temperature)
+                codes = self._offline(coarse, voice, asked.seed, options.fine_temperature, schedule)
             for chunk in decode_audio(_collect(codes, said.fine), stages):
                 nobody_waits.set()
                 yield chunk
         said.semantic.append(semantic.tokens)
 
     def _offline(
-        self, coarse: Iterator[Ints], voice: HistoryPrompt | None, seed: int, temperature: float
+        self, coarse: Iterator[Ints], voice: HistoryPrompt | None, seed: int, temperature: float, schedule: Schedule
     ) -> Iterator[Ints]:
         pieces = list(coarse)
         if pieces:
-            yield fill_offline(
-                np.concatenate(pieces, axis=1), voice, self.checkpoint.fine, seed, temperature, self.stages
-            )
+            known, layout, n = np.concatenate(pieces, axis=1), self.checkpoint.fine, schedule.offline_fine_windows
+            yield fill_offline(known, voice, layout, seed, temperature, self.stages, n)
 
     def _pause(self, length: float) -> Floats:
         """Silence. length: a multiple of the schedule's sentence_pause_s."""

@@ -32,6 +32,11 @@ class Stages(Protocol):
         """codes [8, T] with the fine codebooks of frames fill_from.. drawn (anew); uniforms [6, T] decide the draws."""
         ...
 
+    def fine_windows(self, codes: Ints, spans: Ints, uniforms: Floats, temperature: float) -> Ints:
+        """codes [8, T] of which windows are filled as by as many calls of `fine`, one after the other. spans [k, 2]: of each, its first
+        frame and, counted from there, the first one to fill; a window has as many frames as the model takes."""
+        ...
+
     def codec(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:
         """Samples [320 n] of codes [8, n] and the decoder's next state; a state of zeros starts a stream."""
         ...

@@ -69,6 +69,7 @@ def test_the_lookahead_is_a_list_as_the_chunks_are():
         ({"coarse_windows": "0"}, "chunks and calls must be at least 1"),
         ({"offline_coarse_windows": "0"}, "chunks and calls must be at least 1"),
         ({"offline_coarse_windows": "all"}, "offline_coarse_windows must be written like '1', got 'all'"),
+        ({"offline_fine_windows": "0"}, "chunks and calls must be at least 1"),
         ({"offline_semantic_call": "-1"}, "windows and what is ahead at least 0"),
         ({"fine_window": "-1"}, "windows and what is ahead at least 0"),
         ({"fine_lookahead": "6, -1"}, "windows and what is ahead at least 0"),
@@ -106,7 +107,8 @@ def test_a_schedule_without_a_value_is_refused(name):
 
 
 def test_only_who_does_not_stream_makes_long_calls_and_only_while_few_are_served():
-    schedule = Schedule(offline_coarse_windows=64, offline_semantic_call=768)
+    schedule = Schedule(offline_coarse_windows=64, offline_semantic_call=768, offline_fine_windows=4)
+    assert (schedule.offline_fine_windows, schedule.in_company().offline_fine_windows) == (4, 1)
     calls = lambda schedule: (schedule.coarse_windows[0], schedule.semantic_call)  # noqa: E731
     assert calls(schedule) == (1, 64)
     assert calls(schedule.offline(is_guarded=False)) == (64, 768)

@@ -59,11 +59,13 @@ def test_8_bits_are_all_that_sets_the_profile_cuda_int8_apart(model):
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{model_of(path).name}-{path.stem}")
 def test_a_profile_takes_and_gives_what_the_default_does(path):
-    """But for whose call it is, which fine and codec may be told: it says on which GPU."""
+    """But for whose call it is, which fine and codec may be told: it says on which GPU. And fine takes several windows a call."""
     name, inputs, *rest = interface(path)
     told = ("stream", model_config_pb2.TYPE_INT64, (1,), True)
-    assert (told in inputs) == (name in ("bark_fine", "bark_codec"))
-    assert (name, [each for each in inputs if each != told], *rest) == interface(model_of(path) / "config.pbtxt")
+    windows = ("windows", model_config_pb2.TYPE_INT32, (-1, 2), True)
+    assert (told in inputs) == (name in ("bark_fine", "bark_codec")) and (windows in inputs) == (name == "bark_fine")
+    same = [each for each in inputs if each not in (told, windows)]
+    assert (name, same, *rest) == interface(model_of(path) / "config.pbtxt")
 
 
 @pytest.mark.parametrize("path", [*PROFILES, *sorted(MODEL_REPOSITORY.glob("*/config.pbtxt"))], ids=str)

@@ -157,6 +157,71 @@ class Window:
             )
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one stream in one call: each is filled when those before it are, and sees what they say."""
+
+    codes: Ints  # [K, T]
+    spans: Ints  # [k >= 1, 2]: of each window, its first frame and, counted from there, the first one to fill
+    n_frames: int  # of a window
+    uniforms: Floats  # [K - given, T]
+    temperature: float
+
+    @property
+    def fill_from(self) -> int:
+        """The first window's."""
+        return int(self.spans[0, 1])
+
+    @property
+    def first(self) -> Window:
+        """What an engine is given."""
+        seen = self._seen
+        return Window(self.codes[:, seen], self.fill_from, self.uniforms[:, seen], self.temperature)
+
+    def after(self, filled: Ints) -> Windows:
+        """What is left of the call once its first window is filled: [K, n_frames]. Without spans, it is whole."""
+        codes = self.codes.copy()
+        codes[:, self._seen] = filled
+        return replace(self, codes=codes, spans=self.spans[1:])
+
+    def check(self, layout: FineLayout) -> None:
+        """Raises ValueError for windows that do not fit the model, or reach beyond the codes."""
+        if self.spans.ndim != 2 or not len(self.spans) or self.spans.shape[1] != 2:
+            raise ValueError(f"windows must be [k, 2], got {list(self.spans.shape)}")
+        n_codes = self.codes.shape[1]
+        if self.spans.min() < 0 or self.spans[:, 0].max() + self.n_frames > n_codes:
+            raise ValueError(
+                f"windows of {self.n_frames} frames reach beyond the codes' {n_codes}: {self.spans.tolist()}"
+            )
+        if self.uniforms.shape[1] != n_codes:
+            raise ValueError(f"uniforms must be of {n_codes} frames, got {self.uniforms.shape[1]}")
+        for i in range(len(self.spans)):
+            replace(self, spans=self.spans[i:]).first.check(layout)
+
+    @property
+    def _seen(self) -> slice:
+        start = int(self.spans[0, 0])
+        return slice(start, start + self.n_frames)
+
+
+def one_by_one(fill: Callable[[list[Window]], list[Ints]], calls: Sequence[Window | Windows]) -> list[Ints]:
+    """An engine's `fill`, which knows windows only, for calls that may have several: one of each at a time."""
+    results: list[Ints] = [call.codes for call in calls]
+    left = dict(enumerate(calls))
+    while left:
+        filled = fill([call.first if isinstance(call, Windows) else call for call in left.values()])
+        for (i, call), codes in zip(list(left.items()), filled, strict=True):
+            if isinstance(call, Windows):
+                left[i] = rest = call.after(codes)
+                results[i] = rest.codes
+                if len(rest.spans):
+                    continue
+            else:
+                results[i] = codes
+            del left[i]
+    return results
+
+
 Chunk = tuple[Ints, Floats]  # one stream's share of a batch of the codec: codes [K, n], state [N]
 
 

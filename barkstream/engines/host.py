@@ -8,7 +8,7 @@ A model's instance is a connection. It says (number, verb, argument), as many as
 any order, by (number, result, Work) or (number, exception, Work). Work: what the stage did since any instance was last told.
 
     "open", Spec      a stage's engine, made for the first who asks; None
-    "run", call       a Row, Window or Chunk; its result
+    "run", call       a Row, Window, Windows or Chunk; its result
     "release", keys   of streams whose KV slots are free from now on; None. Calls of theirs that wait are answered with what there is
 
 The process ends with its last connection, or when its GPU fails: what is lost then is only caches, and the next call starts it
@@ -44,7 +44,7 @@ from barkstream.engines.open import (
     use_gpu,
 )
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import POLICIES, CausalWorker, Work, Worker, at_once, measure
+from barkstream.engines.workers import POLICIES, CausalWorker, FineWorker, Work, Worker, at_once, measure
 
 SWITCH_S = 0.0001  # threads hand Python over after so long: the one that has the next piece to launch must not wait
 N_POSTMEN = 2  # threads that send answers
@@ -105,7 +105,7 @@ class Stage:
         engine: Any = open_stage(spec)
         start = at_once(getattr(engine, VERBS[spec.stage])) if is_cpu(spec.engine) else engine.start
         if spec.stage == "fine" or spec.stage == "codec":
-            return Worker(start, spec.max_batch, self._turns, policy)
+            return (FineWorker if spec.stage == "fine" else Worker)(start, spec.max_batch, self._turns, policy)
         n_ids = 2 if spec.stage == "semantic" else 1
         prefix = np.zeros((prefix_lengths(spec.stage, spec.checkpoint)[-1] + 1, n_ids), np.int32)
         costs = measure(engine.generate, engine.release, prefix, engine.row_counts)

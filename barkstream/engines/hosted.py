@@ -21,7 +21,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from barkstream.engines import Chunk, Row, Window, by_windows
+from barkstream.engines import Chunk, Row, Window, Windows, by_windows, one_by_one
 from barkstream.engines.host import LISTENING
 from barkstream.engines.open import VERBS, EngineError, Spec, open_stage
 from barkstream.engines.workers import Work
@@ -39,10 +39,12 @@ class OwnStage:
         """Raises what opening the engine raises."""
         self._engine: Any = open_stage(spec)
         run: Callable[[list[Any]], list[Any]] = getattr(self._engine, VERBS[spec.stage])
-        self._run: Callable[[list[Any]], list[Any]] = partial(by_windows, run) if spec.is_causal else run
+        self._run: Callable[[list[Any]], list[Any]] = run
+        if spec.stage != "codec":
+            self._run = partial(by_windows if spec.is_causal else one_by_one, run)
         self._work, self._told = Work(), Work()
 
-    def run(self, calls: Sequence[Row | Window | Chunk], streams: Sequence[int] = ()) -> list[Any]:
+    def run(self, calls: Sequence[Row | Window | Windows | Chunk], streams: Sequence[int] = ()) -> list[Any]:
         """Each call's result. streams: of no use here."""
         began = time.perf_counter()
         results = self._run(list(calls))
@@ -73,7 +75,7 @@ class HostedStage:
             self.engines = list(pool.map(HostedEngine, specs))
         self._turn = itertools.count(first)
 
-    def run(self, calls: Sequence[Row | Window | Chunk], streams: Sequence[int] = ()) -> list[Any]:
+    def run(self, calls: Sequence[Row | Window | Windows | Chunk], streams: Sequence[int] = ()) -> list[Any]:
         """Each call's result, or the exception that it ended with. streams: whose calls they are, if anybody's; a Row says so itself."""
         streams = streams or [call.stream if isinstance(call, Row) else 0 for call in calls]
         return self._answers(

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from barkstream.engines import Generation, Row
+from barkstream.engines import Generation, Row, Window, Windows
 from barkstream.engines.turns import AT_ONCE, LONE, UNHURRIED, Launch, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
@@ -487,6 +487,32 @@ class CausalWorker(Worker[Row, Generation]):
         self._release(*nameless)
         for each, generation in whole:
             each.answer.set_result(generation)
+        return None
+
+
+class FineWorker(Worker[Window | Windows, Ints]):
+    """The fine stage's: a call of several windows waits again after each, until all are filled."""
+
+    def _start_batch(self, batch: Sequence[_Pending[Window | Windows, Ints]], turn: Turn) -> Finish[Ints]:
+        return self._start([each.call.first if isinstance(each.call, Windows) else each.call for each in batch])
+
+    def _settle(self, batch: list[_Pending[Window | Windows, Ints]], results: Sequence[Ints] | Exception) -> None:
+        if isinstance(results, Exception):
+            return super()._settle(batch, results)
+        unfinished, whole = [], []
+        for each, filled in zip(batch, results, strict=True):
+            if isinstance(each.call, Windows):
+                each.call = each.call.after(filled)
+                if len(each.call.spans):
+                    each.since_s = time.monotonic()
+                    unfinished.append(each)
+                    continue
+                filled = each.call.codes
+            whole.append((each, filled))
+        with self._changed:
+            self._waiting = unfinished + self._waiting
+        for each, codes in whole:
+            each.answer.set_result(codes)
         return None
 
 
