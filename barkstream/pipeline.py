@@ -131,7 +131,7 @@ class Pipeline:
                 asked = Utterance(sentence.text, seed, voice, options, seconds_left, slots, not n_samples, is_last)
                 said = Speech()
                 for chunk in (self._say_guarded if options.guard else self._say)(asked, said):
-                    yield np.concatenate([pause, chunk])
+                    yield np.concatenate([pause, chunk]) if len(pause) else chunk
                     n_samples += len(pause) + len(chunk)
                     pause = NO_SAMPLES
                 if said.fine:

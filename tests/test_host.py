@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
 
 from barkstream.clients import Client
 from barkstream.engines import Chain, Row, by_windows
@@ -205,7 +207,9 @@ def shared_server(repository, tmp_path_factory):
         config = re.sub("max_batch_size: 32", "max_batch_size: 4", config)
         config = re.sub(r"count: \d+", "count: 2", config)
         (folder / f"bark_{stage}" / "config.pbtxt").write_text(config)
-    chains = dict(coarse_windows="1, 2", offline_coarse_windows=64, offline_semantic_call=768, quiet=2)
+    chains = dict(
+        coarse_windows="1, 2", offline_coarse_windows=64, offline_semantic_call=768, offline_fine_windows=4, quiet=2
+    )
     with (folder / "bark" / "config.pbtxt").open("a") as config:
         for name, value in (chains | dict(crowd=3)).items():
             config.write(f'parameters [ {{ key: "{name}" value: {{ string_value: "{value}" }} }} ]\n')
@@ -251,6 +255,36 @@ def test_offline_speech_is_one_coarse_call_a_sentence_while_few_are_served_and_t
     for prompt in (alone, *together):
         for name in ("semantic_prompt", "coarse_prompt"):
             np.testing.assert_array_equal(prompt[name], default[name])
+
+
+@pytest.mark.server
+def test_fine_windows_of_one_call_are_filled_as_by_two(shared_server, spec):
+    layout, rng = spec("fine").checkpoint.fine, np.random.default_rng(2)
+    codes = np.full((8, layout.window + 50), layout.unknown, np.int32)
+    codes[:2] = rng.integers(0, layout.codebook_size, (2, codes.shape[1]))
+    uniforms = rng.random((6, codes.shape[1]), np.float32)
+    spans = np.array([(0, 0), (50, layout.max_history)], np.int32)
+
+    def fill(client, seen, fill_from, **windows):
+        given = dict(
+            codes=codes[:, seen], fill_from=np.array([fill_from], np.int32), uniforms=uniforms[:, seen],
+            temperature=np.array([0.5], np.float32), **windows,
+        )  # fmt: skip
+        tensors = []
+        for name, array in given.items():
+            kind = "FP32" if array.dtype == np.float32 else "INT32"
+            tensors.append(triton.InferInput(name, (1, *array.shape), kind))
+            tensors[-1].set_data_from_numpy(np.ascontiguousarray(array[None]))
+        return client.infer("bark_fine", tensors).as_numpy("filled")[0]
+
+    with triton.InferenceServerClient(shared_server.grpc_url) as client:
+        together = fill(client, slice(None), 0, windows=spans)
+        for start, fill_from in spans:
+            seen = slice(start, start + layout.window)
+            codes[:, seen] = fill(client, seen, fill_from)
+        np.testing.assert_array_equal(together, codes)
+        with pytest.raises(InferenceServerException, match="reach beyond the codes' 1074"):
+            fill(client, slice(None), 0, windows=spans + 1)
 
 
 def coarse_calls_of(server) -> float:
