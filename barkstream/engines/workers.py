@@ -186,7 +186,7 @@ class Worker(Generic[Call, Result]):
             turn = self._turn
         rank = min((each.rank for each in pending), default=REST)
         if rank < REST:
-            self._turns.hurry(rank)
+            self._turns.hurry(rank, turn)
         if rank <= FIRST and turn:
             turn.halt()  # so that it goes along
         return [each.answer for each in pending]
@@ -208,11 +208,11 @@ class Worker(Generic[Call, Result]):
     def work(self) -> None:
         """Until closed. The thread that opened the engine."""
         while self._wait():
-            with self._turns.turn(self._now_urgent) as turn:
+            with self._turns.turn(self._now_urgent, self._lowest_rank) as turn:
+                self._turn = turn  # whoever comes from now on and is not in the batch waits for it
                 batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
                 if not batch:  # who waited has left
                     continue
-                self._turn = turn
                 results = self._try(batch, turn)
                 self._turn = None
             self._took_s[len(batch)] = turn.busy_s
@@ -257,6 +257,11 @@ class Worker(Generic[Call, Result]):
                 policy.is_soon(each.call) or policy.is_long(each.call) for each in self._waiting
             )
         return LONE if can_wait else policy.urgency
+
+    def _lowest_rank(self) -> int:
+        """Of those who wait."""
+        with self._changed:
+            return min((each.rank for each in self._waiting), default=REST)
 
     def _company(self) -> int:
         """Calls that need wait for no more."""
@@ -406,6 +411,8 @@ class CausalWorker(Worker[Row, Generation]):
         self._n_piece = self._piece_tokens(
             [each.call.n_whole for each in batch], [each.call.n_whole for each in batch if each.is_hurried]
         )
+        if any(self._is_new(each.call) for each in batch):
+            turn.launching(min(each.rank for each in batch))  # prefills go first, long before start returns
         if self._start_alone and len(batch) == 1 and self._policy.is_long(batch[0].call):
             return self._start_long(self._start_alone, batch[0], turn)
         return self._start([each.call.piece(self._n_piece) for each in batch])
