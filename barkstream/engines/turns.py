@@ -50,14 +50,22 @@ class Turns:
         self._over_s = 0.0  # when the work that was over last was over
 
     @contextmanager
-    def turn(self, urgency: Urgency, rank: Rank = lambda: NOBODY) -> Iterator[Turn]:
+    def turn(
+        self, urgency: Urgency, rank: Rank = lambda: NOBODY, meanwhile: Callable[[], None] = lambda: None
+    ) -> Iterator[Turn]:
         """The block launches work, says so (`launched`), and waits for it.
 
         urgency: asked when a turn is given away; of equal ones, who came first has it. rank: that of the work, as far as it is known.
+        meanwhile: what there is time for if the turn does not begin at once.
         """
         turn = Turn(self, urgency, rank)
         with self._changed:
             self._waiting.append(turn)
+            self._give_away()
+            is_at_once = self._preparing is turn
+        if not is_at_once:
+            meanwhile()
+        with self._changed:
             wait_s = self._give_away()
             while self._preparing is not turn:
                 self._changed.wait(wait_s)

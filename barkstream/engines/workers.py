@@ -172,6 +172,7 @@ class Worker(Generic[Call, Result]):
         self._is_closed = False
         self._turn: Turn | None = None  # under way
         self._took_s: dict[int, float] = {}  # by the number of calls: the latest such batch
+        self._owed: list[tuple[Future[Result], Result]] = []  # answers that nobody is in a hurry for
         self.work_done = Work()
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
@@ -208,7 +209,7 @@ class Worker(Generic[Call, Result]):
     def work(self) -> None:
         """Until closed. The thread that opened the engine."""
         while self._wait():
-            with self._turns.turn(self._now_urgent, self._lowest_rank) as turn:
+            with self._turns.turn(self._now_urgent, self._lowest_rank, self._pay) as turn:
                 self._turn = turn  # whoever comes from now on and is not in the batch waits for it
                 batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
                 if not batch:  # who waited has left
@@ -225,6 +226,7 @@ class Worker(Generic[Call, Result]):
             turn.launched(self._launch(batch))
             if self._is_joined(batch):
                 turn.halt()
+            self._pay()
             return finish()
         except Exception as error:
             return error
@@ -270,6 +272,8 @@ class Worker(Generic[Call, Result]):
     def _wait(self) -> bool:
         """Return when there is something to run; false: the worker was closed."""
         while True:
+            if not self._waiting:
+                self._pay()
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._errands or self._is_closed)
                 errands, self._errands = self._errands, []
@@ -293,8 +297,21 @@ class Worker(Generic[Call, Result]):
             for each in batch:
                 each.answer.set_exception(results)
         else:
-            for each, result in zip(batch, results, strict=True):
+            self._answer(list(zip(batch, results, strict=True)))
+
+    def _answer(self, said: Sequence[tuple[_Pending[Call, Result], Result]]) -> None:
+        """At once those who are in a hurry. The others when the next batch is launched, if that is the very next thing: whoever is told has
+        something to do, and the GPU would wait for Python meanwhile."""
+        for each, result in said:
+            if each.is_hurried:
                 each.answer.set_result(result)
+            else:
+                self._owed.append((each.answer, result))
+
+    def _pay(self) -> None:
+        owed, self._owed = self._owed, []
+        for answer, result in owed:
+            answer.set_result(result)
 
 
 class CausalWorker(Worker[Row, Generation]):
@@ -371,7 +388,8 @@ class CausalWorker(Worker[Row, Generation]):
     def _next_batch(self) -> list[_Pending[Row, Generation]]:
         with self._changed:
             self._under_way = self._together(self._waiting)
-            self._waiting = [each for each in self._waiting if each not in self._under_way]
+            chosen = set(self._under_way)
+            self._waiting = [each for each in self._waiting if each not in chosen]
         return self._under_way
 
     def _together(self, waiting: Sequence[_Pending[Row, Generation]]) -> list[_Pending[Row, Generation]]:
@@ -488,9 +506,7 @@ class CausalWorker(Worker[Row, Generation]):
         with self._changed:
             self._forget(nameless)
         self._release(*nameless)
-        for each, generation in whole:
-            each.answer.set_result(generation)
-        return None
+        return self._answer(whole)
 
 
 @dataclass(frozen=True)
