@@ -272,12 +272,12 @@ class Worker(Generic[Call, Result]):
     def _wait(self) -> bool:
         """Return when there is something to run; false: the worker was closed."""
         while True:
-            if not self._waiting:
-                self._pay()
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._errands or self._is_closed)
+                self._changed.wait_for(lambda: self._owed or self._waiting or self._errands or self._is_closed)
                 errands, self._errands = self._errands, []
                 some, is_closed = bool(self._waiting), self._is_closed
+            if not some or is_closed:
+                self._pay()
             for errand, answer in errands:
                 try:
                     answer.set_result(errand())
