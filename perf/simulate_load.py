@@ -99,7 +99,7 @@ class Policy:
     coarse_patience_s: float = POLICIES["coarse"].patience_s
     # Work that runs is halted for listeners without audio: 1 when they call, 2 when what they call for is launched, 0 never.
     halts: int = 2
-    halt_lead_s: float = 0.0  # so long before it is launched
+    halt_lead_s: float = 0.0005  # so long before it is launched, as prefills make it
     halted_s: float = 0.0003  # until it stands
     comfortable_s: float = COMFORTABLE_S
     first_batch: int = POLICIES["coarse"].first_batch
@@ -316,9 +316,11 @@ class Gpu:
     async def _take_turn(self, stage: str) -> None:
         policy, run = self._policy, self._next_run(stage)
         self._preparing = run
-        await asyncio.sleep(policy.prepare_s + len(run.batch) * policy.row_s - policy.halt_lead_s)
+        prepare_s = policy.prepare_s + len(run.batch) * policy.row_s
+        lead_s = min(policy.halt_lead_s, prepare_s)
+        await asyncio.sleep(prepare_s - lead_s)
         self._halt_for(run)
-        await asyncio.sleep(policy.halt_lead_s)
+        await asyncio.sleep(lead_s)
         self._preparing = None
         self._launch(run)
 
