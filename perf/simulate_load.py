@@ -97,7 +97,9 @@ class Policy:
     company: int = POLICIES["coarse"].company  # of the causal stages
     semantic_patience_s: float = POLICIES["semantic"].patience_s
     coarse_patience_s: float = POLICIES["coarse"].patience_s
-    halts: int = 1  # work that runs is halted for listeners without audio; 0: never
+    # Work that runs is halted for listeners without audio: 1 when they call, 2 when what they call for is launched, 0 never.
+    halts: int = 2
+    halt_lead_s: float = 0.0005  # so long before it is launched, as prefills make it
     halted_s: float = 0.0003  # until it stands
     comfortable_s: float = COMFORTABLE_S
     first_batch: int = POLICIES["coarse"].first_batch
@@ -106,7 +108,10 @@ class Policy:
     fine_instances: int = 16
     codec_instances: int = 8
     way_s: float = 0.0014  # through Triton, one way; found by trying, so that the whole says what an H100 said
-    gap_s: float = 0.0015  # between two batches, likewise
+    prepare_s: float = 0.0015  # a batch, by Python: until it is on its way
+    settle_s: float = 0.0003  # one that is over: until its calls are answered, or wait for the rest
+    row_s: float = 0.00006  # more for each row, of both
+    gap_s: float = 0.0003  # between two that were launched one behind the other
     chunks: tuple[int, ...] = field(default=(24, 30, 60, 60, 60, 90))  # frames
     lookahead: tuple[int, ...] = field(default=(6, 6, 6, 36, 66, 36))
 
@@ -118,7 +123,6 @@ class Policy:
 
 
 MAX_BATCH = {"codec": 4, "fine": 8, "semantic": 32, "coarse": 32}
-PREPARATION_S = 0.001  # of a batch, by Python
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -151,6 +155,7 @@ class Call:
     rank: int = REST
     is_new: bool = False  # needs a prefill
     since_s: float = 0.0
+    came_s: float = 0.0  # the same of its first piece
     answer: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -169,11 +174,17 @@ class Run:
     first_s: float  # what comes before its steps, or all of it
     step_s: float
     n_steps: int
+    is_halted_at_once: bool = False  # somebody came while it was being prepared
     end: asyncio.TimerHandle | None = None
 
     @property
     def rank(self) -> int:
         return min(call.rank for call in self.batch)
+
+    @property
+    def ends_s(self) -> float:
+        """Where it can be halted: when that may be."""
+        return self.begins_s + self.first_s if self.n_steps else self.over_s
 
     @property
     def over_s(self) -> float:
@@ -189,28 +200,57 @@ class Gpu:
         self._changed = asyncio.Event()
         self._kept_until_s = self._over_s = 0.0  # the latter: when the GPU's last work was over
         self._running: list[Run] = []
+        self._preparing: Run | None = None
+        self._settling: set[str] = set()
+        self.idle_s = 0.0  # while the calls that came next were there already
         self.known: dict[str, set[Stream]] = {"semantic": set(), "coarse": set()}
         self.batches = {stage: [0, 0, 0.0] for stage in STAGES}  # how many, their rows, ms
         self._task = self._loop.create_task(self._work())
 
     def submit(self, call: Call) -> None:
         call.since_s = self._loop.time()
+        call.came_s = call.came_s or call.since_s
         self._waiting[call.stage].append(call)
         if self._policy.halts and call.rank < REST:
-            self._halt_for(call)
+            self._hurry(call)
         self._changed.set()
 
-    def _halt_for(self, call: Call) -> None:
+    def _hurry(self, call: Call) -> None:
+        """What is of the call's own stage has to be over before the call has its turn; other work is waited for no longer than it takes to
+        prepare what comes behind it."""
+        at_once = self._policy.halts == 1
+        if (run := self._preparing) and self._is_to_end(run, call) and (at_once or run.stage == call.stage):
+            run.is_halted_at_once = True
+        for run in self._running:
+            if self._is_to_end(run, call) and (at_once or run.stage == call.stage):
+                self._halt(run)
+        self._make_room()
+
+    def _is_to_end(self, run: Run, call: Call) -> bool:
+        goes_along = call.rank <= FIRST and run.stage == call.stage
+        return call.rank < run.rank or goes_along
+
+    def _make_room(self) -> None:
+        """Behind two that run nothing can be prepared."""
+        if self._policy.halts == 2 and len(self._running) > 1 and self._waiting_rank < self._running[0].rank:
+            self._halt(self._running[0])
+
+    def _halt(self, halted: Run) -> None:
+        """It makes no step after the one that it is at, but one at least; what was launched behind it comes sooner."""
         now_s, free_s = self._loop.time(), 0.0
         for run in self._running:
             if run.begins_s > now_s:
                 run.begins_s = max(now_s, free_s)
-            goes_along = call.rank <= FIRST and run.stage == call.stage
-            if run.n_steps and (call.rank < run.rank or goes_along):
+            if run is halted and run.n_steps:
                 into_s = now_s + self._policy.halted_s - run.begins_s - run.first_s
                 run.n_steps = min(run.n_steps, max(1, math.ceil(into_s / run.step_s)))
-            free_s = run.over_s
+            free_s = run.over_s + self._policy.gap_s
             self._end_at(run)
+
+    @property
+    def _waiting_rank(self) -> int:
+        """The lowest of those who wait for a turn."""
+        return min((call.rank for stage in self._stages_that_wait() for call in self._waiting[stage]), default=REST)
 
     @property
     def _free_s(self) -> float:
@@ -225,8 +265,7 @@ class Gpu:
             elif wait_s > 1e-6:
                 await self._sleep(wait_s)
             else:
-                self._start(self._next_stage())
-                await asyncio.sleep(PREPARATION_S)
+                await self._take_turn(self._next_stage())
 
     async def _sleep(self, wait_s: float) -> None:
         with suppress(asyncio.TimeoutError):
@@ -240,7 +279,7 @@ class Gpu:
 
     def _stages_that_wait(self) -> list[str]:
         """A stage whose batch runs waits for its end first."""
-        under_way = {run.stage for run in self._running}
+        under_way = {run.stage for run in self._running} | self._settling
         return [stage for stage in STAGES if self._waiting[stage] and stage not in under_way]
 
     def _wait_s(self) -> float | None:
@@ -251,7 +290,10 @@ class Gpu:
         own = min((self._urgency(run.stage) for run in self._running if self._waiting[run.stage]), default=LONE)
         if own <= AT_ONCE < urgency or own <= MOST_HURRIED < urgency:
             return None
-        early_s = self._free_s - HEAD_START_S - now_s
+        free_s = self._free_s
+        if self._policy.halts == 2 and self._running and self._waiting_rank < self._running[0].rank:
+            free_s = min(free_s, max(now_s, self._running[0].ends_s) + self._policy.halted_s)
+        early_s = free_s - HEAD_START_S - now_s
         if urgency >= LONE:
             early_s = max(early_s, self._free_s + GRACE_S - now_s)
         if urgency > MOST_HURRIED:
@@ -271,7 +313,18 @@ class Gpu:
             return LONE
         return policy.urgency
 
-    def _start(self, stage: str) -> None:
+    async def _take_turn(self, stage: str) -> None:
+        policy, run = self._policy, self._next_run(stage)
+        self._preparing = run
+        prepare_s = policy.prepare_s + len(run.batch) * policy.row_s
+        lead_s = min(policy.halt_lead_s, prepare_s)
+        await asyncio.sleep(prepare_s - lead_s)
+        self._halt_for(run)
+        await asyncio.sleep(lead_s)
+        self._preparing = None
+        self._launch(run)
+
+    def _next_run(self, stage: str) -> Run:
         batch = self._batch(stage)
         self._waiting[stage] = [call for call in self._waiting[stage] if call not in batch]
         n_tokens, step = 0, 0.0
@@ -283,10 +336,24 @@ class Gpu:
             step = self._costs.step(stage, len(batch))
             n_tokens = self._piece(batch, step / 1e3)
             first = self._costs.prefill(stage, sum(call.is_new for call in batch))
-        begins_s = max(self._loop.time() + PREPARATION_S, self._free_s + self._policy.gap_s)
-        run = Run(stage, batch, begins_s, first / 1e3, step / 1e3, n_tokens)
+        return Run(stage, batch, 0.0, first / 1e3, step / 1e3, n_tokens)
+
+    def _halt_for(self, coming: Run) -> None:
+        if self._policy.halts == 2:
+            for run in self._running:
+                if coming.rank < run.rank:
+                    self._halt(run)
+
+    def _launch(self, run: Run) -> None:
+        now_s = self._loop.time()
+        free_s = self._free_s + self._policy.gap_s
+        run.begins_s = max(now_s, free_s)
+        self.idle_s += max(0.0, run.begins_s - max(self._free_s, min(call.came_s for call in run.batch)))
         self._running.append(run)
         self._end_at(run)
+        if run.is_halted_at_once:
+            self._halt(run)
+        self._make_room()
 
     def _end_at(self, run: Run) -> None:
         if run.end:
@@ -325,6 +392,13 @@ class Gpu:
         waits = self._waiting[run.stage] and self._urgency(run.stage) <= MOST_HURRIED
         if waits or (run.stage != "codec" and run.rank < REST):
             self._kept_until_s = self._loop.time() + FOLLOW_S
+        self._settling.add(run.stage)
+        settle_s = self._policy.settle_s + len(run.batch) * self._policy.row_s
+        self._loop.call_later(settle_s, self._settle, run)
+        self._changed.set()
+
+    def _settle(self, run: Run) -> None:
+        self._settling.remove(run.stage)
         for call in run.batch:
             made = min(run.n_steps, call.n_tokens)
             call.n_tokens, call.position, call.is_new = call.n_tokens - made, call.position + made, False
@@ -500,6 +574,7 @@ async def listen(
         "underruns": sum(stream.n_underruns for stream in heard),
         "underrun_s": round(sum(stream.underrun_s for stream in heard), 2),
         "audio_s_per_s": round(audio_s / max(stream.ended_s for stream in heard), 1),
+        "idle_percent": round(100 * server.gpu.idle_s / max(stream.ended_s for stream in heard), 1),
         "stages": {
             stage: {"rows_a_batch": round(rows / max(n, 1), 1), "ms_a_second_of_audio": round(ms / audio_s, 2)}
             for stage, (n, rows, ms) in server.gpu.batches.items()

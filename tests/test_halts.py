@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from barkstream.engines import Chain, Generation, Row, Window
-from barkstream.engines.turns import AT_ONCE, FOLLOW_S, LONE, Launch, Turns
+from barkstream.engines.turns import AT_ONCE, FOLLOW_S, HEAD_START_S, LONE, Launch, Turns
 from barkstream.engines.workers import COMFORTABLE_S, FIRST, HURRIED, LAST, POLICIES, REST, CausalWorker, Worker
 from barkstream.sampling import Sampling
 
@@ -247,18 +247,212 @@ def test_the_turn_behind_is_kept_for_who_waits_for_its_own_stage():
     assert went == ["fine", "coarse"]
 
 
-def test_what_is_halted_does_not_go_on_and_is_expected_to_be_over_soon():
+def test_what_is_to_be_halted_does_not_go_on_and_is_expected_to_be_over_soon():
     turns, halted = Turns(), []
     with turns.turn(lambda: 4) as turn:
         turn.launched(Launch(LONG_S, halt=lambda: halted.append(1), rank=REST, least_s=0.01))
         assert turn.extended(1.0)
         before_s = turn.over_at_s
         turns.hurry(REST)
-        assert not halted and turn.extended(0.0)
+        assert turn.extended(0.0)
         turns.hurry(HURRIED)
+        assert not turn.extended(1.0) and not halted
+        with turns.turn(lambda: 2, lambda: HURRIED) as other:
+            other.launched(Launch(0.0, rank=HURRIED))
+            assert halted == [1]
+            assert turn.over_at_s < before_s - 4 and turn.over_at_s >= turn.begins_s + 0.01
+
+
+class Others:
+    """Turns that others have: `runs` launches haltable work, which is over at the end of the test; `prepares` waits to be told to."""
+
+    def __init__(self):
+        self.turns, self.halted = Turns(), []
+        self._over, self._threads, self._told = threading.Event(), [], []
+
+    def runs(self, name, rank=REST, urgency=4, least_s=0.0):
+        """The turn, once its work is launched."""
+        turn, go = self.prepares(name, rank, urgency, least_s)
+        go()
+        return turn
+
+    def prepares(self, name, rank=REST, urgency=4, least_s=0.0):
+        """The turn, once it has begun, and what launches its work and returns when that is done."""
+        begun, told, launched, turns = threading.Event(), threading.Event(), threading.Event(), []
+        launch = Launch(LONG_S, halt=lambda: self.halted.append(name), rank=rank, least_s=least_s)
+        self._told.append(told)
+
+        def go():
+            told.set()
+            assert launched.wait(LONG_S)
+
+        def take():
+            with self.turns.turn(lambda: urgency, lambda: rank) as turn:
+                turns.append(turn)
+                begun.set()
+                assert told.wait(LONG_S)
+                turn.launched(launch)
+                launched.set()
+                assert self._over.wait(LONG_S)
+
+        self.spawn(take)
+        assert begun.wait(LONG_S / 2)
+        return turns[0], go
+
+    def spawn(self, work):
+        self._threads.append(threading.Thread(target=work))
+        self._threads[-1].start()
+        return self._threads[-1]
+
+    def waits(self):
+        """Until somebody waits for a turn."""
+        while not self.turns._waiting:
+            time.sleep(0.0001)
+
+    def end(self):
+        for event in (self._over, *self._told):
+            event.set()
+        for thread in self._threads:
+            thread.join(LONG_S)
+
+
+@pytest.fixture
+def others():
+    others = Others()
+    yield others
+    others.end()
+
+
+def test_what_runs_is_halted_when_what_comes_in_its_place_is_launched(others):
+    others.runs("coarse")
+    others.turns.hurry(FIRST)
+    _, go = others.prepares("semantic", FIRST, AT_ONCE)  # has its turn, though what runs takes 5 s
+    assert not others.halted
+    go()
+    assert others.halted == ["coarse"]
+
+
+def test_or_a_little_earlier_for_who_says_so(others):
+    others.runs("coarse")
+    turn, _ = others.prepares("semantic", FIRST, AT_ONCE)
+    turn.launching(REST)
+    assert not others.halted
+    turn.launching(FIRST)
+    assert others.halted == ["coarse"]
+
+
+def test_work_of_the_calls_own_stage_is_halted_at_once_or_when_it_is_launched(others):
+    coarse, go = others.prepares("coarse")
+    others.turns.hurry(REST, coarse)
+    others.turns.hurry(HURRIED, coarse)
+    assert not others.halted
+    go()
+    assert others.halted == ["coarse"]
+    semantic = others.runs("semantic", HURRIED, 2)
+    others.turns.hurry(HURRIED, semantic)
+    assert others.halted == ["coarse"]
+    others.turns.hurry(FIRST, semantic)
+    assert others.halted == ["coarse", "semantic"]
+
+
+def test_what_another_stage_was_preparing_runs_until_the_call_is_launched(others):
+    _, launch_semantic = others.prepares("semantic", HURRIED, 2)
+    others.turns.hurry(FIRST)
+    launch_semantic()
+    assert not others.halted
+    _, launch_coarse = others.prepares("coarse", FIRST, AT_ONCE)
+    assert not others.halted
+    launch_coarse()
+    assert others.halted == ["semantic"]
+
+
+def test_of_two_that_run_the_first_is_halted_at_once_for_there_is_no_room(others):
+    semantic = others.runs("semantic", HURRIED)
+    semantic.over_at_s = 0.0  # so another may have its turn
+    others.runs("coarse")
+    others.turns.hurry(HURRIED)
+    assert not others.halted, "the first is as urgent as the call"
+    others.turns.hurry(FIRST)
+    assert others.halted == ["semantic"]
+
+
+def test_for_a_call_that_waits_without_having_been_announced_too(others):
+    semantic = others.runs("semantic")
+    semantic.over_at_s = 0.0
+    others.runs("coarse")
+    others.spawn(lambda: others.prepares("fine", FIRST, AT_ONCE))
+    others.waits()
+    while not others.halted:
+        time.sleep(0.0001)
+    assert others.halted == ["semantic"]
+
+
+def test_who_goes_before_a_call_does_not_keep_it_waiting(others):
+    """Long chunks of the codec are more urgent than a second window, and halt nobody; but the window waits behind them."""
+    others.runs("semantic")
+    ranks = {"coarse": REST}
+
+    def wait_for_coarse():
+        with others.turns.turn(lambda: 2, lambda: ranks["coarse"]):
+            pass
+
+    others.spawn(wait_for_coarse)
+    others.waits()
+    ranks["coarse"] = HURRIED
+    _, go = others.prepares("codec", REST, 1)  # has its turn at once, too
+    assert not others.halted
+    go()
+    assert others.halted == ["semantic"]
+
+
+def test_nothing_is_halted_for_a_call_that_was_taken_back_and_others_go_on():
+    turns, halted = Turns(), []
+    with turns.turn(lambda: 4) as turn:
+        turn.launched(Launch(LONG_S, halt=lambda: halted.append(1), rank=REST))
         turns.hurry(FIRST)
-        assert halted == [1] and not turn.extended(1.0)
-        assert turn.over_at_s < before_s - 4 and turn.over_at_s >= turn.begins_s + 0.01
+        with turns.turn(lambda: AT_ONCE, lambda: FIRST):
+            pass  # nothing to launch any more
+        assert not halted and turn.over_at_s > time.monotonic() + LONG_S / 2
+        turns.hurry(FIRST)  # nor does this one ever ask for its turn
+    began_s = time.monotonic()
+    with turns.turn(lambda: 4):
+        assert not halted and time.monotonic() - began_s < LONG_S / 2
+
+
+def test_prefills_cannot_be_halted_so_there_is_time_for_others_to_come_along(others):
+    coarse = others.runs("coarse", least_s=0.2)
+    others.turns.hurry(FIRST)
+    turn, _ = others.prepares("semantic", FIRST, AT_ONCE)
+    assert turn.began_s >= coarse.begins_s + 0.2 - HEAD_START_S
+
+
+def test_a_worker_prepares_while_what_runs_goes_on_and_has_it_halted_when_prefills_are_launched(stage):
+    turns, n_halts = Turns(), {}
+    engine, worker = stage(turns)
+    worker.submit([row(stream=1)])
+    engine.begun(1)
+
+    def windows_start(windows):
+        n_halts["fine, at its start"] = engine.n_halts
+        return lambda: windows
+
+    fine = Worker(windows_start, 8, turns, POLICIES["fine"])
+    thread = threading.Thread(target=fine.work)
+    thread.start()
+    window = Window(np.zeros((8, 256), np.int32), 256 - 30, np.zeros((6, 256), np.float32), 0.5)
+    fine.submit([window])[0].result(LONG_S)
+    fine.close()
+    thread.join()
+    assert n_halts == {"fine, at its start": 0} and engine.n_halts == 1
+    engine.begun(2)
+    other, others_worker = stage(turns, "semantic")
+    start = others_worker._start
+    others_worker._start = lambda rows: n_halts.update(semantic=engine.n_halts) or start(rows)
+    others_worker.submit([row(46, stream=2, position=0)])
+    other.begun(1)
+    assert n_halts["semantic"] == 2
+    other.let()
+    engine.let()
 
 
 def test_work_that_nothing_ends_is_waited_for():

@@ -7,6 +7,7 @@ import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -128,3 +129,14 @@ def test_a_wide_kernels_memory_fits_a_block():
                 constants = wide.source(size, COARSE_HEAD, bits, n_rows)[1]
                 assert constants["MOST_KEYS_IN_FLIGHT"] >= constants["KEYS_IN_FLIGHT"] >= 1
                 assert constants["STAGES"] - constants["MOST_KEYS_IN_FLIGHT"] >= wide.N_TEAMS
+
+
+def test_rows_are_dealt_to_whoever_has_least_to_do_and_room():
+    random = np.random.default_rng(0)
+    for n_rows in (8, 16, 24, 32, 64):
+        lengths = random.integers(0, 4, n_rows).tolist()  # with ties
+        hands = [[] for _ in range(8)]
+        for row in sorted(range(n_rows), key=lambda row: -lengths[row]):
+            with_room = [hand for hand in hands if len(hand) < n_rows // 8]
+            min(with_room, key=lambda hand: sum(lengths[each] for each in hand)).append(row)
+        assert wide.deal_rows(lengths) == sum(hands, [])

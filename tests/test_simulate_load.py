@@ -54,8 +54,21 @@ def test_dearer_steps_make_less_audio_and_the_same_arrivals_the_same_figures():
 
 def test_first_audio_comes_sooner_where_work_is_halted_for_it():
     ask = dict(rate=4, duration_s=10, seed=3)
-    waits, halts = (simulate(replace(Policy(), halts=n), INT8, **ask) for n in (0, 1))
+    waits, halts = (simulate(replace(Policy(), halts=n), INT8, **ask) for n in (0, 2))
     assert halts["ttfa_ms_p50"] < 0.85 * waits["ttfa_ms_p50"] and halts["requests"] == waits["requests"]
+
+
+def test_the_gpu_idles_less_where_work_is_halted_once_what_it_is_halted_for_is_prepared():
+    ask = dict(clients=32, duration_s=14)
+    when_they_call, when_prepared = (simulate(replace(Policy(), halts=n, prepare_s=0.003), INT8, **ask) for n in (1, 2))
+    assert when_prepared["idle_percent"] < when_they_call["idle_percent"] - 0.5
+
+
+def test_what_python_takes_between_two_batches_is_idle_time():
+    nothing = dict(prepare_s=0.0, settle_s=0.0, row_s=0.0, gap_s=0.0)
+    ask = dict(clients=8, duration_s=5)
+    free, dear = (simulate(replace(Policy(), **each), INT8, **ask)["idle_percent"] for each in (nothing, {}))
+    assert free < 3 and dear > free + 4
 
 
 def test_as_a_command():

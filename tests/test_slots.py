@@ -37,6 +37,18 @@ def test_a_stream_keeps_its_slot_until_it_is_released():
     assert slots.n_owned == 1
 
 
+def test_what_a_slot_knows_of_a_prefix_is_what_both_begin_with():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        width = random.integers(1, 3)
+        held, prefix = (random.integers(0, 2, (random.integers(0, 6), width)) for _ in range(2))
+        alike = 0
+        while alike < min(len(held), len(prefix)) and (held[alike] == prefix[alike]).all():
+            alike += 1
+        assert Slot(held).n_known(prefix) == alike
+    assert Slot(np.zeros((3, 1))).n_known(np.zeros((3, 2))) == 0
+
+
 def test_the_stream_used_least_recently_gives_its_slot_up():
     slots = pool(2)
     for stream in (1, 2, 1):

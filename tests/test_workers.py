@@ -318,6 +318,69 @@ def test_calls_that_came_during_anothers_turn_go_together(start):
     assert batches == [[0, 1, 2]]
 
 
+def one_by_one(is_hurried, turns=None):
+    """A worker of two calls, and what it says of them when it starts the second, and when that runs: whether each is answered."""
+    turns, answers, answered = turns or Turns(), [], []
+
+    def note(calls):
+        answered.append([answer.done() for answer in answers])
+        return calls
+
+    def begin(calls):
+        note(calls)
+        return lambda: note(calls)
+
+    policy = Policy(lambda call: False, lambda call: is_hurried, hurried=3, urgency=3)
+    return Worker(begin, 1, turns, policy), answers, answered
+
+
+@pytest.mark.parametrize("is_hurried", [True, False])
+def test_answers_that_are_in_no_hurry_come_when_the_next_batch_is_launched(start, is_hurried):
+    turns = Turns()
+    worker, answers, answered = one_by_one(is_hurried, turns)
+    with turns.turn(lambda: 0):
+        answers += worker.submit([1, 2])
+        start(worker)
+    assert [answer.result(timeout=5) for answer in answers] == [1, 2]
+    assert answered == [[False, False], [False, False], [is_hurried, False], [True, False]]
+
+
+def test_answers_do_not_wait_for_a_next_batch_that_somebody_else_goes_before(start):
+    turns = Turns()
+    worker, answers, answered = one_by_one(False, turns)
+    begin = worker._start
+
+    def go_between():
+        with turns.turn(lambda: 0):
+            answers[0].result(timeout=5)
+
+    def begin_and_be_followed(calls):
+        finish = begin(calls)
+        if calls == [1]:
+            threading.Thread(target=go_between).start()
+            while not turns._waiting:
+                pass
+        return finish
+
+    worker._start = begin_and_be_followed
+    with turns.turn(lambda: 0):
+        answers += worker.submit([1, 2])
+        start(worker)
+    assert answers[1].result(timeout=5) == 2 and answered[2] == [True, False]
+
+
+def test_an_answer_is_not_lost_when_the_next_batch_fails(start):
+    turns, begun = Turns(), []
+    policy = Policy(lambda call: False, lambda call: False, hurried=3, urgency=3)
+    worker = Worker(at_once(lambda calls: begun.append(calls) or [1 / (2 - call) for call in calls]), 1, turns, policy)
+    with turns.turn(lambda: 0):
+        answers = worker.submit([1, 2])
+        start(worker)
+    with pytest.raises(ZeroDivisionError):
+        answers[1].result(timeout=5)
+    assert answers[0].result(timeout=5) == 1 and begun == [[1], [2]]
+
+
 def test_the_most_urgent_goes_next():
     turns, order = Turns(), []
 

@@ -23,8 +23,9 @@ class Slot:
         n = min(len(self.ids), len(ids))
         if self.ids.shape[1:] != ids.shape[1:]:
             return 0
-        differs = (self.ids[:n] != ids[:n]).any(axis=1)
-        return int(differs.argmax()) if differs.any() else n
+        differs = (self.ids[:n] != ids[:n]).ravel()
+        first = int(differs.argmax()) if n else 0
+        return first // ids.shape[1] if n and differs[first] else n
 
 
 AnySlot = TypeVar("AnySlot", bound=Slot)
@@ -55,9 +56,11 @@ class Slots(Generic[AnySlot]):
         At most as many rows as there are slots. A row without a stream gives its slot back at the end.
         """
         slots: list[tuple[int, AnySlot]] = []
+        owners: set[int] = set()
         try:
             for row in rows:
-                stream = 0 if row.stream in [owner for owner, _ in slots] else row.stream
+                stream = 0 if row.stream in owners else row.stream
+                owners.add(stream)
                 slots.append((stream, self._owned.pop(stream) if stream in self._owned else self._free_slot()))
             yield [slot for _, slot in slots]
         finally:

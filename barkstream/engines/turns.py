@@ -20,6 +20,7 @@ PATIENCE_S = 0.005  # urgencies are asked so often at least, for time changes th
 NOBODY = 99  # a rank above all
 
 Urgency = Callable[[], int]  # the lowest goes first
+Rank = Callable[[], int]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Turns:
     """Hands turns to the most urgent of those who wait for one. Threads share it.
 
     A turn is alone until its work is launched, which then runs on the GPU. Shortly before it is over the next turn begins, so that
-    the GPU does not idle while Python prepares: chosen as late as that, for somebody more urgent may come. Who comes later and is more
-    urgent has what runs halted, if it can be.
+    the GPU does not idle while Python prepares: chosen as late as that, for somebody more urgent may come. Who comes later and has a
+    lower rank than what runs has it halted, if it can be: not at once, but when what comes in its place has been prepared.
     """
 
     def __init__(self) -> None:
@@ -50,14 +51,22 @@ class Turns:
         self._over_s = 0.0  # when the work that was over last was over
 
     @contextmanager
-    def turn(self, urgency: Urgency) -> Iterator[Turn]:
+    def turn(
+        self, urgency: Urgency, rank: Rank = lambda: NOBODY, meanwhile: Callable[[], None] = lambda: None
+    ) -> Iterator[Turn]:
         """The block launches work, says so (`launched`), and waits for it.
 
-        urgency: asked when a turn is given away; of equal ones, who came first has it.
+        urgency: asked when a turn is given away; of equal ones, who came first has it. rank: that of the work, as far as it is known.
+        meanwhile: what there is time for if the turn does not begin at once.
         """
-        turn = Turn(self, urgency)
+        turn = Turn(self, urgency, rank)
         with self._changed:
             self._waiting.append(turn)
+            self._give_away()
+            is_at_once = self._preparing is turn
+        if not is_at_once:
+            meanwhile()
+        with self._changed:
             wait_s = self._give_away()
             while self._preparing is not turn:
                 self._changed.wait(wait_s)
@@ -69,33 +78,60 @@ class Turns:
             with self._changed:
                 self._end(turn)
 
-    def hurry(self, rank: int) -> None:
-        """A call of this rank has come, which will want a turn at once: work of a higher one is halted, where that can be done."""
+    def hurry(self, rank: int, own: Turn | None = None) -> None:
+        """A call of this rank has come, whose stage will want a turn at once.
+
+        own: the stage's turn that is under way. It has to be over before the next one, so it is halted now, or when it is launched, if its
+        rank is higher. For others' work there is time until the call's is about to be launched: meanwhile the GPU has something to do.
+        """
         with self._changed:
-            if self._preparing:
-                self._preparing.wanted_by = min(self._preparing.wanted_by, rank)
             for turn in self._running:
-                if rank < turn.launch.rank:
-                    self._halt(turn)
+                if rank < turn.launch.rank and turn.launch.halt:
+                    turn.wanted_by = min(turn.wanted_by, rank)
+                    self._followed_until_s = max(self._followed_until_s, time.monotonic() + FOLLOW_S)
+            if own and own is self._preparing:
+                own.wanted_by = min(own.wanted_by, rank)
+            if own in self._running and rank < own.launch.rank:
+                self._halt(own)
+            self._make_room(rank)
             self._give_away()
             self._changed.notify_all()
 
+    def _make_room(self, rank: int) -> None:
+        """Behind two that run nothing can be prepared, so for a call of this rank the first is halted; the second keeps the GPU busy."""
+        if len(self._running) > 1 and rank < self._running[0].launch.rank:
+            self._halt(self._running[0])
+
     def _halt(self, turn: Turn) -> None:
-        """Work that was launched. Until the call for which it is halted has a turn, none is given to those whom nobody waits for."""
+        """Work that was launched."""
         if turn.launch.halt is None or turn.is_halted:
             return
         turn.launch.halt()
-        turn.is_halted, now_s = True, time.monotonic()
-        early_s = turn.over_at_s - (max(now_s, turn.begins_s + turn.launch.least_s) + HALT_S)
+        turn.is_halted = True
+        early_s = turn.over_at_s - self._halted_at_s(turn)
         if early_s > 0:
             for later in self._running[self._running.index(turn) :]:
                 later.over_at_s -= early_s
                 later.begins_s -= early_s if later is not turn else 0.0
-        self._followed_until_s = max(self._followed_until_s, now_s + FOLLOW_S)
+
+    def _halted_at_s(self, turn: Turn) -> float:
+        """When launched work is over that is halted now."""
+        return max(time.monotonic(), turn.begins_s + turn.launch.least_s) + HALT_S
+
+    def _halt_for(self, rank: int) -> None:
+        """Work of such a rank is about to be launched, or just was."""
+        for turn in self._running:
+            if rank < turn.launch.rank:
+                self._halt(turn)
+
+    def _launching(self, rank: int) -> None:
+        with self._changed:
+            self._halt_for(rank)
 
     def _launched(self, turn: Turn, launch: Launch) -> None:
         with self._changed:
             turn.launch = launch
+            self._halt_for(min(launch.rank, turn.wanted_by))
             before_s = max((other.over_at_s for other in self._running), default=0.0)
             turn.begins_s = max(before_s, time.monotonic())
             turn.over_at_s = turn.begins_s + launch.takes_s
@@ -113,7 +149,8 @@ class Turns:
 
     def _extended(self, turn: Turn, takes_s: float) -> bool:
         with self._changed:
-            if self._waiting or self._preparing is not None or self._running != [turn] or turn.is_halted:
+            is_wanted = turn.is_halted or turn.wanted_by < turn.launch.rank
+            if self._waiting or self._preparing is not None or self._running != [turn] or is_wanted:
                 return False
             turn.over_at_s = max(turn.over_at_s, time.monotonic()) + takes_s
             return True
@@ -136,13 +173,17 @@ class Turns:
 
         One chooses, for all: urgencies change with time, so those who wait could each find that it is another's turn.
         """
-        if not self._waiting or self._preparing is not None or len(self._running) > 1:
+        if not self._waiting or self._preparing is not None:
+            return None
+        rank = min(turn.rank() for turn in self._waiting) if self._running else NOBODY
+        if len(self._running) > 1:
+            self._make_room(rank)
             return None
         next_up = min(self._waiting, key=lambda turn: turn.urgency())
         urgency = next_up.urgency()
         if self._running and (urgency >= LONE or self._is_kept_from(urgency)):
             return PATIENCE_S
-        if (early_s := self._due_s(urgency) - time.monotonic()) > 0:
+        if (early_s := self._due_s(urgency, rank) - time.monotonic()) > 0:
             return early_s
         if urgency <= HURRIED:
             self._followed_until_s = 0.0
@@ -158,25 +199,35 @@ class Turns:
         is_waited_for = own <= HURRIED or any(turn.launch.is_followed for turn in self._running)
         return own <= AT_ONCE < urgency or (urgency > HURRIED and is_waited_for)
 
-    def _due_s(self, urgency: int) -> float:
-        """When a turn of this urgency may begin, on time.monotonic()'s clock."""
-        due_s = max((turn.over_at_s for turn in self._running), default=0.0) - HEAD_START_S
+    def _due_s(self, urgency: int, rank: int) -> float:
+        """When a turn of this urgency may begin, on time.monotonic()'s clock. rank: the lowest of those who wait."""
+        due_s = max((self._free_at_s(turn, rank) for turn in self._running), default=0.0) - HEAD_START_S
         if urgency > HURRIED:
             due_s = max(due_s, self._followed_until_s)
         return max(due_s, self._over_s + GRACE_S) if urgency >= LONE else due_s
+
+    def _free_at_s(self, turn: Turn, rank: int) -> float:
+        """When launched work is over, or could be for a call of this rank."""
+        if turn.launch.halt is None or turn.launch.rank <= rank:
+            return turn.over_at_s
+        return min(turn.over_at_s, self._halted_at_s(turn))
 
 
 class Turn:
     """Somebody who waits, or whose turn it is."""
 
-    def __init__(self, turns: Turns, urgency: Urgency):
-        self._turns, self.urgency = turns, urgency
+    def __init__(self, turns: Turns, urgency: Urgency, rank: Rank):
+        self._turns, self.urgency, self.rank = turns, urgency, rank
         self.began_s = 0.0  # the block
         self.begins_s = self.over_at_s = 0.0  # its work on the GPU, as far as the host can tell
         self.launch = Launch(0.0)
-        self.wanted_by = NOBODY  # the lowest rank of the calls that came while the block was preparing
+        self.wanted_by = NOBODY  # the lowest rank of the calls that came meanwhile and would have it over
         self.is_halted = False
         self.busy_s = 0.0  # once it is over: the GPU's time that it took, as far as the host can tell
+
+    def launching(self, rank: int) -> None:
+        """Work of this rank is about to be launched: what is halted for it stands by then. Need not be said."""
+        self._turns._launching(rank)
 
     def launched(self, launch: Launch) -> None:
         """The work is on its way to the GPU."""

@@ -176,6 +176,7 @@ class Worker(Generic[Call, Result]):
         self._is_closed = False
         self._turn: Turn | None = None  # under way
         self._took_s: dict[int, float] = {}  # by the number of calls: the latest such batch
+        self._owed: list[tuple[Future[Result], Result]] = []  # answers that nobody is in a hurry for
         self.work_done = Work()
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
@@ -190,7 +191,7 @@ class Worker(Generic[Call, Result]):
             turn = self._turn
         rank = min((each.rank for each in pending), default=REST)
         if rank < REST:
-            self._turns.hurry(rank)
+            self._turns.hurry(rank, turn)
         if rank <= FIRST and turn:
             turn.halt()  # so that it goes along
         return [each.answer for each in pending]
@@ -212,11 +213,11 @@ class Worker(Generic[Call, Result]):
     def work(self) -> None:
         """Until closed. The thread that opened the engine."""
         while self._wait():
-            with self._turns.turn(self._now_urgent) as turn:
+            with self._turns.turn(self._now_urgent, self._lowest_rank, self._pay) as turn:
+                self._turn = turn  # whoever comes from now on and is not in the batch waits for it
                 batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
                 if not batch:  # who waited has left
                     continue
-                self._turn = turn
                 results = self._try(batch, turn)
                 self._turn = None
             self._took_s[len(batch)] = turn.busy_s
@@ -229,6 +230,7 @@ class Worker(Generic[Call, Result]):
             turn.launched(self._launch(batch))
             if self._is_joined(batch):
                 turn.halt()
+            self._pay()
             return finish()
         except Exception as error:
             return error
@@ -262,6 +264,11 @@ class Worker(Generic[Call, Result]):
             is_long = any(policy.is_long(each.call) for each in self._waiting)
         return max(policy.urgency, UNHURRIED) if is_long else LONE
 
+    def _lowest_rank(self) -> int:
+        """Of those who wait."""
+        with self._changed:
+            return min((each.rank for each in self._waiting), default=REST)
+
     def _company(self) -> int:
         """Calls that need wait for no more."""
         return self._policy.company
@@ -270,9 +277,11 @@ class Worker(Generic[Call, Result]):
         """Return when there is something to run; false: the worker was closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._errands or self._is_closed)
+                self._changed.wait_for(lambda: self._owed or self._waiting or self._errands or self._is_closed)
                 errands, self._errands = self._errands, []
                 some, is_closed = bool(self._waiting), self._is_closed
+            if not some or is_closed:
+                self._pay()
             for errand, answer in errands:
                 try:
                     answer.set_result(errand())
@@ -292,8 +301,21 @@ class Worker(Generic[Call, Result]):
             for each in batch:
                 each.answer.set_exception(results)
         else:
-            for each, result in zip(batch, results, strict=True):
+            self._answer(list(zip(batch, results, strict=True)))
+
+    def _answer(self, said: Sequence[tuple[_Pending[Call, Result], Result]]) -> None:
+        """At once those who are in a hurry. The others when the next batch is launched, if that is the very next thing: whoever is told has
+        something to do, and the GPU would wait for Python meanwhile."""
+        for each, result in said:
+            if each.is_hurried:
                 each.answer.set_result(result)
+            else:
+                self._owed.append((each.answer, result))
+
+    def _pay(self) -> None:
+        owed, self._owed = self._owed, []
+        for answer, result in owed:
+            answer.set_result(result)
 
 
 class CausalWorker(Worker[Row, Generation]):
@@ -370,7 +392,8 @@ class CausalWorker(Worker[Row, Generation]):
     def _next_batch(self) -> list[_Pending[Row, Generation]]:
         with self._changed:
             self._under_way = self._together(self._waiting)
-            self._waiting = [each for each in self._waiting if each not in self._under_way]
+            chosen = set(self._under_way)
+            self._waiting = [each for each in self._waiting if each not in chosen]
         return self._under_way
 
     def _together(self, waiting: Sequence[_Pending[Row, Generation]]) -> list[_Pending[Row, Generation]]:
@@ -410,6 +433,8 @@ class CausalWorker(Worker[Row, Generation]):
         self._n_piece = self._piece_tokens(
             [each.call.n_whole for each in batch], [each.call.n_whole for each in batch if each.is_hurried]
         )
+        if any(self._is_new(each.call) for each in batch):
+            turn.launching(min(each.rank for each in batch))  # prefills go first, long before start returns
         if self._start_alone and len(batch) == 1 and self._policy.is_long(batch[0].call):
             return self._start_long(self._start_alone, batch[0], turn)
         return self._start([each.call.piece(self._n_piece) for each in batch])
@@ -485,9 +510,7 @@ class CausalWorker(Worker[Row, Generation]):
         with self._changed:
             self._forget(nameless)
         self._release(*nameless)
-        for each, generation in whole:
-            each.answer.set_result(generation)
-        return None
+        return self._answer(whole)
 
 
 class FineWorker(Worker[Window | Windows, Ints]):
@@ -511,9 +534,7 @@ class FineWorker(Worker[Window | Windows, Ints]):
             whole.append((each, filled))
         with self._changed:
             self._waiting = unfinished + self._waiting
-        for each, codes in whole:
-            each.answer.set_result(codes)
-        return None
+        return self._answer(whole)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import heapq
 from collections.abc import Sequence
 from ctypes import c_int, c_ubyte, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -186,10 +187,10 @@ def _keys_in_flight(bits: int, n_rows: int) -> int:
 def deal_rows(lengths: Sequence[int]) -> list[int]:
     """Rows dealt to 8 blocks, equally many to each, the longest first to the one with the least to do: [8 * rows per block]."""
     hands: list[list[int]] = [[] for _ in range(8)]
-    loads = [0] * 8
+    least = [(0, i) for i in range(8)]  # a heap: what a hand that has room has to do
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        open_hands = [i for i in range(8) if len(hands[i]) < len(lengths) // 8]
-        i = min(open_hands, key=lambda i: loads[i])
+        load, i = heapq.heappop(least)
         hands[i].append(row)
-        loads[i] += lengths[row]
+        if len(hands[i]) < len(lengths) // 8:
+            heapq.heappush(least, (load + lengths[row], i))
     return [row for hand in hands for row in hand]
