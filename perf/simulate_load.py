@@ -24,6 +24,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
@@ -57,16 +59,16 @@ STAGES = "codec", "fine", "semantic", "coarse"
 class Costs:
     """Milliseconds, Bark large, measured on an H100 (docs/performance.md)."""
 
-    semantic_step: dict[int, float]  # by rows; others take the next greater number's
+    semantic_step: dict[int, float]  # by rows, between which it grows in proportion
     coarse_step: dict[int, float]
-    semantic_prefill: tuple[float, ...] = (1.16, 1.4, 1.6, 1.83)  # of one to four rows
-    coarse_prefill: tuple[float, ...] = (1.82, 2.94, 4.27, 5.3)
-    fine: tuple[float, ...] = (6.9, 7.7, 8.8, 10.2, 13.6, 13.6, 17.0, 17.1)  # of one to eight windows
+    semantic_prefill: tuple[float, ...] = (0.95, 1.2, 1.4, 1.6)  # of one to four rows
+    coarse_prefill: tuple[float, ...] = (1.65, 2.7, 3.7, 4.7)
+    fine: tuple[float, ...] = (5.9, 7.0, 8.3, 9.7, 13.0, 13.1, 16.8, 16.8)  # of one to eight windows
     codec: tuple[float, ...] = (1.7, 1.9, 2.1, 2.3)
 
     def step(self, stage: str, n_rows: int) -> float:
         steps = self.semantic_step if stage == "semantic" else self.coarse_step
-        return steps[min(n for n in steps if n >= n_rows)]
+        return float(np.interp(n_rows, list(steps), list(steps.values())))
 
     def prefill(self, stage: str, n_rows: int) -> float:
         fours = self.semantic_prefill if stage == "semantic" else self.coarse_prefill
@@ -75,12 +77,36 @@ class Costs:
 
 COSTS = {
     "h100-int8": Costs(
-        {1: 0.21, 2: 0.28, 4: 0.35, 8: 0.375, 16: 0.46, 24: 0.6, 32: 0.7},
-        {1: 0.215, 2: 0.29, 4: 0.355, 8: 0.388, 16: 0.555, 24: 0.715, 32: 0.854},
+        {1: 0.21, 2: 0.28, 4: 0.35, 5: 0.37, 8: 0.38, 9: 0.44, 16: 0.46, 17: 0.57, 24: 0.6, 25: 0.66, 32: 0.7},
+        {
+            1: 0.215,
+            2: 0.29,
+            4: 0.355,
+            5: 0.381,
+            8: 0.387,
+            9: 0.518,
+            16: 0.543,
+            17: 0.69,
+            24: 0.723,
+            25: 0.813,
+            32: 0.867,
+        },
     ),
     "h100": Costs(
-        {1: 0.255, 2: 0.33, 4: 0.405, 8: 0.446, 16: 0.578, 24: 0.8, 32: 0.97},
-        {1: 0.265, 2: 0.37, 4: 0.495, 8: 0.507, 16: 0.769, 24: 1.065, 32: 1.276},
+        {1: 0.255, 2: 0.33, 4: 0.405, 5: 0.41, 8: 0.44, 9: 0.49, 16: 0.586, 17: 0.68, 24: 0.8, 25: 0.85, 32: 0.97},
+        {
+            1: 0.265,
+            2: 0.37,
+            4: 0.495,
+            5: 0.456,
+            8: 0.515,
+            9: 0.608,
+            16: 0.775,
+            17: 0.903,
+            24: 1.078,
+            25: 1.136,
+            32: 1.301,
+        },
     ),
 }
 

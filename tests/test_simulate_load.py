@@ -20,13 +20,13 @@ INT8 = COSTS["h100-int8"]
 
 def test_a_stream_alone_takes_what_its_calls_take():
     found = simulate(Policy(), INT8, clients=1, duration_s=0.1)
-    kernels_ms = 1.16 + 46 * 0.21 + 1.82 + 60 * 0.215 + 6.9 + 1.7
+    kernels_ms = 0.95 + 46 * 0.21 + 1.65 + 60 * 0.215 + 5.9 + 1.7
     ways_ms = 8 * 1e3 * Policy().way_s
     assert kernels_ms + ways_ms < found["ttfa_ms_p50"] < kernels_ms + ways_ms + 25  # gaps, preparation, its way to us
     assert found["underruns"] == 0 and found["requests"] == 1
     assert found["stages"]["coarse"] == {
         "rows_a_batch": 1.0,
-        "ms_a_second_of_audio": pytest.approx(2.5 * 14.72, abs=0.05),
+        "ms_a_second_of_audio": pytest.approx(2.5 * 14.55, abs=0.05),
     }
 
 
@@ -35,13 +35,13 @@ def test_nobody_waits_for_company_while_the_gpu_is_free():
     assert alone["audio_s_per_s"] > 11  # an H100: 14.4
 
 
-def test_instances_that_hold_calls_back_cost_audio():
+def test_instances_that_hold_calls_back_cost_audio_and_patience():
     """What it found first: with 6 semantic instances a call waits for others that wait for company."""
     few, many = (
         simulate(replace(Policy(), semantic_instances=n, fine_instances=k), INT8, clients=32, duration_s=14)
         for n, k in ((6, 4), (32, 16))
     )
-    assert few["audio_s_per_s"] < 0.95 * many["audio_s_per_s"]
+    assert few["audio_s_per_s"] < 0.98 * many["audio_s_per_s"] and few["ttfa_ms_p95"] > 1.5 * many["ttfa_ms_p95"]
     assert many["stages"]["semantic"]["rows_a_batch"] > few["stages"]["semantic"]["rows_a_batch"]
 
 

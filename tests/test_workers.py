@@ -121,16 +121,16 @@ def test_what_a_piece_will_take_is_its_steps_and_the_prefills_of_calls_that_do_n
     assert set(worker._held) == set(worker._began_s) == {1, 2}  # and nothing is kept of those without a name
 
 
-def test_costs_are_measured_and_those_of_a_number_between_are_the_greater_ones_or_in_proportion(monkeypatch):
-    """An engine that takes 1 ms a step and row, and 100 ms for the prefill of a row whose slot, free before or not, holds other ids; at
-    first, ten times that."""
+def test_costs_are_measured_at_both_ends_of_every_kernel(monkeypatch):
+    """An engine that takes 1 ms a step and row of its kernels, which are for 1, 2, 4 and 8 rows, and .1 ms a row that there is; and
+    100 ms for the prefill of a row whose slot, free before or not, holds other ids; at first, ten times that."""
     clock, held, n_calls = [0.0], {}, 0
     slots = Slots([Slot(np.zeros((0, 1), np.int32)) for _ in range(8)])
 
     def generate(rows):
         nonlocal n_calls
         n_calls += 1
-        took_s = 0.001 * rows[0].n_tokens * len(rows)
+        took_s = rows[0].n_tokens * (0.001 * min(n for n in (1, 2, 4, 8) if n >= len(rows)) + 0.0001 * len(rows))
         with slots.lease(rows) as leased:
             for row, slot in zip(rows, leased, strict=True):
                 took_s += 0.1 * (slot.n_known(row.ids) < len(row.ids))
@@ -146,7 +146,9 @@ def test_costs_are_measured_and_those_of_a_number_between_are_the_greater_ones_o
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     costs = measure(generate, release, np.zeros((5, 1), np.int32), [1, 2, 4, 8])
-    assert [costs.step_s(n) for n in (1, 3, 8, 9)] == pytest.approx([0.001, 0.004, 0.008, 0.008])
+    assert [costs.step_s(n) for n in (1, 4, 5, 6, 8, 9)] == pytest.approx(
+        [0.0011, 0.0044, 0.0085, 0.0086, 0.0088, 0.0088]
+    )
     assert [costs.prefill_s(n) for n in (1, 3, 8)] == pytest.approx([0.1, 0.3, 0.8])
     assert not held
 

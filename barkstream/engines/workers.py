@@ -539,14 +539,13 @@ class FineWorker(Worker[Window | Windows, Ints]):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that rows of one length take: measured for some numbers of rows. Between two of these, a step's are the greater number's,
-    which the kernels pad to; those of prefills are in proportion."""
+    """Seconds that rows of one length take: measured for some numbers of rows, between which they grow in proportion."""
 
     steps_s: dict[int, float]
     prefills_s: dict[int, float]
 
     def step_s(self, n_rows: int) -> float:
-        return self.steps_s[min((n for n in self.steps_s if n >= n_rows), default=max(self.steps_s))]
+        return float(np.interp(n_rows, list(self.steps_s), list(self.steps_s.values())))
 
     def prefill_s(self, n_rows: int) -> float:
         return float(np.interp(n_rows, list(self.prefills_s), list(self.prefills_s.values())))
@@ -558,8 +557,11 @@ def measure(
     prefix: Ints,
     row_counts: Sequence[int],
 ) -> Costs:
-    """Costs of so many rows behind prefixes [S, C]; a step's is by what more steps take longer. The least of some tries, for while a
-    server starts its CPUs have much to do."""
+    """Costs of rows behind prefixes [S, C]; a step's is by what more steps take longer. The least of some tries, for while a server
+    starts its CPUs have much to do.
+
+    row_counts: that there are kernels for. With one row more the next kernel begins, whose time each further row adds to.
+    """
     costs = Costs({}, {})
     sampling = Sampling(temperature=0, min_eos_p=1.0)
 
@@ -568,7 +570,7 @@ def measure(
         generate([Row(ids, n_tokens, 0, sampling, stream) for stream in streams])
         return time.perf_counter() - began
 
-    for n_rows in row_counts:
+    for n_rows in sorted({*row_counts, *(n + 1 for n in row_counts if n < max(row_counts))}):
         streams, tries = range(-n_rows, 0), []
         for i in range(N_TRIES):
             # Other ids than last time: a slot that is free still holds what it held.

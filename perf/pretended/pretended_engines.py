@@ -265,7 +265,8 @@ def install() -> None:
         stage, counts = generate.__self__._stage, range(1, 33)
         steps_ms, prefills_ms = gpu.costs.step[stage], gpu.costs.prefill[stage]
         prefills_s = {n: in_fours(prefills_ms, n) / 1e3 for n in counts}
-        return workers.Costs({n: ms / 1e3 for n, ms in steps_ms.items()}, prefills_s)
+        steps_s = {n: steps_ms[min(padded for padded in steps_ms if padded >= n)] / 1e3 for n in counts}
+        return workers.Costs(steps_s, prefills_s)
 
     workers.measure = measure
     engines.open_causal = open_causal
