@@ -263,17 +263,17 @@ def test_a_row_that_comes_later_joins_at_the_next_piece(start):
 
 def test_more_rows_than_a_batch_holds_go_oldest_first(start):
     gpt = FakeGPT()
-    answers = start(causal(gpt, max_batch=6)).submit([row(15, stream=i) for i in range(1, 12)])
-    assert [len(answer.result().tokens) for answer in answers] == [15] * 11
-    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
+    answers = start(causal(gpt, max_batch=4)).submit([row(15, stream=i) for i in range(1, 8)])
+    assert [len(answer.result().tokens) for answer in answers] == [15] * 7
+    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[1, 2, 3, 4], [5, 6, 7]]
 
 
 def test_a_sentences_first_call_goes_before_the_rest_of_a_crowd(start):
     gpt = FakeGPT()
-    crowd = [row(15, stream=i) for i in range(1, 9)]
-    for answer in start(causal(gpt, max_batch=6)).submit([*crowd, row(15, stream=9, position=0)]):
+    crowd = [row(15, stream=i) for i in range(1, 6)]
+    for answer in start(causal(gpt, max_batch=4)).submit([*crowd, row(15, stream=9, position=0)]):
         answer.result()
-    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[9, 1, 2, 3, 4, 5], [6, 7, 8]]
+    assert [[stream for stream, _, _ in batch] for batch in gpt.batches] == [[9, 1, 2, 3], [4, 5]]
 
 
 def test_speech_that_ends_in_the_middle_ends_the_call(start):

@@ -31,7 +31,7 @@ PIECES = 60, 30, 15, 10
 LAST, FIRST, HURRIED, REST = range(4)
 COMFORTABLE_S = 1.5  # who has more made that has not been played does not go along with those
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
-TIGHT_BATCH_S = 0.06  # than what takes so long for half a window, or this many rows:
+TIGHT_BATCH_S = 0.05  # than what takes so long for half a window, or this many rows:
 FEW = 4
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
@@ -68,7 +68,7 @@ class Policy(Generic[Call]):
     hurried: int  # urgency with such a call
     urgency: int  # without, but with company
     first: int = FIRST  # or LAST: rank of those
-    first_batch: int = 8  # rows of a batch with such a call, others that are such aside: with more it takes longer
+    first_batch: int = 12  # rows of a batch with such a call, others that are such aside: with more it takes longer
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
     is_followed: bool = True  # a hurried call's listener calls another stage next
