@@ -113,6 +113,37 @@ def test_one_who_comes_while_a_batch_is_being_prepared_has_it_halted_when_it_is_
     assert len(submitted[0].result(LONG_S).tokens) == 60
 
 
+def test_a_piece_is_halted_for_a_listener_who_leaves_and_the_others_go_on_without_it(stage):
+    engine, worker = stage(Turns())
+    left, stays = worker.submit([row(stream=1), row(stream=2)])
+    engine.begun(1)
+    worker.drop(3)  # of whom nothing is under way
+    assert not engine.n_halts
+    worker.drop(1)
+    assert len(left.result(LONG_S).tokens) == 7 and not left.result().ended
+    engine.begun(2)
+    assert engine.n_halts == 1 and engine.batches[1] == [(2, 53)]
+    engine.let()
+    assert stays.result(LONG_S).tokens.tolist() == list(range(5, 65))
+
+
+def test_who_leaves_while_a_batch_is_being_prepared_has_it_halted_when_it_is_launched(stage):
+    engine, worker = stage(Turns())
+    start = worker._start
+
+    def slow_start(rows):
+        if not engine.batches:
+            worker.drop(1)
+        return start(rows)
+
+    worker._start = slow_start
+    left, stays = worker.submit([row(stream=1), row(stream=2)])
+    assert len(left.result(LONG_S).tokens) == 7
+    engine.begun(2)
+    engine.let()
+    assert len(stays.result(LONG_S).tokens) == 60 and engine.n_halts == 1
+
+
 def test_a_full_batch_is_not_halted_again_and_again_for_who_has_no_room_in_it(stage):
     engine, worker = stage(Turns(), max_batch=2)
     answers = worker.submit([row(stream=i, position=0) for i in (1, 2, 3)])

@@ -228,7 +228,7 @@ class Worker(Generic[Call, Result]):
         try:
             finish = self._start_batch(batch, turn)
             turn.launched(self._launch(batch))
-            if self._is_joined(batch):
+            if self._is_to_end(batch):
                 turn.halt()
             self._pay()
             return finish()
@@ -243,8 +243,9 @@ class Worker(Generic[Call, Result]):
         rank = min(each.rank for each in batch)
         return Launch(self._took_s.get(len(batch), 0.0), self._policy.is_followed and rank < REST, rank=rank)
 
-    def _is_joined(self, batch: Sequence[_Pending[Call, Result]]) -> bool:
-        """Whether somebody who waits for first audio came while the batch was being prepared, and has room in it."""
+    def _is_to_end(self, batch: Sequence[_Pending[Call, Result]]) -> bool:
+        """Whether a batch that was just launched is to be halted: somebody who waits for first audio came while it was being prepared, and
+        has room in it."""
         with self._changed:
             return len(batch) < self._max_batch and any(each.rank <= FIRST for each in self._waiting)
 
@@ -366,16 +367,27 @@ class CausalWorker(Worker[Row, Generation]):
         return max(rank, HURRIED) if row.stream in self._began_s else rank
 
     def drop(self, *streams: int) -> None:
-        """Their listeners have left: rows that wait are answered at once with what there is of them, one under way after its piece."""
+        """Their listeners have left: rows that wait are answered at once with what there is of them. A piece under way with one of them is
+        halted; the others go on without it."""
         with self._changed:
             left = [each for each in self._waiting if each.call.stream in streams]
             self._waiting = [each for each in self._waiting if each not in left]
             for each in self._under_way:
                 each.is_left = each.is_left or each.call.stream in streams
+            turn = self._turn if self._is_any_left(self._under_way) else None
             answers = [(each, self._said(each, False)) for each in left]
             self._forget(streams)
+        if turn:
+            turn.halt()
         for each, generation in answers:
             each.answer.set_result(generation)
+
+    @staticmethod
+    def _is_any_left(batch: Sequence[_Pending[Row, Generation]]) -> bool:
+        return any(each.is_left for each in batch)
+
+    def _is_to_end(self, batch: Sequence[_Pending[Row, Generation]]) -> bool:
+        return super()._is_to_end(batch) or self._is_any_left(batch)
 
     def _company(self) -> int:
         """No more than three quarters of the streams that are known: the others may be anywhere."""
