@@ -122,9 +122,7 @@ class Schedule:
     coarse_windows: tuple[int, ...] = (1,)
     offline_coarse_windows: int = 1  # the same without streaming; above 1: once all semantic tokens are there
     offline_semantic_call: int = 0  # semantic_call without streaming or a guard, who looks in between; 0: the same
-    offline_fine_windows: int = (
-        1  # windows of a fine call without streaming; above 1: the stage must be one of our engines'
-    )
+    offline_fine_windows: int = 1  # of a fine call without streaming; above 1 the exported graph alone cannot do it
     semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
     coarse_ahead: int = 4  # coarse calls made before they are needed, while the fine stage works; 0: none
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none

@@ -57,7 +57,8 @@ STAGES = "codec", "fine", "semantic", "coarse"
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds, Bark large, measured on an H100 (docs/performance.md)."""
+    """Milliseconds, Bark large, measured on an H100 (docs/performance.md). Semantic ones between those measured there are estimates: steps
+    of 5, 9, 17, 24, 25 and 32 rows, prefills of two to four."""
 
     semantic_step: dict[int, float]  # by rows, between which it grows in proportion
     coarse_step: dict[int, float]
@@ -75,38 +76,22 @@ class Costs:
         return n_rows // 4 * fours[3] + (fours[n_rows % 4 - 1] if n_rows % 4 else 0.0)
 
 
+# Of kernels' numbers of rows, and of one more each.
+MEASURED = 1, 2, 4, 5, 8, 9, 16, 17, 24, 25, 32
+
+
+def by_rows(*steps_ms: float) -> dict[int, float]:
+    return dict(zip(MEASURED, steps_ms, strict=True))
+
+
 COSTS = {
     "h100-int8": Costs(
-        {1: 0.21, 2: 0.28, 4: 0.35, 5: 0.37, 8: 0.38, 9: 0.44, 16: 0.46, 17: 0.57, 24: 0.6, 25: 0.66, 32: 0.7},
-        {
-            1: 0.215,
-            2: 0.29,
-            4: 0.355,
-            5: 0.381,
-            8: 0.387,
-            9: 0.518,
-            16: 0.543,
-            17: 0.69,
-            24: 0.723,
-            25: 0.813,
-            32: 0.867,
-        },
+        by_rows(0.21, 0.28, 0.35, 0.37, 0.38, 0.44, 0.46, 0.57, 0.6, 0.66, 0.7),
+        by_rows(0.215, 0.29, 0.355, 0.381, 0.387, 0.518, 0.543, 0.69, 0.723, 0.813, 0.867),
     ),
     "h100": Costs(
-        {1: 0.255, 2: 0.33, 4: 0.405, 5: 0.41, 8: 0.44, 9: 0.49, 16: 0.586, 17: 0.68, 24: 0.8, 25: 0.85, 32: 0.97},
-        {
-            1: 0.265,
-            2: 0.37,
-            4: 0.495,
-            5: 0.456,
-            8: 0.515,
-            9: 0.608,
-            16: 0.775,
-            17: 0.903,
-            24: 1.078,
-            25: 1.136,
-            32: 1.301,
-        },
+        by_rows(0.255, 0.33, 0.405, 0.41, 0.44, 0.49, 0.586, 0.68, 0.8, 0.85, 0.97),
+        by_rows(0.265, 0.37, 0.495, 0.456, 0.515, 0.608, 0.775, 0.903, 1.078, 1.136, 1.301),
     ),
 }
 

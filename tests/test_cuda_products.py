@@ -55,7 +55,7 @@ def test_products_are_pytorchs(n_rows, n_out, n_in):
     assert is_near(sums, wanted, 1e-5)
 
 
-def test_a_product_in_a_graph_is_the_same(tmp_path):
+def test_a_product_in_a_graph_is_the_same():
     x, weight, sums = normal(256, 1024), normal(1024, 1024), torch.zeros(256, 1024, device="cuda")
     graph = capture(lambda: products.add_product(sums.zero_(), x, weight))
     x.copy_(normal(256, 1024))

@@ -26,7 +26,7 @@ __device__ __forceinline__ void fetch(u8* tile, const u16* from) {
 }
 
 #if CAUSAL
-// A tile's keys (kind 0) or values (1) into the cache of a slot's head, as `store` of batched.cu.
+// A tile's keys, or values, into the cache of a slot's head, to the bit as `store` of batched.cu has them there.
 __device__ __forceinline__ void keep(const u8* tile, u8* cache, float* scales, size_t head, int first) {
 #pragma unroll
     for (int i = threadIdx.x; i < TILE * 8; i += THREADS) {
@@ -52,8 +52,7 @@ __device__ __forceinline__ void keep(const u8* tile, u8* cache, float* scales, s
 }
 #endif
 
-// grid: heads, n_tokens / 64, rows. qkv [rows][n_tokens][3 W] -> out [rows][n_tokens][W], bf16. Shared memory: SHARED_BYTES.
-constexpr int SHARED_BYTES = TILE_BYTES * (1 + 4 * GROUPS);
+// grid: heads, n_tokens / 64, rows. qkv [rows][n_tokens][3 W] -> out [rows][n_tokens][W], bf16. Shared memory: 1 + 4 GROUPS tiles.
 extern "C" __global__ void __launch_bounds__(THREADS, 4 / GROUPS)
     attend_all(const u16* qkv, u16* out, int n_tokens
 #if CAUSAL

@@ -28,9 +28,7 @@ from barkstream.engines.kernels import CACHE
 WORKSPACE_BYTES = 32 << 20
 N_OFFERED, N_TRIES = 16, 7
 N_WEIGHTS = 12  # layers' that are timed: more than L2 holds
-WORTH = (
-    0.97  # an algorithm is taken in place of one that is offered before it if it takes less than so much of its time
-)
+WORTH = 0.97  # of the time of one that is offered before it: who takes less is taken in its place
 
 # Of cublasLt.h and library_types.h
 COMPUTE_32F, R_32F, R_16BF = 68, 0, 14
