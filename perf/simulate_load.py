@@ -501,7 +501,6 @@ class Stream:
             self._play(n_chunk / FRAME_HZ)
             if not index:
                 room.release()
-                self._semantic_ahead = spawn(self._say(60))
             n_done, index = n_done + n_chunk, index + 1
         self.ended_s = self._loop.time()
         coarse.cancel()
@@ -527,8 +526,14 @@ class Stream:
                     await ahead
                 else:
                     await self._say(max(wanted - self._n_semantic, 60 if self._n_semantic else 1))
+            if self._dry_s < math.inf:
+                self._go_ahead()
             await self._call("coarse", WINDOW, position, is_hurried=position <= WINDOW, is_new=True)
             windows.put_nowait(WINDOW // 2)
+
+    def _go_ahead(self) -> None:
+        if self._semantic_ahead is None and self._n_semantic < N_SEMANTIC:
+            self._semantic_ahead = spawn(self._say(60))
 
     async def _say(self, n_tokens: int) -> None:
         n, position = min(n_tokens, N_SEMANTIC - self._n_semantic), self._n_semantic

@@ -21,8 +21,8 @@ from barkstream.engines import Generation, Row, Window, Windows
 from barkstream.engines.turns import AT_ONCE, LONE, UNHURRIED, Launch, Turn, Turns
 from barkstream.sampling import Ints, Sampling
 
-PIECE_S = 0.035  # how long a GPT's piece may take, prefills aside: who cannot have it halted waits so long at most
-HURRIED_PIECE_S = 0.06  # the same, if somebody waits for a row of it
+PIECE_S = 0.08  # how long a GPT's piece may take, prefills aside: who cannot have it halted waits so long at most
+HURRIED_PIECE_S = 0.12  # the same, if somebody waits for a row of it
 # Tokens of a piece: parts of a coarse window, which has 60. So rows that began at different times end together, and no step is made
 # for a row that is whole already.
 PIECES = 60, 30, 15, 10
@@ -31,7 +31,7 @@ PIECES = 60, 30, 15, 10
 LAST, FIRST, HURRIED, REST = range(4)
 COMFORTABLE_S = 1.5  # who has more made that has not been played does not go along with those
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
-TIGHT_BATCH_S = 0.05  # than what takes so long for half a window, or this many rows:
+TIGHT_BATCH_S = 0.1  # than what takes so long for half a window, or this many rows:
 FEW = 4
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
