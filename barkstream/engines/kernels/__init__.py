@@ -24,6 +24,9 @@ import torch
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "barkstream"  # compiled kernels
 
+# Set in the environment: decode kernels whose shared memory compute-sanitizer can follow, many times slower (tests/racecheck.py).
+UNDER_RACECHECK = "BARKSTREAM_UNDER_RACECHECK"
+
 # CUlaunchAttributeID and CUfunction_attribute of cuda.h
 COOPERATIVE, CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
@@ -161,6 +164,7 @@ def compile_source(file: str, architecture: str, **constants: int) -> bytes:
         "-std=c++17",
         "-default-device",
         *(f"-D{name}={value}" for name, value in constants.items()),
+        *(["-DUNDER_RACECHECK=1"] if os.environ.get(UNDER_RACECHECK) else []),
     ]
     major, minor = c_int(), c_int()
     _check_nvrtc(_nvrtc().nvrtcVersion(byref(major), byref(minor)))

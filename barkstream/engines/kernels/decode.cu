@@ -217,7 +217,7 @@ __device__ __forceinline__ void wait_for_stage(const Place& place, int stage) {
 }
 __device__ __forceinline__ void release_stage(const Place& place, int stage) {
     __syncwarp();
-    if (lane() == 0) barrier_arrive(&place.shared.empty[stage]);
+    if (lane() < ARRIVING_LANES) barrier_arrive(&place.shared.empty[stage]);
 }
 
 // All weights of a stage, which is free for the next ones from then on.
@@ -860,7 +860,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
     extern __shared__ __align__(128) u8 memory[];
     __shared__ Shared shared;
     if (thread() == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS);
+        for (int i = 0; i < STAGES; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS * ARRIVING_LANES);
         for (int i = 0; i < IN_FLIGHT; i++) barrier_init(&shared.landed[i], 1);
         barrier_init_fence();
         shared.stop = 0;

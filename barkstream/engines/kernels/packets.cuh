@@ -27,7 +27,8 @@ __device__ __forceinline__ uint4 peek(const u8* from) {
     return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
 }
 
-constexpr u32 PATIENCE = 1u << 23;  // polls: a wait of seconds means that a block died; an error is better than a hang
+// Polls: a wait of seconds means that a block died; an error is better than a hang.
+constexpr u32 PATIENCE = UNDER_RACECHECK ? ~0u : 1u << 23;
 
 // Polls N packets, at address(i), until all of them are wanted. Polls hold up the packets that they are after, and each other's: so
 // callers first let a while pass in which nothing can come (`let_pass`, the cycles found by trying), and never poll more lines of 128

@@ -170,7 +170,7 @@ __device__ __forceinline__ void wait_for_stage(const Place& place, int i) {
 }
 __device__ __forceinline__ void release_stages(Place& place, int n) {
     __syncwarp();
-    if (lane() == 0)
+    if (lane() < ARRIVING_LANES)
         for (int i = 0; i < n; i++) barrier_arrive(&place.shared.empty[(place.n_taken + i) % STAGES]);
     place.n_taken += n;
 }
@@ -520,7 +520,7 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
             for (int d = 0; d < 8; d++) multiply_add<QUANTIZED>(out[d], powers[0], 0, powers[1], 0, v[0][d], v[1][d]);
         }
         __syncwarp();
-        if (lane() == 0) barrier_arrive(&place.shared.empty[(place.n_taken + taken) % STAGES], TEAMS);
+        if (lane() < ARRIVING_LANES) barrier_arrive(&place.shared.empty[(place.n_taken + taken) % STAGES], TEAMS);
     }
     place.n_taken += (length + POSITIONS - 1) / POSITIONS;
     sum += __shfl_xor_sync(~0u, sum, 1);
@@ -751,7 +751,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
     extern __shared__ __align__(128) u8 memory[];
     __shared__ Shared shared;
     if (thread() == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS);
+        for (int i = 0; i < STAGES; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS * ARRIVING_LANES);
         barrier_init_fence();
         shared.stop = 0, shared.halting = 0, shared.attending = 0;
     }
