@@ -20,12 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "perf")]
 
+from decode_bench import fill_cache, random_weights  # noqa: E402
+
+from barkstream.engines import Head  # noqa: E402
+from barkstream.engines.cuda import CudaEngine  # noqa: E402
 from barkstream.engines.kernels import UNDER_RACECHECK, build, c_int, c_void_p  # noqa: E402
+from barkstream.engines.kernels.fused import RowArguments  # noqa: E402
+from barkstream.sampling import COARSE  # noqa: E402
+from barkstream.tokens import GPTSize  # noqa: E402
 
 SUMMARY = re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)")
 N_READERS, STAGE_WORDS = 4, 256  # of ring.cu
+SIZE = GPTSize(
+    n_layers=8, n_heads=4, width=256, block_size=1024, n_input_ids=2880, n_output_ids=2816
+)  # nano-bark's coarse
+HEAD = Head(COARSE, first_id=768, n_codebooks=2, size=1024, end=None)
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,8 @@ def ring(handed_on: bool, mistake: int = 0) -> list[str]:
     return [str(Path(__file__).resolve()), "--ring", str(int(handed_on)), str(mistake)]
 
 
-def of_tests(size: str, way: str, *counts: int) -> list[str]:
-    """Logits of test_cuda.py's rows, for so many rows."""
-    tests = [f"{HERE / 'test_cuda.py'}::test_logits_equal_the_twins[{size}-{way}-{n}]" for n in counts]
-    return ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "timeout=0", *tests]
+def decode(way: str, bits: int, n_rows: int) -> list[str]:
+    return [str(Path(__file__).resolve()), "--decode", way, str(bits), str(n_rows)]
 
 
 CASES = {
@@ -58,11 +67,17 @@ CASES = {
     "ring, lets go first": Case(ring(False, 2), True, False, "ring", ends_well=False),
     "ring, handed on, reads first": Case(ring(True, 1), True, False, "ring", ends_well=False),
     "ring, handed on, lets go first": Case(ring(True, 2), True, False, "ring", ends_well=False),
-    "decode.cu, one lane": Case(of_tests("nano-coarse", "fused", 2), False, None),
-    "decode.cu": Case(of_tests("nano-coarse", "fused", 2), True, True),
-    "wide.cu": Case(of_tests("nano-coarse", "wide", 8), True, True),
-    "decode.cu, 8 bits": Case(of_tests("nano-coarse", "fused-8", 2), True, True),
-    "wide.cu, 8 bits": Case(of_tests("nano-coarse", "wide-8", 8), True, True),
+    "decode.cu, one lane": Case(decode("fused", 16, 2), False, None),
+    **{
+        f"decode.cu, {bits} bits, {n} rows": Case(decode("fused", bits, n), True, True)
+        for bits in (16, 8)
+        for n in (1, 4)
+    },
+    **{
+        f"wide.cu, {bits} bits, {n} rows": Case(decode("wide", bits, n), True, True)
+        for bits in (16, 8)
+        for n in (8, 24)
+    },
 }
 
 
@@ -82,15 +97,37 @@ def run_ring(handed_on: int, mistake: int) -> int:
     return 0 if right else 1
 
 
+def run_decode(way: str, bits: int, n_rows: int) -> int:
+    """Three steps of nano-bark's sizes behind positions that no prefill has made, for its products are cuBLAS's: rows of all lengths,
+    of which one is idle, with and without top-k and top-p. Exit status 1 if they say less than they should."""
+    import torch
+
+    engine = CudaEngine(random_weights(SIZE, 2 * HEAD.size), SIZE, HEAD, n_slots=n_rows, max_batch=n_rows, bits=bits)
+    fill_cache(engine.cache)
+    decoder = engine._fused if way == "fused" else engine._wide
+    said = []
+    for more in (dict(top_p=1.0), dict(top_p=0.9, top_k=50)):
+        rows = [
+            RowArguments(
+                seed=i, slot=i, length=SIZE.block_size * (i + 1) // (n_rows + 1), ids=(5, 6), temperature=0.7, min_eos_p=1.0,
+                n_tokens=0 if i == 2 else 3, **more,
+            )
+            for i in range(n_rows)
+        ]  # fmt: skip
+        tokens, result = decoder.decode(rows)
+        torch.cuda.synchronize()
+        said += [int(n) == row.n_tokens for n, row in zip(result[:n_rows, 0].tolist(), rows, strict=True)]
+    print("said", len(said), "rows" if all(said) else "rows, some of them too short")
+    return 0 if all(said) else 1
+
+
 def check(name: str, case: Case, options: argparse.Namespace) -> bool:
     """Whether it is as it should be."""
     environment = {**os.environ, **({UNDER_RACECHECK: "1"} if case.all_arrive else {})}
     command = [options.sanitizer, "--tool", "racecheck", "--kernel-name", f"kns={case.kernel}"]
     command += ["--num-cuda-barriers", "128", "--print-limit", "20", sys.executable, *case.command]
-    found = subprocess.run(
-        ["timeout", "-k", "3", str(options.timeout), *command], env=environment, capture_output=True, text=True
-    )
-    output = found.stdout + found.stderr
+    found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = found.stdout
     if log := options.logs:
         (log / f"{name.replace(', ', '-').replace(' ', '_')}.txt").write_text(output)
     summary = SUMMARY.search(output)
@@ -110,11 +147,14 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(map(repr, CASES))}; all, unless told")
     parser.add_argument("--logs", type=Path, help="a folder for racecheck's own words")
     parser.add_argument("--sanitizer", default="compute-sanitizer", help="where it is")
-    parser.add_argument("--timeout", type=float, default=300, help="s, a case")
     parser.add_argument("--ring", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--decode", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ring:
         return run_ring(*options.ring)
+    if options.decode:
+        way, bits, n_rows = options.decode
+        return run_decode(way, int(bits), int(n_rows))
     if unknown := set(options.names) - set(CASES):
         raise SystemExit(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
     if options.logs:

