@@ -88,7 +88,7 @@ class _Windows:
         return np.array(heads, np.int32).reshape(len(heads), self.layout.n_semantic_window + 1), end
 
     def _is_ready(self, start: int) -> bool:
-        return self.semantic.ended or len(self.semantic.tokens) >= self.needs(start)
+        return self.semantic.has(self.needs(start))
 
     def _seen(self, start: int) -> Ints:
         return self.semantic.tokens[: self.needs(start)]  # what came early must not be seen early

@@ -158,9 +158,8 @@ class Schedule:
         return replace(self, coarse_windows=(self.offline_coarse_windows,), semantic_call=longer)
 
     def in_company(self) -> Schedule:
-        """No call longer than a window: where many streams share instances, each would keep one from the others."""
-        single = replace(self, coarse_windows=(1,), offline_coarse_windows=1, offline_fine_windows=1)
-        return replace(single, offline_semantic_call=0)
+        """Without streaming no call longer than a window: where many streams share instances, each would keep one from the others."""
+        return replace(self, offline_coarse_windows=1, offline_fine_windows=1, offline_semantic_call=0)
 
     def for_a_crowd(self) -> Schedule:
         """A sentence's first two chunks in one, which plays for longer than the next takes when many streams share a GPU."""

@@ -69,12 +69,24 @@ class SemanticTokens:
         """Generate until there are n tokens, or speech has ended."""
         while len(self.tokens) < n and not self.ended:
             least = self._schedule.semantic_least if len(self.tokens) else 1
-            call = self._call or self._start(min(max(n - len(self.tokens), least), self._schedule.semantic_call))
-            new, self.ended = call.result()
-            self.tokens, self._call = np.concatenate([self.tokens, new]), None
-            if self._watch and self._watch(self.tokens, self.ended):
-                self.ended = True
-            self.ended = self.ended or len(self.tokens) >= self._n_most
+            self._take(self._call or self._start(min(max(n - len(self.tokens), least), self._schedule.semantic_call)))
+        self._go_ahead()
+
+    def has(self, n: int) -> bool:
+        """Whether there are n tokens, or all that there will be. Waits for none."""
+        while len(self.tokens) < n and not self.ended and self._call and self._call.done():
+            self._take(self._call)
+            self._go_ahead()
+        return self.ended or len(self.tokens) >= n
+
+    def _take(self, call: Future[tuple[Ints, bool]]) -> None:
+        new, self.ended = call.result()
+        self.tokens, self._call = np.concatenate([self.tokens, new]), None
+        if self._watch and self._watch(self.tokens, self.ended):
+            self.ended = True
+        self.ended = self.ended or len(self.tokens) >= self._n_most
+
+    def _go_ahead(self) -> None:
         if self._schedule.semantic_ahead and not self.ended and self._call is None and self._may_go_ahead():
             self._call = self._start(self._schedule.semantic_ahead)
 

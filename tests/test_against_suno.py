@@ -195,6 +195,9 @@ class Given:
         self.tokens = self._all[: max(n, len(self.tokens))]
         self.ended = n > len(self._all)
 
+    def has(self, n: int) -> bool:
+        return self.ended or n <= len(self.tokens)
+
 
 def some_semantic(n: int) -> Ints:
     return np.random.default_rng(n).integers(0, END, n).astype(np.int32)

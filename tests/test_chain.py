@@ -64,6 +64,9 @@ class Known:
             self.n_waits += 1
             self._have(n)
 
+    def has(self, n):
+        return self.ended or n <= len(self.tokens)
+
     def _have(self, n):
         self.tokens, self.ended = self._all[:n], n > len(self._all)
 
