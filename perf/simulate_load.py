@@ -38,6 +38,7 @@ from barkstream.engines.workers import (  # noqa: E402
     FEW,
     FIRST,
     HURRIED,
+    HURRIED_BATCH_S,
     HURRIED_PIECE_S,
     PIECE_S,
     PIECES,
@@ -104,6 +105,7 @@ class Policy:
     needy_s: float = NEEDY_S
     tight_s: float = TIGHT_S
     tight_batch_s: float = TIGHT_BATCH_S
+    hurried_batch_s: float = HURRIED_BATCH_S
     piece_s: float = PIECE_S
     company: int = POLICIES["coarse"].company  # of the causal stages
     semantic_patience_s: float = POLICIES["semantic"].patience_s
@@ -118,13 +120,17 @@ class Policy:
     coarse_instances: int = 32
     fine_instances: int = 16
     codec_instances: int = 8
-    way_s: float = 0.0014  # through Triton, one way; found by trying, so that the whole says what an H100 said
+    way_s: float = (
+        0.0014  # through Triton, one way; found by trying, so that the whole says what an H100 said; as is the next one
+    )
+    hop_s: float = 0.0005  # of it, that calls and answers of all streams take one after the other: bark's Python
     prepare_s: float = 0.0015  # a batch, by Python: until it is on its way
     settle_s: float = 0.0003  # one that is over: until its calls are answered, or wait for the rest
     row_s: float = 0.00006  # more for each row, of both
     gap_s: float = 0.0003  # between two that were launched one behind the other
     chunks: tuple[int, ...] = field(default=(24, 30, 60, 60, 60, 90))  # frames
     lookahead: tuple[int, ...] = field(default=(6, 6, 6, 36, 66, 36))
+    coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # of a call, at most
 
     def instances(self, stage: str) -> int:
         return getattr(self, f"{stage}_instances")
@@ -165,6 +171,7 @@ class Call:
     position: int = 0
     rank: int = REST
     is_new: bool = False  # needs a prefill
+    n_windows: int = 1  # coarse ones, this one included
     since_s: float = 0.0
     came_s: float = 0.0  # the same of its first piece
     answer: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -379,12 +386,16 @@ class Gpu:
         batch: list[Call] = []
         most = self._policy.first_batch if stage == "coarse" else POLICIES[stage].first_batch
         for call in sorted(calls, key=lambda call: (call.rank, call.slack_s)):
+            n_new = sum(each.is_new for each in [*batch, call])
+            step_ms, prefills_ms = self._costs.step(stage, min(len(batch) + 1, 32)), self._costs.prefill(stage, n_new)
             if batch and batch[0].rank <= FIRST < call.rank:
                 is_comfortable = call.rank == REST and call.slack_s > self._policy.comfortable_s
                 if is_comfortable or len(batch) >= most:
                     break
-            n_new = sum(each.is_new for each in [*batch, call])
-            takes_ms = PIECES[1] * self._costs.step(stage, min(len(batch) + 1, 32)) + self._costs.prefill(stage, n_new)
+            is_late = PIECES[0] * step_ms + prefills_ms > self._policy.hurried_batch_s * 1e3
+            if len(batch) >= FEW and batch[0].rank == HURRIED < call.rank and is_late:
+                break
+            takes_ms = PIECES[1] * step_ms + prefills_ms
             fits = not is_tight or len(batch) < FEW or call.rank < REST or takes_ms <= self._policy.tight_batch_s * 1e3
             if fits and len(batch) < MAX_BATCH[stage]:
                 batch.append(call)
@@ -413,6 +424,9 @@ class Gpu:
         for call in run.batch:
             made = min(run.n_steps, call.n_tokens)
             call.n_tokens, call.position, call.is_new = call.n_tokens - made, call.position + made, False
+            if not call.n_tokens and call.n_windows > 1:
+                call.n_tokens, call.n_windows, call.is_new = WINDOW, call.n_windows - 1, True
+                call.rank = HURRIED if call.position <= WINDOW else REST
             if call.n_tokens:
                 self.submit(call)
             else:
@@ -428,14 +442,21 @@ class Server:
         self.streams: set[Stream] = set()
         self._queues: dict[str, list[tuple[Call, asyncio.Future[None]]]] = {stage: [] for stage in STAGES}
         self._free = {stage: policy.instances(stage) for stage in STAGES}
+        self._busy_until_s = 0.0  # bark's Python
+
+    async def _hop(self) -> None:
+        """One way through Triton."""
+        now_s = asyncio.get_running_loop().time()
+        self._busy_until_s = max(self._busy_until_s, now_s) + self.policy.hop_s
+        await asyncio.sleep(self._busy_until_s - now_s + max(0.0, self.policy.way_s - self.policy.hop_s))
 
     async def infer(self, call: Call) -> None:
-        await asyncio.sleep(self.policy.way_s)
+        await self._hop()
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues[call.stage].append((call, answered))
         self._hand_on(call.stage)
         await answered
-        await asyncio.sleep(self.policy.way_s)
+        await self._hop()
 
     def _hand_on(self, stage: str) -> None:
         while self._free[stage] and self._queues[stage]:
@@ -517,19 +538,28 @@ class Stream:
         self._dry_s = max(self._dry_s, now_s) + audio_s
 
     async def _make_windows(self, windows: asyncio.Queue[int], room: asyncio.Semaphore) -> None:
-        for position in range(0, 3 * N_SEMANTIC, WINDOW):
+        position = index = 0
+        while position < 3 * N_SEMANTIC:
             await room.acquire()
-            wanted = min(AHEAD + SLIDE * position // WINDOW, N_SEMANTIC)
-            while self._n_semantic < wanted:
+            while self._n_semantic < self._reads(position):
                 if ahead := self._semantic_ahead:
                     self._semantic_ahead = None
                     await ahead
                 else:
-                    await self._say(max(wanted - self._n_semantic, 60 if self._n_semantic else 1))
+                    missing = self._reads(position) - self._n_semantic
+                    await self._say(max(missing, 60 if self._n_semantic else 1))
             if self._dry_s < math.inf:
                 self._go_ahead()
-            await self._call("coarse", WINDOW, position, is_hurried=position <= WINDOW, is_new=True)
-            windows.put_nowait(WINDOW // 2)
+            most = self._policy.coarse_windows[min(index, len(self._policy.coarse_windows) - 1)]
+            starts = range(position, min(position + most * WINDOW, 3 * N_SEMANTIC), WINDOW)
+            n_windows = sum(self._reads(start) <= self._n_semantic for start in starts)
+            await self._call("coarse", WINDOW, position, position <= WINDOW, is_new=True, n_windows=n_windows)
+            windows.put_nowait(n_windows * WINDOW // 2)
+            position, index = position + n_windows * WINDOW, index + 1
+
+    def _reads(self, position: int) -> int:
+        """Semantic tokens that the coarse window there waits for."""
+        return min(AHEAD + SLIDE * (position // WINDOW), N_SEMANTIC)
 
     def _go_ahead(self) -> None:
         if self._semantic_ahead is None and self._n_semantic < N_SEMANTIC:
@@ -542,14 +572,20 @@ class Stream:
             self._n_semantic += n
 
     async def _call(
-        self, stage: str, n_tokens: int = 0, position: int = 0, is_hurried: bool = False, is_new: bool = False
+        self,
+        stage: str,
+        n_tokens: int = 0,
+        position: int = 0,
+        is_hurried: bool = False,
+        is_new: bool = False,
+        n_windows: int = 1,
     ) -> None:
         while (excess_s := self.lead_s - self._policy.pace_lead_s) > 0 and self._is_anybody_needy():
             await asyncio.sleep(min(excess_s, 0.01))
         if stage in self._server.gpu.known:
             self._server.gpu.known[stage].add(self)
         rank = POLICIES[stage].first if self._dry_s == math.inf else HURRIED if is_hurried else REST
-        await self._server.infer(Call(stage, self, n_tokens, position, rank, is_new))
+        await self._server.infer(Call(stage, self, n_tokens, position, rank, is_new, n_windows))
 
     def _is_anybody_needy(self) -> bool:
         return any(other is not self and other.lead_s < self._policy.needy_s for other in self._server.streams)
@@ -620,13 +656,16 @@ def simulate(
 
 def policy_of(settings: list[str]) -> Policy:
     """Raises SystemExit for a setting that a Policy does not have."""
-    types = {each.name: type(each.default) for each in fields(Policy) if isinstance(each.default, int | float)}
     policy = Policy()
+    names = [each.name for each in fields(Policy)]
     for setting in settings:
         name, _, value = setting.partition("=")
-        if name not in types:
-            raise SystemExit(f"no setting {name!r}: there are {', '.join(types)}")
-        policy = replace(policy, **{name: types[name](value)})
+        if name not in names:
+            raise SystemExit(f"no setting {name!r}: there are {', '.join(names)}")
+        now = getattr(policy, name)
+        policy = replace(
+            policy, **{name: tuple(map(int, value.split(","))) if isinstance(now, tuple) else type(now)(value)}
+        )
     return policy
 
 

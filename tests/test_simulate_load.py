@@ -16,6 +16,7 @@ sys.path.insert(0, str(PERF))
 from simulate_load import COSTS, Policy, policy_of, simulate  # noqa: E402
 
 INT8 = COSTS["h100-int8"]
+AT_ONCE = Policy(hop_s=0.0)  # calls of several streams don't wait for one another on their way
 
 
 def test_a_stream_alone_takes_what_its_calls_take():
@@ -38,7 +39,7 @@ def test_nobody_waits_for_company_while_the_gpu_is_free():
 def test_instances_that_hold_calls_back_cost_audio_and_patience():
     """What it found first: with 6 semantic instances a call waits for others that wait for company."""
     few, many = (
-        simulate(replace(Policy(), semantic_instances=n, fine_instances=k), INT8, clients=32, duration_s=14)
+        simulate(replace(AT_ONCE, semantic_instances=n, fine_instances=k), INT8, clients=32, duration_s=14)
         for n, k in ((6, 4), (32, 16))
     )
     assert few["audio_s_per_s"] < 0.98 * many["audio_s_per_s"] and few["ttfa_ms_p95"] > 1.5 * many["ttfa_ms_p95"]
@@ -60,7 +61,7 @@ def test_first_audio_comes_sooner_where_work_is_halted_for_it():
 
 def test_the_gpu_idles_less_where_work_is_halted_once_what_it_is_halted_for_is_prepared():
     ask = dict(clients=32, duration_s=14)
-    when_they_call, when_prepared = (simulate(replace(Policy(), halts=n, prepare_s=0.003), INT8, **ask) for n in (1, 2))
+    when_they_call, when_prepared = (simulate(replace(AT_ONCE, halts=n, prepare_s=0.003), INT8, **ask) for n in (1, 2))
     assert when_prepared["idle_percent"] < when_they_call["idle_percent"] - 0.5
 
 
@@ -86,7 +87,16 @@ def test_as_a_command():
     assert row["requests"] >= 2 and row["underruns"] == 0
 
 
+def test_calls_that_wait_for_one_another_on_their_way_cost_audio_and_longer_chains_win_some_back():
+    policies = AT_ONCE, Policy(), Policy(coarse_windows=(1,))
+    at_once, chains, windows = (
+        simulate(policy, INT8, clients=32, duration_s=20)["audio_s_per_s"] for policy in policies
+    )
+    assert at_once > chains > 1.02 * windows
+
+
 def test_a_setting_that_is_not_there_says_which_are():
     assert policy_of(["company=4", "pace_lead_s=inf"]) == replace(Policy(), company=4, pace_lead_s=float("inf"))
+    assert policy_of(["coarse_windows=1,3"]).coarse_windows == (1, 3)
     with pytest.raises(SystemExit, match="no setting 'pace': there are pace_lead_s, "):
         policy_of(["pace=1"])

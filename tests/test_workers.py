@@ -15,6 +15,7 @@ from barkstream.engines import Generation, Row, Window
 from barkstream.engines.slots import Slot, Slots
 from barkstream.engines.turns import FOLLOW_S, HEAD_START_S, HURRIED, LONE, UNHURRIED, Launch, Turns
 from barkstream.engines.workers import (
+    HURRIED_BATCH_S,
     PIECE_S,
     POLICIES,
     TIGHT_BATCH_S,
@@ -224,6 +225,18 @@ def test_while_a_listener_may_run_dry_the_ones_ahead_do_not_make_the_batch_long(
     assert together(worker, gpt, turns, rows) == [[1, 2, 3, 4], [5, 6, 7, 8]]
     clock.now_s -= TIGHT_S  # so much more is in everyone's hand
     assert together(worker, gpt, turns, rows) == [[1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+def test_few_go_along_with_a_hurried_row_if_more_would_make_it_late(start):
+    gpt, turns = FakeGPT(), Turns()
+    a_window_of_six_s = HURRIED_BATCH_S / 1.01
+    worker = start(
+        CausalWorker(at_once(gpt.generate), gpt.release, 32, turns, POLICY, lambda n: n / 6 * a_window_of_six_s / 60)
+    )
+    others = [row(4, stream=stream, position=1) for stream in range(2, 12)]
+    assert [len(batch) for batch in together(worker, gpt, turns, others)] == [10]
+    hurried = row(4, stream=1, position=0)
+    assert [len(batch) for batch in together(worker, gpt, turns, [*others, hurried])] == [6, 5]
 
 
 def test_a_stream_that_is_not_known_yet_counts_as_one_with_nothing_in_hand(crowd):

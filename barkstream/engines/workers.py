@@ -33,6 +33,9 @@ COMFORTABLE_S = 1.5  # who has more made that has not been played does not go al
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
 TIGHT_BATCH_S = 0.1  # than what takes so long for half a window, or this many rows:
 FEW = 4
+# For those who are in no hurry no window of a batch with a hurried row takes longer, prefills included: the second chunk is due .3 s
+# after the first.
+HURRIED_BATCH_S = 0.06
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
 CHUNK, WINDOW = 120, 512  # frames of a listener's chunk, and of the window that it is filled in, at most
@@ -417,17 +420,31 @@ class CausalWorker(Worker[Row, Generation]):
         batch: list[_Pending[Row, Generation]] = []
         n_new = 0
         for each in sorted(waiting, key=lambda each: (each.rank, slack_s[each])):
-            if batch and batch[0].rank <= FIRST < each.rank:
-                is_comfortable = each.rank == REST and slack_s[each] > COMFORTABLE_S
-                if is_comfortable or len(batch) >= self._policy.first_batch:
-                    break
             n_more = n_new + self._is_new(each.call)
-            takes_s = PIECES[1] * self._step_s(len(batch) + 1) + self._prefills_s(n_more)
+            step_s, prefills_s = self._step_s(len(batch) + 1), self._prefills_s(n_more)
+            if batch and not self._goes_along(each, slack_s[each], batch, PIECES[0] * step_s + prefills_s):
+                break
+            takes_s = PIECES[1] * step_s + prefills_s
             fits = not is_tight or len(batch) < FEW or each.is_hurried or takes_s <= TIGHT_BATCH_S
             if fits and len(batch) < self._max_batch:
                 batch.append(each)
                 n_new = n_more
         return batch
+
+    def _goes_along(
+        self,
+        each: _Pending[Row, Generation],
+        slack_s: float,
+        batch: Sequence[_Pending[Row, Generation]],
+        window_s: float,
+    ) -> bool:
+        """Whether there is room for somebody who may be in less of a hurry than those of a batch, a window of which would take so long."""
+        if batch[0].rank <= FIRST < each.rank:
+            is_comfortable = each.rank == REST and slack_s > COMFORTABLE_S
+            return not is_comfortable and len(batch) < self._policy.first_batch
+        if batch[0].is_hurried and not each.is_hurried:
+            return len(batch) < FEW or window_s <= HURRIED_BATCH_S
+        return True
 
     def _slack_s(self, row: Row, now_s: float) -> float:
         """Seconds of its sentence that are made, less those for which it has been in the making: near what its listener has in hand."""
