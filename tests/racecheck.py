@@ -1,4 +1,4 @@
-"""compute-sanitizer's racecheck on the decode kernels, on the GPU that is there.
+"""compute-sanitizer's racecheck on the decode kernels and the codec's LSTM, on the GPU that is there.
 
     python3 tests/racecheck.py [NAME ...]
 
@@ -28,14 +28,14 @@ from barkstream.engines import Head  # noqa: E402
 from barkstream.engines.cuda import CudaEngine  # noqa: E402
 from barkstream.engines.kernels import UNDER_RACECHECK, build, c_int, c_void_p  # noqa: E402
 from barkstream.engines.kernels.fused import RowArguments  # noqa: E402
+from barkstream.engines.kernels.lstm import N_LAYERS, WIDTH, Lstm  # noqa: E402
 from barkstream.sampling import COARSE  # noqa: E402
 from barkstream.tokens import GPTSize  # noqa: E402
 
 SUMMARY = re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)")
 N_READERS, STAGE_WORDS = 4, 256  # of ring.cu
-SIZE = GPTSize(
-    n_layers=8, n_heads=4, width=256, block_size=1024, n_input_ids=2880, n_output_ids=2816
-)  # nano-bark's coarse
+# nano-bark's coarse
+SIZE = GPTSize(n_layers=8, n_heads=4, width=256, block_size=1024, n_input_ids=2880, n_output_ids=2816)
 HEAD = Head(COARSE, first_id=768, n_codebooks=2, size=1024, end=None)
 
 
@@ -58,6 +58,10 @@ def decode(way: str, bits: int, n_rows: int) -> list[str]:
     return [str(Path(__file__).resolve()), "--decode", way, str(bits), str(n_rows)]
 
 
+def recurrent(n_rows: int) -> list[str]:
+    return [str(Path(__file__).resolve()), "--lstm", str(n_rows)]
+
+
 CASES = {
     "ring, one lane, handed on": Case(ring(True), False, None, "ring"),
     "ring, one lane": Case(ring(False), False, None, "ring"),
@@ -78,6 +82,7 @@ CASES = {
         for bits in (16, 8)
         for n in (8, 24)
     },
+    **{f"lstm.cu, {n} rows": Case(recurrent(n), False, True, "lstm") for n in (1, 4)},
 }
 
 
@@ -121,6 +126,20 @@ def run_decode(way: str, bits: int, n_rows: int) -> int:
     return 0 if all(said) else 1
 
 
+def run_lstm(n_rows: int) -> int:
+    """Five steps. Exit status 1 if they are not PyTorch's."""
+    import torch
+
+    twin = torch.nn.LSTM(WIDTH, WIDTH, N_LAYERS).cuda()
+    x, h, c = (torch.randn(n, n_rows, WIDTH, device="cuda") for n in (5, N_LAYERS, N_LAYERS))
+    with torch.no_grad():
+        expected, _ = twin(x, (h, c))
+        y, _, _ = Lstm(dict(twin.named_parameters()))(x, h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous())
+    off = (y - expected).abs().max().item()
+    print("largest difference", off)
+    return 0 if off < 1e-3 else 1
+
+
 def check(name: str, case: Case, options: argparse.Namespace) -> bool:
     """Whether it is as it should be."""
     environment = {**os.environ, **({UNDER_RACECHECK: "1"} if case.all_arrive else {})}
@@ -149,12 +168,15 @@ def main() -> int:
     parser.add_argument("--sanitizer", default="compute-sanitizer", help="where it is")
     parser.add_argument("--ring", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--decode", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--lstm", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ring:
         return run_ring(*options.ring)
     if options.decode:
         way, bits, n_rows = options.decode
         return run_decode(way, int(bits), int(n_rows))
+    if options.lstm:
+        return run_lstm(options.lstm)
     if unknown := set(options.names) - set(CASES):
         raise SystemExit(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
     if options.logs:

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,16 @@ def test_every_decode_kernel_compiles(tmp_path):
     kept = [path.read_bytes() for path in (tmp_path / "kept").iterdir()]
     assert len(kept) == len(wanted)
     assert all(image.startswith(b"\x7fELF") and b".text.decode" in image for image in kept)
+
+
+def test_what_racecheck_runs_on_compiles_to_other_code(monkeypatch):
+    """tests/racecheck.py, which wants a GPU."""
+    ring = str(Path(__file__).parent / "kernels/ring.cu"), dict(HANDED_ON=1, MISTAKE=0)
+    sources = [ring, *(module.source(NANO, COARSE_HEAD, 16, 8) for module in (fused, wide))]
+    as_they_are = [kernels.compile_source(file, fused.ARCHITECTURE, **constants) for file, constants in sources]
+    monkeypatch.setenv(kernels.UNDER_RACECHECK, "1")
+    for before, (file, constants) in zip(as_they_are, sources, strict=True):
+        assert kernels.compile_source(file, fused.ARCHITECTURE, **constants) != before
 
 
 def test_nothing_spills_at_up_to_32_rows():
