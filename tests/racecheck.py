@@ -119,7 +119,7 @@ def run_decode(way: str, bits: int, n_rows: int) -> int:
             )
             for i in range(n_rows)
         ]  # fmt: skip
-        tokens, result = decoder.decode(rows)
+        _, result = decoder.decode(rows)
         torch.cuda.synchronize()
         said += [int(n) == row.n_tokens for n, row in zip(result[:n_rows, 0].tolist(), rows, strict=True)]
     print("said", len(said), "rows" if all(said) else "rows, some of them too short")

@@ -412,8 +412,8 @@ class CausalWorker(Worker[Row, Generation]):
         return self._under_way
 
     def _together(self, waiting: Sequence[_Pending[Row, Generation]]) -> list[_Pending[Row, Generation]]:
-        """By rank, then those who will soonest be short of speech. With somebody's first, few of the others. If anybody may be short, no
-        more than take TIGHT_BATCH_S for half a window: who begins one takes more than who goes on."""
+        """By rank, then those who will soonest be short of speech. With somebody's first, or somebody hurried, few of the others. If
+        anybody may be short, no more than take TIGHT_BATCH_S for half a window: who begins one takes more than who goes on."""
         now_s = time.monotonic()
         slack_s = {each: self._slack_s(each.call, now_s) for each in waiting}
         is_tight = min(slack_s.values(), default=TIGHT_S) < TIGHT_S
