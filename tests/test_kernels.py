@@ -55,13 +55,21 @@ def test_every_decode_kernel_compiles(tmp_path):
 
 
 def test_what_racecheck_runs_on_compiles_to_other_code(monkeypatch):
-    """tests/racecheck.py, which wants a GPU."""
+    """tests/sanitize.py, which wants a GPU."""
     ring = str(Path(__file__).parent / "kernels/ring.cu"), dict(HANDED_ON=1, MISTAKE=0)
     sources = [ring, *(module.source(NANO, COARSE_HEAD, 16, 8) for module in (fused, wide))]
     as_they_are = [kernels.compile_source(file, fused.ARCHITECTURE, **constants) for file, constants in sources]
     monkeypatch.setenv(kernels.UNDER_RACECHECK, "1")
     for before, (file, constants) in zip(as_they_are, sources, strict=True):
         assert kernels.compile_source(file, fused.ARCHITECTURE, **constants) != before
+
+
+def test_compute_sanitizer_is_run_on_every_kernel():
+    from sanitize import CASES, TOOLS
+
+    for tool in TOOLS:
+        named = ", ".join(name for name, case in CASES.items() if tool in case.tools and case.is_clean)
+        assert not [path.name for path in kernels.HERE.glob("*.cu") if path.name not in named]
 
 
 def test_nothing_spills_at_up_to_32_rows():

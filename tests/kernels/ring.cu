@@ -1,4 +1,4 @@
-// The ring through which decode.cu and wide.cu read their weights, alone: a warp copies, others add up. For tests/racecheck.py.
+// The ring through which decode.cu and wide.cu read their weights, alone: a warp copies, others add up. For tests/sanitize.py.
 #include "ptx.cuh"
 
 constexpr int STAGES = 4, READERS = 4, STAGE_WORDS = 256;  // READERS: warps

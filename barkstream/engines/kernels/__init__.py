@@ -24,7 +24,7 @@ import torch
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "barkstream"  # compiled kernels
 
-# Set in the environment: decode kernels whose shared memory compute-sanitizer can follow, many times slower (tests/racecheck.py).
+# Set in the environment: decode kernels whose shared memory compute-sanitizer can follow, many times slower (tests/sanitize.py).
 UNDER_RACECHECK = "BARKSTREAM_UNDER_RACECHECK"
 
 # CUlaunchAttributeID and CUfunction_attribute of cuda.h

@@ -108,7 +108,7 @@ __device__ __forceinline__ void barrier_arrive(u64* barrier, u32 count = 1) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 // Which lanes of a warp arrive when it has read what a barrier guards, behind a __syncwarp: one, for all. compute-sanitizer's racecheck
-// does not know that it stands for the others (tests/racecheck.py), so for it all arrive.
+// does not know that it stands for the others (tests/sanitize.py), so for it all arrive.
 constexpr u32 ARRIVING_LANES = UNDER_RACECHECK ? 32 : 1;
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
     asm volatile(
