@@ -15,6 +15,7 @@ from barkstream.engines.workers import POLICIES, FineWorker, at_once
 from barkstream.fine import _draws, fill_offline
 from barkstream.options import SpeechOptions
 from barkstream.pipeline import Speech
+from barkstream.sampling import FINE, uniforms
 from barkstream.tokens import FineLayout, GPTSize
 
 SIZE = GPTSize(n_layers=1, n_heads=1, width=64, block_size=32, n_input_ids=101, n_output_ids=100)
@@ -217,3 +218,15 @@ def test_a_speakers_offline_windows_go_in_calls_of_as_many_as_the_schedule_says(
     assert n_windows == [1, 1, 1]
     np.testing.assert_array_equal(said(4), one)
     assert n_windows == [3]
+
+
+@pytest.mark.parametrize(
+    ("first_frame", "n_frames"), [(0, 30), (-100, 256), (-40, 30), (500, 24), (511, 1), (1000, 1100)]
+)
+def test_a_frames_draws_are_its_own(first_frame, n_frames):
+    """Whatever it is drawn with."""
+    draws = _draws(7, first_frame, n_frames, LAYOUT)
+    assert draws.shape == (2, n_frames) and draws.dtype == np.float32
+    for i in range(n_frames):
+        expected = uniforms(7, FINE, first_frame + i, 2) if first_frame + i >= 0 else 0.5
+        np.testing.assert_array_equal(draws[:, i], expected)
