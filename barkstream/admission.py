@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import math
-import threading
+
+from barkstream.peers import Peers
 
 
 class Admission:
     """At most n_most requests at once; one more is refused, with a guess at when there will be room. Threads share it."""
 
-    def __init__(self, n_most: int):
+    def __init__(self, n_most: int, peers: Peers | None = None):
+        """peers: whose requests count, too."""
         self.n_most = n_most
-        self._n_live = 0
-        self._mean_s = 0.0  # how long a request takes, over about the last n_most
-        self._lock = threading.Lock()
+        self._peers = peers or Peers()
+        self._mean_s = 0.0  # how long a request takes, over about the last n_most of this process
 
     @property
     def n_live(self) -> int:
         """Requests under way."""
-        return self._n_live
+        return self._peers.n_live
 
     def enter(self) -> bool:
         """Whether there is room; if so, it is taken until `leave`."""
-        with self._lock:
-            admitted = self._n_live < self.n_most
-            self._n_live += admitted
+        with self._peers.together():
+            admitted = self._peers.n_live < self.n_most
+            self._peers.count_live(int(admitted))
             return admitted
 
     def leave(self, took_s: float) -> None:
         """A request has ended, after took_s seconds."""
-        with self._lock:
-            self._n_live -= 1
+        with self._peers.together():
+            self._peers.count_live(-1)
             self._mean_s += (took_s - self._mean_s) / self.n_most
 
     def refusal(self) -> str:

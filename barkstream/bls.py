@@ -22,12 +22,13 @@ import triton_python_backend_utils as pb_utils
 
 from barkstream.admission import Admission
 from barkstream.engines import Chain, Chunk, Generation, Row, Window, Windows, check_chunk
-from barkstream.engines.hosted import HostedStage, OwnStage
+from barkstream.engines.hosted import HostedStage, OwnStage, sockets_folder
 from barkstream.engines.open import CausalStageName, Spec, StageName
 from barkstream.export.codec_state import state_size
 from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
 from barkstream.pacing import Pacer, Player
+from barkstream.peers import Peers
 from barkstream.pipeline import NothingSaid, Pipeline, Speech, choose_voice
 from barkstream.sampling import Floats, Ints, Sampling
 from barkstream.semantic import token_ids
@@ -40,6 +41,7 @@ from barkstream.watch import Watch
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
 NOTHING = Generation(np.zeros(0, np.int32), False)
+PEERS = "bark.peers"  # of the sockets' folder: what the processes of `bark` know of one another
 N_TRIES = 2  # stage calls are pure, so one that failed may be repeated
 
 
@@ -318,7 +320,7 @@ def _outputs(**arrays: np.ndarray) -> Any:
 
 
 class Speaker:
-    """`bark`: each request is a worker that pulls its chunks through the pipeline and sends them."""
+    """`bark`: each request is a worker that pulls its chunks through the pipeline and sends them. One of `bark`'s instances."""
 
     def __init__(self, args: dict[str, str]):
         folder, parameters = _folder(args), _parameters(args)
@@ -330,17 +332,19 @@ class Speaker:
         self._tokenizer = TextTokenizer(folder / "tokenizer.json", self._checkpoint.semantic)
         self._voices = load_voices(folder / "voices", self._checkpoint)
         self._schedule = _opened(_schedule, parameters, self._checkpoint)
-        self._keys = StreamKeys(usable_gpus() if parameters.get("spread_streams") == "true" else 1)
-        n = self._keys.n_gpus  # limits are a GPU's
+        n = usable_gpus() if parameters.get("spread_streams") == "true" else 1  # limits are a GPU's
+        self._peers = _opened(Peers, n, sockets_folder() / PEERS if _n_instances(args) > 1 else None)
+        self._keys = StreamKeys(n, self._peers)
         self._crowd = n * int(parameters.get("crowd", 0)) or math.inf
         if self._crowd < math.inf:
             self._crowded = _opened(_schedule, parameters, self._checkpoint, is_crowded=True)
         self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
-        self._admission = Admission(n * int(parameters["max_streams"]))
+        self._admission = Admission(n * int(parameters["max_streams"]), self._peers)
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
         self._watch = Watch(self._admission.n_most)
         # A GPU's streams give way to one another, and to nobody else's.
-        self._pacers = [Pacer(float(parameters.get("pace_lead_s", "inf"))) for _ in range(n)]
+        lead_s = float(parameters.get("pace_lead_s", "inf"))
+        self._pacers = [Pacer(lead_s, peers=self._peers, gpu=gpu) for gpu in range(n)]
         self._metrics = SpeakerMetrics(pb_utils.MetricFamily)
 
     def submit(self, request: Any) -> None:
@@ -355,6 +359,7 @@ class Speaker:
     def close(self) -> None:
         self._workers.shutdown(wait=True)
         self._watch.close()
+        self._peers.close()
 
     def _work(self, request: Any, sender: Any, admitted_at: float) -> None:
         """One request from first to last; sends FINAL exactly once, whatever happens."""
@@ -480,6 +485,11 @@ def _folder(args: dict[str, str]) -> Path:
 
 def _parameters(args: dict[str, str]) -> dict[str, str]:
     return {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
+
+
+def _n_instances(args: dict[str, str]) -> int:
+    groups = json.loads(args["model_config"])["instance_group"]
+    return sum(int(group["count"]) * max(1, len(group.get("gpus", []))) for group in groups)
 
 
 def _opened(open_engine: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -13,8 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from barkstream.peers import Peers
+
 NEEDY_S = 0.1  # with less in hand a stream is needy
 CANCEL_CHECK_S = 0.05  # how often one that waits looks for a listener who has left; Triton cannot tell us
+PEERS_CHECK_S = 0.01  # and whether another process's streams are still in need
 
 
 class Player:
@@ -29,6 +32,11 @@ class Player:
         """Seconds of audio in hand; below 0 it has stood still so long; -inf before the first chunk."""
         return -math.inf if self._dry_at is None else self._dry_at - self._clock()
 
+    @property
+    def needy_from_s(self) -> float:
+        """When it will have little in hand, by its clock."""
+        return -math.inf if self._dry_at is None else self._dry_at - NEEDY_S
+
     def take(self, audio_s: float) -> bool:
         """A chunk of audio_s seconds was sent; whether that was too late: playback had run dry."""
         now = self._clock()
@@ -38,12 +46,20 @@ class Player:
 
 
 class Pacer:
-    """Orders the stage calls of all streams by their players' leads. Threads share it."""
+    """Orders the stage calls of a GPU's streams by their players' leads. Threads share it."""
 
-    def __init__(self, lead_s: float, clock: Callable[[], float] = time.monotonic):
-        """lead_s: seconds in hand beyond which a stream may have to wait; infinity: no pacing."""
+    def __init__(
+        self,
+        lead_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        peers: Peers | None = None,
+        gpu: int = 0,
+    ):
+        """lead_s: seconds in hand beyond which a stream may have to wait; infinity: no pacing. peers: whose streams on the GPU count, too,
+        by time.monotonic."""
         self._lead_s = lead_s
         self._clock = clock
+        self._peers, self._gpu = peers or Peers(gpu + 1), gpu
         self._players: set[Player] = set()
         self._changed = threading.Condition()
 
@@ -53,31 +69,44 @@ class Pacer:
         player = Player(self._clock)
         with self._changed:
             self._players.add(player)
+            self._tell()
         try:
             yield player
         finally:
             with self._changed:
                 self._players.discard(player)
+                self._tell()
                 self._changed.notify_all()
 
     def take(self, player: Player, audio_s: float) -> bool:
         """`player` was sent a chunk; whether that was too late. Those who waited for it may go on."""
         with self._changed:
             self._changed.notify_all()
-            return player.take(audio_s)
+            was_late = player.take(audio_s)
+            self._tell()
+            return was_late
 
     def wait(self, player: Player, is_cancelled: Callable[[], bool]) -> float:
         """Return when it is the stream's turn, or its listener has left; the seconds waited, 0 if it was its turn already."""
-        waited_s, start = 0.0, self._clock()
+        waited_s, start, look_s = 0.0, self._clock(), 0.0  # the last: when it looks next
         with self._changed:
-            while (excess_s := self._excess_s(player)) > 0 and not is_cancelled():
-                self._changed.wait(min(excess_s, CANCEL_CHECK_S))
+            while (excess_s := self._excess_s(player)) > 0:
+                if waited_s >= look_s:
+                    if is_cancelled():
+                        break
+                    look_s = waited_s + CANCEL_CHECK_S
+                self._changed.wait(min(excess_s, CANCEL_CHECK_S if self._peers.is_alone else PEERS_CHECK_S))
                 waited_s = self._clock() - start
         return waited_s
 
     def _excess_s(self, player: Player) -> float:
         """Seconds that a stream has to wait if nothing changes; 0: it is its turn."""
-        excess_s = player.lead_s - self._lead_s
-        if excess_s <= 0 or not any(other.lead_s < NEEDY_S for other in self._players - {player}):
+        excess_s, now_s = player.lead_s - self._lead_s, self._clock()
+        if excess_s <= 0:
             return 0.0
-        return excess_s
+        is_anybody_needy = any(other.needy_from_s < now_s for other in self._players - {player})
+        return excess_s if is_anybody_needy or self._peers.is_needy_elsewhere(self._gpu, now_s) else 0.0
+
+    def _tell(self) -> None:
+        """The peers."""
+        self._peers.tell_need(self._gpu, min((player.needy_from_s for player in self._players), default=math.inf))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import itertools
 import secrets
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+from barkstream.peers import Peers
 
 
 def usable_gpus() -> int:
@@ -23,23 +24,23 @@ def usable_gpus() -> int:
 class StreamKeys:
     """Keys of streams, none given out twice: key % n_gpus is the GPU with the fewest streams. Threads share it."""
 
-    def __init__(self, n_gpus: int):
+    def __init__(self, n_gpus: int, peers: Peers | None = None):
+        """peers: whose streams count, too."""
         self.n_gpus = n_gpus
-        # From a number by chance on: a server's stages may outlive this process
+        self._peers = peers or Peers(n_gpus)
+        # From a number by chance on: a server's stages may outlive this process, and it may have peers.
         self._numbers = itertools.count(secrets.randbits(48) << 10 | 1)
-        self._n_streams = [0] * n_gpus
-        self._lock = threading.Lock()
 
     @contextmanager
     def key(self) -> Iterator[int]:
         """Of a stream that is under way while the block lasts."""
-        with self._lock:
-            number = next(self._numbers)
+        with self._peers.together():
+            number, n_streams = next(self._numbers), self._peers.n_streams
             # of those with the fewest another one each time
-            gpu = min(range(self.n_gpus), key=lambda gpu: (self._n_streams[gpu], (gpu - number) % self.n_gpus))
-            self._n_streams[gpu] += 1
+            gpu = min(range(self.n_gpus), key=lambda gpu: (n_streams[gpu], (gpu - number) % self.n_gpus))
+            self._peers.count_stream(gpu, 1)
         try:
             yield number * self.n_gpus + gpu
         finally:
-            with self._lock:
-                self._n_streams[gpu] -= 1
+            with self._peers.together():
+                self._peers.count_stream(gpu, -1)
