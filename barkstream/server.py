@@ -50,7 +50,7 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 READY_TIMEOUT_S = 600  # a large checkpoint on a CPU, or TensorRT engines that are built at the first start
 DRAIN_S = 5  # how long `serve`, told to stop, lets Triton end by itself
 BLS_THREADS = 128  # stage calls that can be under way, two of each of 64 streams; Triton lets 32, and the others wait
-PID_MAX = Path("/proc/sys/kernel/pid_max")
+PID_MAX, MAX_MAP_COUNT = Path("/proc/sys/kernel/pid_max"), Path("/proc/sys/vm/max_map_count")
 N_PORT_TRIES = 3
 N_LOG_LINES = 2000  # kept for error messages
 N_TAIL_LINES = 30  # shown in them
@@ -140,7 +140,9 @@ def assemble_backends(installation: Installation, folder: Path) -> Path:
 
 def environment(installation: Installation) -> dict[str, str]:
     """The environment of tritonserver, and so of the Python stubs that run the models."""
-    env = {"ORT_DISABLE_TELEMETRY": "1", **os.environ}  # ONNX Runtime 1.32 reports its use over the network by default
+    # ONNX Runtime 1.32 reports its use over the network by default. NumPy's OpenBLAS, of which nothing is asked, starts a thread a CPU in
+    # every stub: four GPUs' 356 on 64 CPUs would be 23,000.
+    env = {"ORT_DISABLE_TELEMETRY": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
     prepend(env, "PATH", Path(sys.prefix, "bin"))
     if installation.libraries is not None:
         libpython = Path(sysconfig.get_config_var("LIBDIR"))
@@ -367,9 +369,11 @@ def n_gpus() -> int:
 
 
 def bls_threads(repository: Path, profile: str | None) -> int:
-    """BLS_THREADS, or fewer: Triton makes so many for each instance of a Python model, and the system has numbers for only so many
-    threads. An instance a stream (cuda profile), and four GPUs, would want 45,000."""
-    room = int(PID_MAX.read_text()) * 3 // 4
+    """BLS_THREADS, or fewer: Triton makes so many for each instance of a Python model, all of them in its own process. The system has
+    numbers for only so many threads, and a process room for only so many pieces of memory, of which a thread is two. An instance a stream
+    (cuda profile), and four GPUs, would want 45,000 threads."""
+    pid_max, max_map_count = (int(path.read_text()) for path in (PID_MAX, MAX_MAP_COUNT))
+    room = min(pid_max * 6 // 10, max_map_count * 3 // 10)
     return max(1, min(BLS_THREADS, room // max(1, n_instances(repository, profile))))
 
 

@@ -18,7 +18,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from barkstream.clients import Client
+from barkstream.clients import BarkstreamError, Client
 from barkstream.engines import Chain, Row, by_windows
 from barkstream.engines.hosted import HostedStage, sockets_folder
 from barkstream.engines.open import EngineError, Spec, open_stage
@@ -210,7 +210,9 @@ def shared_server(repository, tmp_path_factory):
     chains = dict(
         coarse_windows="1, 2", offline_coarse_windows=64, offline_semantic_call=768, offline_fine_windows=4, quiet=2
     )
-    with (folder / "bark" / "config.pbtxt").open("a") as config:
+    speaker = folder / "bark" / "config.pbtxt"
+    speaker.write_text(speaker.read_text().replace("KIND_CPU count: 1", "KIND_CPU count: 2"))
+    with speaker.open("a") as config:
         for name, value in (chains | dict(crowd=3)).items():
             config.write(f'parameters [ {{ key: "{name}" value: {{ string_value: "{value}" }} }} ]\n')
     with Server(folder) as server:
@@ -291,6 +293,25 @@ def coarse_calls_of(server) -> float:
     with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
         found = re.search(r'^nv_inference_count{model="bark_coarse",.*} (\S+)$', page.read().decode(), re.MULTILINE)
     return float(found[1])
+
+
+@pytest.mark.server
+def test_the_limit_is_for_all_instances_of_bark(shared_server):
+    """Which has two, of a limit of 16 together."""
+
+    def ask(seed):
+        try:
+            with Client(shared_server.grpc_url) as client:
+                return bool(len(client.speak("Yes.", voice="heart_0", seed=seed, max_seconds=1)))
+        except BarkstreamError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(20) as pool:
+        said = list(pool.map(ask, range(20)))
+    refused = [each for each in said if each is not True]
+    assert len(refused) == 4
+    assert all("all 16 streams of this server are busy" in each for each in refused)
+    assert ask(1) is True
 
 
 @pytest.mark.server

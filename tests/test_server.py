@@ -273,20 +273,23 @@ def test_a_model_may_have_many_calls_of_another_under_way(tmp_path, monkeypatch)
 
 
 def test_threads_for_stage_calls_are_no_more_than_the_system_has_numbers_for(tmp_path, monkeypatch):
-    for model, kind, count in (("bark", "CPU", 1), ("stage", "GPU", 88)):
+    for model, kind, count in (("bark", "GPU", 1), ("stage", "GPU", 88)):
         (tmp_path / model / "configs").mkdir(parents=True)
         (tmp_path / model / "config.pbtxt").write_text("instance_group [ { kind: KIND_CPU count: 1 } ]")
         profile = f"instance_group [ {{ kind: KIND_{kind} count: {count} }} ]"
         (tmp_path / model / "configs" / "cuda.pbtxt").write_text(profile)
-    monkeypatch.setattr(launcher, "PID_MAX", tmp_path / "pid_max")
-    (tmp_path / "pid_max").write_text("32768\n")
+    for name, value in (("PID_MAX", 32768), ("MAX_MAP_COUNT", 65530)):
+        (tmp_path / name).write_text(f"{value}\n")
+        monkeypatch.setattr(launcher, name, tmp_path / name)
 
     def with_gpus(n):
         monkeypatch.setattr(launcher, "usable_gpus", lambda: n)
         return launcher.n_instances(tmp_path, "cuda"), launcher.bls_threads(tmp_path, "cuda")
 
-    assert (with_gpus(1), with_gpus(2), with_gpus(4)) == ((89, 128), (177, 128), (353, 69))
+    assert (with_gpus(1), with_gpus(2), with_gpus(4)) == ((89, 128), (178, 110), (356, 55))
     assert launcher.n_instances(tmp_path, None) == 2
+    (tmp_path / "MAX_MAP_COUNT").write_text("20000\n")
+    assert with_gpus(4) == (356, 16)
 
 
 def test_a_bad_request_fails_alone(client):
