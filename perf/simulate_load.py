@@ -581,7 +581,7 @@ class Stream:
         n_windows: int = 1,
     ) -> None:
         while (excess_s := self.lead_s - self._policy.pace_lead_s) > 0 and self._is_anybody_needy():
-            await asyncio.sleep(min(excess_s, 0.01))
+            await asyncio.sleep(min(max(excess_s, 1e-6), 0.01))
         if stage in self._server.gpu.known:
             self._server.gpu.known[stage].add(self)
         rank = POLICIES[stage].first if self._dry_s == math.inf else HURRIED if is_hurried else REST
