@@ -190,16 +190,32 @@ def test_the_last_call_before_first_audio_halts_a_first_one(stage):
     thread.join()
 
 
+CHUNKS = (
+    (27, 0),
+    (27, 1),
+    (54, 0),
+    (60, 1),
+    (90, 1),
+    (1154, 0),
+)  # frames, state; a crowd's first one and an offline one are among them
+
+
+def window(n_frames, n_before, n_asked=None):
+    """n_asked: frames behind n_before that are known, in their first codebooks."""
+    codes = np.full((8, n_frames), 1024, np.int32)
+    codes[:, :n_before] = codes[:2, : n_before + (n_frames if n_asked is None else n_asked)] = 5
+    return Window(codes, n_before, np.zeros((6, n_frames), np.float32), 0.5)
+
+
 def test_ranks():
-    chunk, window = (lambda n: (np.zeros((8, n), np.int32), np.zeros(1, np.float32))), Window
-    uniforms = np.zeros((6, 256), np.float32)
     chain = Chain(np.zeros((1, 257), np.int32), 60, 630)
-    ranks = [POLICIES["codec"].rank(chunk(n)) for n in (24, 30, 60, 90)]
-    assert ranks == [LAST, HURRIED, HURRIED, REST]
-    ranks = [
-        POLICIES["fine"].rank(window(np.zeros((8, 256), np.int32), 256 - n, uniforms, 0.5)) for n in (30, 36, 66, 126)
-    ]
+    chunks = [(np.zeros((8, n), np.int32), np.full(9, state, np.float32)) for n, state in CHUNKS]
+    assert [POLICIES["codec"].rank(chunk) for chunk in chunks] == [LAST, HURRIED, HURRIED, HURRIED, REST, REST]
+    ranks = [POLICIES["fine"].rank(window(256, 256 - n)) for n in (30, 33, 66, 126)]
     assert ranks == [FIRST, HURRIED, HURRIED, REST]
+    without_preset = [window(256, n_before, n_asked) for n_before, n_asked in ((0, 30), (27, 33), (54, 66), (114, 66))]
+    assert [POLICIES["fine"].rank(each) for each in without_preset] == [FIRST, HURRIED, HURRIED, HURRIED]
+    assert POLICIES["fine"].rank(window(1024, 512, 20)) == REST  # offline
     ranks = [
         POLICIES["semantic"].rank(row(n, position=position)) for n, position in ((46, 0), (60, 46), (60, 106), (768, 0))
     ]

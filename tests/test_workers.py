@@ -577,7 +577,9 @@ def test_a_stage_lets_others_go_until_it_has_company_or_somebody_who_waits_or_wa
 
 
 def window(n_frames, fill_from):
-    return Window(np.zeros((8, n_frames), np.int32), fill_from, np.zeros((6, n_frames), np.float32), 1.0)
+    codes = np.zeros((8, n_frames), np.int32)
+    codes[2:, fill_from:] = 1024  # unknown
+    return Window(codes, fill_from, np.zeros((6, n_frames), np.float32), 1.0)
 
 
 def chunk(n_frames):
@@ -673,7 +675,7 @@ def test_many_streams_on_a_pretend_gpu_all_finish(start):
             for position in range(60, 60 + chunk, 60):
                 ahead += workers["semantic"].submit([row(60, stream, position=position)])
                 wait("coarse", row(60, stream, position=position))
-            wait("fine", Window(np.zeros((8, 134 + chunk), np.int32), 128, np.zeros((6, 134 + chunk), np.float32), 1.0))
+            wait("fine", window(134 + chunk, 128))
             wait("codec", (np.zeros((8, chunk), np.int32), np.zeros(1, np.float32)))
         for call in ahead:
             call.result(timeout=20)

@@ -85,13 +85,20 @@ class Policy(Generic[Call]):
         return self.first if self.is_first(call) else HURRIED if self.is_hurried(call) else REST
 
 
+def n_asked(window: Window | Windows) -> int:
+    """Frames to fill, and to look ahead at: without the unknown ones behind them that only make a window longer."""
+    asked = window.codes[:, window.fill_from :]
+    return int((asked[0] != asked[-1]).sum())
+
+
 # Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
-# listener who has little in hand (in the cuda profile: the first three of a sentence, and its end), the shortest to one who has no audio
-# yet. Semantic calls are made 60 tokens (1.2 s of speech) ahead; whoever asks for more at once does not stream. Two windows are a
-# beginning: the first chunk, which takes one, plays for .3 s, and by then the second must be there.
+# listener who has little in hand (in the cuda profile: the first three of a sentence, and its end), the shortest windows, and chunks
+# with nothing before them, to one who has no audio yet. Semantic calls are made 60 tokens (1.2 s of speech) ahead; whoever asks for
+# more at once does not stream. Two windows are a beginning: the first chunk, which takes one, plays for .4 s, and by then the second
+# must be there.
 POLICIES: dict[str, Policy[Any]] = {
     "codec": Policy(
-        lambda chunk: chunk[0].shape[1] <= 24,
+        lambda chunk: chunk[0].shape[1] <= 30 and not chunk[1].any(),
         lambda chunk: chunk[0].shape[1] <= 60,
         hurried=0,
         urgency=1,
@@ -102,8 +109,8 @@ POLICIES: dict[str, Policy[Any]] = {
         is_long=lambda chunk: chunk[0].shape[1] > CHUNK,
     ),
     "fine": Policy(
-        lambda window: window.n_frames - window.fill_from <= 32,
-        lambda window: window.n_frames - window.fill_from <= 96,
+        lambda window: window.n_frames <= WINDOW and n_asked(window) <= 30,
+        lambda window: window.n_frames <= WINDOW and n_asked(window) <= 96,
         hurried=1,
         urgency=1,
         company=4,
