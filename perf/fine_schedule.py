@@ -42,7 +42,7 @@ SCHEDULES = {
     **{f"context {n}": replace(DEFAULT, fine_context=n) for n in (0, 32, 64, 256, 512)},
     "chunks 15, 30, 60, 120": replace(DEFAULT, chunk_frames=(15, 30, 60, 120)),
     "chunks 60, 120, 240": replace(DEFAULT, chunk_frames=(60, 120, 240)),
-    "the cuda profile's": replace(DEFAULT, chunk_frames=(24, 30, 60, 60, 60, 90), fine_lookahead=(6, 6, 6, 36, 66, 36)),
+    "the cuda profile's": replace(DEFAULT, chunk_frames=(27, 27, 60, 60, 60, 90), fine_lookahead=(3, 6, 6, 36, 66, 36)),
 }
 TEMPERATURE = SpeechOptions().fine_temperature
 
@@ -76,13 +76,13 @@ class Filler:
         return np.concatenate(list(decode_audio(iter([codes]), self._stages)))
 
 
-def say(pipeline: Pipeline, voices: dict[str, HistoryPrompt], sentences: list[str]) -> list[Utterance]:
+def say(pipeline: Pipeline, voices: dict[str, HistoryPrompt], sentences: list[str], seed: int) -> list[Utterance]:
     utterances = []
     for i, text in enumerate(sentences):
         history, speech = voices[sorted(voices)[i % len(voices)]], Speech()
-        for _ in pipeline.stream(text, SpeechOptions(seed=seed_of(0, i)), history, speech=speech):
+        for _ in pipeline.stream(text, SpeechOptions(seed=seed_of(seed, i)), history, speech=speech):
             pass
-        utterances.append(Utterance(text, history, seed_of(0, i), np.concatenate(speech.coarse, axis=1)))
+        utterances.append(Utterance(text, history, seed_of(seed, i), np.concatenate(speech.coarse, axis=1)))
     return utterances
 
 
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository")
     parser.add_argument("--sentences", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0, help="other speech for another one (default: %(default)s)")
     parser.add_argument("--listen", action="store_true")
     parser.add_argument(
         "--schedule", type=parse_schedule, action="append", dest="schedules", metavar="NAME=VALUE;...",
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     pipeline, voices = open_pipeline(options.repository)
     for schedule in schedules.values():
         schedule.check(pipeline.checkpoint)
-    utterances = say(pipeline, voices, SENTENCES.read_text().splitlines()[: options.sentences])
+    utterances = say(pipeline, voices, SENTENCES.read_text().splitlines()[: options.sentences], options.seed)
     filler, listener = Filler(pipeline), Listener() if options.listen else None
     for u in utterances:
         u.greedy, u.mel = filler.offline(u, 0.0), log_mel(filler.audio(filler.offline(u, TEMPERATURE)))
@@ -189,7 +190,9 @@ def main(argv: list[str] | None = None) -> int:
             rows[name]["least_coarse_hz"] = least_coarse_hz(schedule, pipeline.checkpoint)
         print(f"| {name} | {' | '.join(f'{rows[name][key]:.3f}' if key in rows[name] else '' for key in columns)} |")
     sentences = {"sentences": len(utterances), "audio_s": audio_seconds(utterances)}
-    print(json.dumps({"schedules": rows, **sentences, "machine": machine("numpy", "onnxruntime")}))
+    print(
+        json.dumps({"schedules": rows, "seed": options.seed, **sentences, "machine": machine("numpy", "onnxruntime")})
+    )
     return 0
 
 
