@@ -65,10 +65,11 @@ def stage():
     """What makes workers of coarse, or another stage, which are stopped at the end: the engine and the worker."""
     made = []
 
-    def make(turns, name="coarse", max_batch=32):
+    def make(turns, name="coarse", max_batch=32, **more):
         engine = Haltable()
         worker = CausalWorker(
-            engine.start, engine.release, max_batch, turns, POLICIES[name], lambda n: 0.0002, halt=engine.halt, rate_hz=150.0
+            engine.start, engine.release, max_batch, turns, POLICIES[name], lambda n: 0.0002, halt=engine.halt, rate_hz=150.0,
+            **more,
         )  # fmt: skip
         thread = threading.Thread(target=worker.work)
         thread.start()
@@ -223,6 +224,28 @@ def test_ranks():
     offline = replace(row(120, position=0), chain=chain)
     ranks = [POLICIES["coarse"].rank(each) for each in (row(position=0), row(position=60), row(position=120), offline)]
     assert ranks == [FIRST, HURRIED, REST, HURRIED]
+
+
+def test_semantic_calls_are_hurried_until_coarse_has_heard_of_their_stream(stage):
+    """Without a preset four of them come before a listener's first window; an offline sentence's are one long one."""
+    turns = Turns()
+    coarse_engine, coarse = stage(turns)
+    engine, semantic = stage(turns, "semantic", max_batch=1, has_begun=coarse.knows)
+    began = coarse.submit([row(stream=1, position=0)])[0]
+    coarse_engine.begun(1)
+    coarse_engine.let()
+    began.result(LONG_S)
+    with turns.turn(lambda: -1):
+        known, unknown = (semantic.submit([row(60, stream=i, position=128)])[0] for i in (1, 2))
+    for n, answer in enumerate((unknown, known), 1):  # by rank, not in the order of their coming
+        engine.begun(n)
+        engine.let()
+        answer.result(LONG_S)
+    assert [batch[0][0] for batch in engine.batches] == [2, 1]
+    assert semantic._rank(row(60, stream=2, position=192)) == HURRIED
+    assert semantic._rank(row(768, stream=2, position=128)) == REST
+    coarse.drop(1)
+    assert not coarse.knows(1)
 
 
 def test_few_go_along_with_a_first_call_and_nobody_who_is_comfortable(stage):

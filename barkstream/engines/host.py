@@ -55,10 +55,11 @@ SAID = (ValueError, FileNotFoundError, EngineError)  # errors whose own words a 
 class Stage:
     """A stage's engine and its worker's thread."""
 
-    def __init__(self, spec: Spec, turns: Turns):
-        """Raises what opening the engine raises."""
+    def __init__(self, spec: Spec, turns: Turns, has_begun: Callable[[int], bool]):
+        """has_begun: whether the stage behind this one has heard of a stream. Raises what opening the engine raises."""
         self.spec, self.n_users = spec, 0
-        self._turns = turns
+        self._turns, self._has_begun = turns, has_begun
+        self.knows: Callable[[int], bool] = lambda stream: True  # whether a stream's calls have come
         self._n_slots: Callable[[], int] = lambda: 0
         self._release: Callable[..., None] = lambda *streams: None
         self._drop = self._release
@@ -121,8 +122,9 @@ class Stage:
             None if is_cpu(spec.engine) else engine.start_alone,
             tokens_a_second(spec.stage, spec.checkpoint),
             None if is_cpu(spec.engine) else engine.halt,
+            self._has_begun,
         )
-        self._drop = worker.drop
+        self._drop, self.knows = worker.drop, worker.knows
         return worker
 
 
@@ -205,13 +207,18 @@ class Host:
         with self._lock:
             stage = self._stages.get(spec.stage)
             if stage is None:
-                stage = self._stages[spec.stage] = Stage(spec, self._turns)
+                stage = self._stages[spec.stage] = Stage(spec, self._turns, partial(self._has_begun, spec.stage))
             if stage.spec != spec:
                 raise EngineError(
                     f"GPU {spec.device} has another {spec.stage} stage open: one server, one repository a GPU"
                 )
             stage.n_users += 1
             return stage
+
+    def _has_begun(self, stage: str, stream: int) -> bool:
+        """Whether the stage behind a stage, if it waits for one, knows a stream."""
+        coarse = self._stages.get("coarse") if stage == "semantic" else None
+        return coarse is None or coarse.knows(stream)
 
     def _left(self, stage: Stage | None) -> None:
         with self._lock:

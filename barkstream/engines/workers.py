@@ -344,13 +344,14 @@ class CausalWorker(Worker[Row, Generation]):
         start_alone: StartAlone | None = None,
         rate_hz: float = math.inf,
         halt: Callable[[], None] | None = None,
+        has_begun: Callable[[int], bool] = lambda stream: True,
     ):
         """start, release, start_alone, halt: the engine's, which may not have the last two. step_s, prefill_s: what a decode step, or
-        prefills, of so many rows take. rate_hz: tokens a second of speech."""
+        prefills, of so many rows take. rate_hz: tokens a second of speech. has_begun: whether the stage behind has heard of a stream."""
         super().__init__(start, max_batch, turns, policy)
         self._release, self._start_alone, self._halt = release, start_alone, halt
         self._step_s, self._prefill_s = functools.cache(step_s), functools.cache(prefill_s)
-        self._rate_hz = rate_hz
+        self._rate_hz, self._has_begun = rate_hz, has_begun
         self._began_s: dict[int, float] = {}  # when a stream's latest sentence did
         # A stream's ids when its latest piece was over: a call that goes on from there needs no prefill.
         self._held: dict[int, int] = {}
@@ -374,7 +375,13 @@ class CausalWorker(Worker[Row, Generation]):
 
     def _rank(self, row: Row) -> int:
         rank = self._policy.rank(row)
+        if row.n_tokens <= LISTENED_TO and not self._has_begun(row.stream):
+            rank = min(rank, HURRIED)  # without a preset the first window waits for four calls
         return max(rank, HURRIED) if row.stream in self._began_s else rank
+
+    def knows(self, stream: int) -> bool:
+        """Whether calls of the stream have come, and it is not over."""
+        return stream in self._began_s
 
     def drop(self, *streams: int) -> None:
         """Their listeners have left: rows that wait are answered at once with what there is of them. A piece under way with one of them is
