@@ -51,8 +51,8 @@ class Case:
     """What a tool is run on."""
 
     command: list[str]  # Python's
-    # A run for each of them: only kernels whose names have this in them. (Without, racecheck notes all that PyTorch's do: the machine's
-    # memory was not enough.)
+    # A run for each of them: only kernels whose names have this in them. (Without, racecheck notes all that PyTorch's do, and was killed,
+    # for want of memory, we believe.)
     kernels: tuple[str, ...]
     all_arrive: bool = True  # all lanes, under racecheck
     is_clean: bool | None = True  # as it should be; None: this is to be found out
