@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +14,6 @@ from barkstream.voices import HistoryPrompt
 
 # Frames whose draws are made together: .3 ms in NumPy, and a single one's take .25. A sentence's chunks share them.
 DRAWN_AT_ONCE = 512
-BLOCKS_KEPT = 256  # 12 KB each: of two or three for each sentence that is being said
 
 
 def generate_fine(
@@ -35,7 +33,7 @@ def generate_fine(
     as the reference has them behind the end of speech. What a chunk sees depends on its place alone, not on how many
     coarse frames have come already.
     """
-    filled = _history(history, layout)
+    filled, draws = _history(history, layout), Draws(seed, layout)
     known = np.zeros((layout.n_given, 0), np.int32)  # coarse frames not yet filled
     ended, index, a = False, 0, 0
     while True:
@@ -51,7 +49,7 @@ def generate_fine(
         n_context = min(max(schedule.fine_context, schedule.fine_window - n_seen), filled.shape[1])
         window = np.concatenate([filled[:, filled.shape[1] - n_context :], _unknown(known[:, :n_seen], layout)], axis=1)
         window = _at_least(schedule.fine_window, window, layout)
-        codes = stages.fine(window, n_context, _draws(seed, a - n_context, window.shape[1], layout), temperature)
+        codes = stages.fine(window, n_context, draws.of(a - n_context, window.shape[1]), temperature)
         chunk = codes[:, n_context : n_context + n_chunk]
         yield chunk
         filled = np.concatenate([filled, chunk], axis=1)[:, -layout.max_history :]
@@ -75,15 +73,15 @@ def fill_offline(
     n_past, n_new = past.shape[1], coarse.shape[1]
     codes = np.concatenate([past, _unknown(coarse, layout)], axis=1)
     codes = _at_least(layout.window, codes, layout)
-    spans = _offline_spans(n_past, n_new, codes.shape[1], layout)
+    spans, draws = _offline_spans(n_past, n_new, codes.shape[1], layout), Draws(seed, layout)
     for i in range(0, len(spans), n_a_call):
         start, end = spans[i, 0], spans[i : i + n_a_call][-1, 0] + layout.window
         windows = spans[i : i + n_a_call] - [start, 0]
-        draws = _draws(seed, start - n_past, end - start, layout)
+        uniforms = draws.of(start - n_past, end - start)
         if len(windows) == 1:
-            filled = stages.fine(codes[:, start:end], int(windows[0, 1]), draws, temperature)
+            filled = stages.fine(codes[:, start:end], int(windows[0, 1]), uniforms, temperature)
         else:
-            filled = stages.fine_windows(codes[:, start:end], windows.astype(np.int32), draws, temperature)
+            filled = stages.fine_windows(codes[:, start:end], windows.astype(np.int32), uniforms, temperature)
         codes[:, start:end] = filled
     return codes[:, n_past : n_past + n_new]
 
@@ -115,21 +113,24 @@ def _at_least(n_frames: int, codes: Ints, layout: FineLayout) -> Ints:
     return np.pad(codes, ((0, 0), (0, n_padding)), constant_values=layout.unknown)
 
 
-def _draws(seed: int, first_frame: int, n_frames: int, layout: FineLayout) -> Floats:
-    """Uniforms [6, n_frames]: a frame's draws are its own, whatever window it is filled in. Frames before the generation's first, which
-    are below 0, are known: nobody uses theirs."""
-    n_drawn = layout.n_codebooks - layout.n_given
-    start, end = max(0, first_frame), max(0, first_frame + n_frames)
-    first = start // DRAWN_AT_ONCE
-    blocks = [_draws_of_block(seed, i, n_drawn) for i in range(first, -(-end // DRAWN_AT_ONCE))]
-    parts = [np.full((n_drawn, n_frames - (end - start)), 0.5, np.float32)]
-    for i, block in enumerate(blocks, first):
-        parts.append(block[:, max(0, start - i * DRAWN_AT_ONCE) : end - i * DRAWN_AT_ONCE])
-    return np.concatenate(parts, axis=1)
+class Draws:
+    """Uniforms of a sentence's frames, whose draws are their own, whatever window they are filled in."""
 
+    def __init__(self, seed: int, layout: FineLayout):
+        self._seed, self._n_drawn = seed, layout.n_codebooks - layout.n_given
+        self._blocks: list[Floats] = []  # of DRAWN_AT_ONCE frames each, one behind the other
 
-@functools.lru_cache(maxsize=BLOCKS_KEPT)
-def _draws_of_block(seed: int, index: int, n_drawn: int) -> Floats:
-    """Uniforms [n_drawn, DRAWN_AT_ONCE] of the frames from index * DRAWN_AT_ONCE on."""
-    positions = np.arange(index * DRAWN_AT_ONCE, (index + 1) * DRAWN_AT_ONCE)
-    return np.ascontiguousarray(uniforms_of_positions(seed, FINE, positions, n_drawn).T)
+    def of(self, first_frame: int, n_frames: int) -> Floats:
+        """[6, n_frames]. Frames before the generation's first, which are below 0, are known: nobody uses theirs."""
+        start, end = max(0, first_frame), max(0, first_frame + n_frames)
+        while len(self._blocks) * DRAWN_AT_ONCE < end:
+            self._draw()
+        parts = [np.full((self._n_drawn, n_frames - (end - start)), 0.5, np.float32)]
+        for i in range(start // DRAWN_AT_ONCE, -(-end // DRAWN_AT_ONCE)):
+            parts.append(self._blocks[i][:, max(0, start - i * DRAWN_AT_ONCE) : end - i * DRAWN_AT_ONCE])
+        return np.concatenate(parts, axis=1)
+
+    def _draw(self) -> None:
+        positions = np.arange(DRAWN_AT_ONCE) + len(self._blocks) * DRAWN_AT_ONCE
+        uniforms = uniforms_of_positions(self._seed, FINE, positions, self._n_drawn)
+        self._blocks.append(np.ascontiguousarray(uniforms.T))

@@ -12,7 +12,7 @@ import pytest
 from barkstream.engines import Window, Windows, one_by_one
 from barkstream.engines.turns import Turns
 from barkstream.engines.workers import POLICIES, FineWorker, at_once
-from barkstream.fine import _draws, fill_offline
+from barkstream.fine import Draws, fill_offline
 from barkstream.options import SpeechOptions
 from barkstream.pipeline import Speech
 from barkstream.sampling import FINE, uniforms
@@ -79,8 +79,8 @@ def plainly(coarse, history, seed, temperature, stages):
         start = min(i * LAYOUT.hop, codes.shape[1] - LAYOUT.window)
         fill_from = min(n_past + i * LAYOUT.hop, codes.shape[1] - LAYOUT.hop) - start
         window = slice(start, start + LAYOUT.window)
-        draws = _draws(seed, start - n_past, LAYOUT.window, LAYOUT)
-        codes[:, window] = stages.fine(codes[:, window], fill_from, draws, temperature)
+        uniforms = Draws(seed, LAYOUT).of(start - n_past, LAYOUT.window)
+        codes[:, window] = stages.fine(codes[:, window], fill_from, uniforms, temperature)
     return codes[:, n_past : n_past + n_new]
 
 
@@ -220,13 +220,12 @@ def test_a_speakers_offline_windows_go_in_calls_of_as_many_as_the_schedule_says(
     assert n_windows == [3]
 
 
-@pytest.mark.parametrize(
-    ("first_frame", "n_frames"), [(0, 30), (-100, 256), (-40, 30), (500, 24), (511, 1), (1000, 1100)]
-)
-def test_a_frames_draws_are_its_own(first_frame, n_frames):
-    """Whatever it is drawn with."""
-    draws = _draws(7, first_frame, n_frames, LAYOUT)
-    assert draws.shape == (2, n_frames) and draws.dtype == np.float32
-    for i in range(n_frames):
-        expected = uniforms(7, FINE, first_frame + i, 2) if first_frame + i >= 0 else 0.5
-        np.testing.assert_array_equal(draws[:, i], expected)
+def test_a_frames_draws_are_its_own():
+    """Whatever it is drawn with, and whatever was drawn before."""
+    draws = Draws(7, LAYOUT)
+    for first, n in ((0, 30), (-100, 256), (-40, 30), (500, 24), (511, 1), (1000, 1100), (3, 5)):
+        drawn = draws.of(first, n)
+        assert drawn.shape == (2, n) and drawn.dtype == np.float32
+        for i in range(n):
+            expected = uniforms(7, FINE, first + i, 2) if first + i >= 0 else 0.5
+            np.testing.assert_array_equal(drawn[:, i], expected)
