@@ -2,7 +2,8 @@
 
 Triton gives each instance of `bark` a process, and deals requests out to them in turn. Limits, GPUs and pacing are all streams': so
 each process says in a table how many requests it has under way, and, for each GPU, how many streams and from when on one of them is in
-need. The table is a file that all of them map; a process writes its own row and no other.
+need. The table is a file that all of them map; a process writes its own row and no other. What one that was killed had under way counts
+until Triton starts another in its place.
 """
 
 from __future__ import annotations
