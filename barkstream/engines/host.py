@@ -18,21 +18,19 @@ anew.
 from __future__ import annotations
 
 import os
-import queue
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
-from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from barkstream.engines.mail import Line, Reader
 from barkstream.engines.open import (
     VERBS,
     EngineError,
@@ -47,7 +45,6 @@ from barkstream.engines.turns import Turns
 from barkstream.engines.workers import POLICIES, CausalWorker, FineWorker, Work, Worker, at_once, measure
 
 SWITCH_S = 0.0001  # threads hand Python over after so long: the one that has the next piece to launch must not wait
-N_POSTMEN = 2  # threads that send answers
 LISTENING = "listening"
 SAID = (ValueError, FileNotFoundError, EngineError)  # errors whose own words a caller should hear
 
@@ -138,92 +135,85 @@ def memory(spec: Spec) -> str:
     return f", {torch.cuda.memory_reserved() / 1e9:.2f} GB reserved, {(total - free) / 1e9:.2f} GB of the GPU in use"
 
 
+def in_background(work: Callable[..., None], *arguments: Any) -> None:
+    """What takes long, or may wait for something that does."""
+    threading.Thread(target=work, args=arguments, daemon=True).start()
+
+
+def answer(line: Line, number: int, stage: Stage | None, done: Future[Any]) -> None:
+    """Tell whoever asked. On the thread that has the answer: to wake another one would take longer."""
+    error = done.exception()
+    if error is not None and not isinstance(error, SAID):
+        traceback.print_exception(error)
+        end_if_gpu_is_lost(stage)
+        error = EngineError(repr(error))
+    news = stage.news() if stage else Work()
+    if not line.send((number, error or done.result(), news)):
+        in_background(line.flush)
+
+
 class Host:
     """The stages that are open, and who uses them."""
 
     def __init__(self, path: Path):
         """path: of the socket to listen on."""
         self._path = path
-        self._listener = Listener(str(path), "AF_UNIX", backlog=64)
+        self._reader = Reader(path)
         self._turns = Turns()
         self._lock = threading.Lock()
         self._stages: dict[str, Stage] = {}
-        self._n_connections = 0
-        # Answers are sent by threads of their own: those that work have the next batch to launch.
-        self._answers: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        for _ in range(N_POSTMEN):
-            threading.Thread(target=self._deliver, daemon=True).start()
-
-    def _deliver(self) -> None:
-        while True:
-            deliver = self._answers.get()
-            try:
-                deliver()
-            except Exception:  # its caller waits in vain; the others must not
-                traceback.print_exc()
+        self._used: dict[Line, Stage | None] = {}  # by whom: the stage that it has opened
 
     def serve(self) -> None:
         """Answer connections until the last of them closes: then the process ends."""
-        while True:
-            connection = self._listener.accept()
-            with self._lock:
-                self._n_connections += 1
-            threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+        self._reader.read(self._joined, self._said, partial(in_background, self._left))
 
-    def _converse(self, connection: Connection) -> None:
-        stage: Stage | None = None
-        sending = threading.Lock()
+    def _joined(self, line: Line) -> None:
+        self._used[line] = None
 
-        def answer(number: int, done: Future[Any]) -> None:
-            error = done.exception()
-            if error is not None and not isinstance(error, SAID):
-                traceback.print_exception(error)
-                end_if_gpu_is_lost(stage)
-                error = EngineError(repr(error))
-            news = stage.news() if stage else Work()
-            with sending, suppress(ConnectionError):
-                connection.send((number, error or done.result(), news))
+    def _said(self, line: Line, message: tuple[int, str, Any]) -> None:
+        number, verb, argument = message
+        if verb == "open":
+            return in_background(self._opened, line, number, argument)
+        stage = self._used[line]
+        assert stage is not None, "open a stage first"
+        try:
+            done = stage.run(argument) if verb == "run" else stage.release(argument)
+        except Exception as error:
+            done = Future()
+            done.set_exception(error)
+        return done.add_done_callback(partial(answer, line, number, stage))
 
-        def post(number: int, done: Future[Any]) -> None:
-            self._answers.put(partial(answer, number, done))
-
-        with suppress(EOFError, ConnectionError):
-            while True:
-                number, verb, argument = connection.recv()
-                done: Future[Any] = Future()
-                if verb == "open":
-                    try:
-                        stage = self._open(argument)
-                        done.set_result(None)
-                    except Exception as error:
-                        done.set_exception(error)
-                else:
-                    assert stage is not None, "open a stage first"
-                    done = stage.run(argument) if verb == "run" else stage.release(argument)
-                done.add_done_callback(partial(post, number))
-        self._left(stage)
+    def _opened(self, line: Line, number: int, spec: Spec) -> None:
+        done: Future[Any] = Future()
+        with self._lock:
+            try:
+                self._used[line] = self._open(spec)
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+        answer(line, number, None, done)
 
     def _open(self, spec: Spec) -> Stage:
-        with self._lock:
-            stage = self._stages.get(spec.stage)
-            if stage is None:
-                stage = self._stages[spec.stage] = Stage(spec, self._turns, partial(self._has_begun, spec.stage))
-            if stage.spec != spec:
-                raise EngineError(
-                    f"GPU {spec.device} has another {spec.stage} stage open: one server, one repository a GPU"
-                )
-            stage.n_users += 1
-            return stage
+        stage = self._stages.get(spec.stage)
+        if stage is None:
+            stage = self._stages[spec.stage] = Stage(spec, self._turns, partial(self._has_begun, spec.stage))
+        if stage.spec != spec:
+            raise EngineError(
+                f"GPU {spec.device} has another {spec.stage} stage open: one server, one repository a GPU"
+            )
+        stage.n_users += 1
+        return stage
 
     def _has_begun(self, stage: str, stream: int) -> bool:
         """Whether the stage behind a stage, if it waits for one, knows a stream."""
         coarse = self._stages.get("coarse") if stage == "semantic" else None
         return coarse is None or coarse.knows(stream)
 
-    def _left(self, stage: Stage | None) -> None:
+    def _left(self, line: Line) -> None:
         with self._lock:
-            self._n_connections -= 1
-            if not self._n_connections:
+            stage = self._used.pop(line)
+            if not self._used:
                 self._path.unlink(missing_ok=True)
                 os._exit(0)
             if stage is None:
