@@ -15,7 +15,7 @@ from barkstream.engines import Chunk, check_chunk
 from barkstream.engines.kernels.graphs import capture
 from barkstream.engines.kernels.lstm import Lstm
 from barkstream.engines.kernels.weights import read_initializers
-from barkstream.engines.transfers import download, upload
+from barkstream.engines.transfers import download, download_all, upload
 from barkstream.export.codec_state import state_parts, state_size
 from barkstream.sampling import Floats, Ints
 from barkstream.tokens import CodecLayout
@@ -58,20 +58,15 @@ class CodecEngine:
         """`decode`: launches, and returns what waits for the results. Raises ValueError for a chunk that does not fit."""
         for chunk in chunks:
             check_chunk(chunk, self.layout)
-        states = upload(np.stack([state for _, state in chunks]))
-        if len(chunks) <= self.max_batch and self._are_alike([codes for codes, _ in chunks]):
-            return self._start_alike(np.stack([codes for codes, _ in chunks]), states)
-        return self._start_in_pieces(chunks, list(states))
+        states = np.stack([state for _, state in chunks])
+        if batch := self._batch_of([codes for codes, _ in chunks]):
+            return batch.start(np.stack([codes for codes, _ in chunks]), states)
+        return self._start_in_pieces(chunks, list(upload(states)))
 
-    def _are_alike(self, codes: Sequence[Ints]) -> bool:
-        """Whether they are of one length for which there is a graph: all but a sentence's last chunk usually are."""
-        return len({each.shape[1] for each in codes}) == 1 and len(self._pieces(codes[0])) == 1
-
-    def _start_alike(self, codes: Ints, states: Tensor) -> Callable[[], list[tuple[Floats, Floats]]]:
-        """`start` for codes [B, K, n] that go at once: with no work for the host row by row, which the other stages wait for."""
-        samples, next_states = self._launch(codes, states)
-        last = download(next_states)
-        return lambda: list(zip(samples(), last(), strict=True))
+    def _batch_of(self, codes: Sequence[Ints]) -> _Batch | None:
+        """For codes that go at once: of one length for which there is a graph. All but a sentence's last chunk usually are."""
+        is_of_one_length = len({each.shape[1] for each in codes}) == 1
+        return self._batches.get(_shape(len(codes), codes[0].shape[1])) if is_of_one_length else None
 
     def _start_in_pieces(
         self, chunks: Sequence[Chunk], states: list[Tensor]
@@ -121,11 +116,15 @@ class CodecEngine:
 
     def _launch(self, codes: Ints, states: Tensor) -> tuple[Callable[[], Floats], Tensor]:
         """codes [B, K, n], states [B, N] -> what waits for samples [B, samples_per_frame n]; next states [B, N]."""
-        n_rows = len(codes)
-        batch = self._batches.get((1 << (n_rows - 1).bit_length(), codes.shape[2]))
+        n_rows, batch = len(codes), self._batches.get(_shape(*codes.shape[::2]))
         with torch.inference_mode():
             samples, next_states = batch.run(codes, states) if batch else self._decoder(upload(codes), states)
             return download(samples[:n_rows]), next_states[:n_rows].clone()  # a graph's memory is its next run's, too
+
+
+def _shape(n_rows: int, n_frames: int) -> tuple[int, int]:
+    """Of the graph for so many chunks of so many frames."""
+    return 1 << (n_rows - 1).bit_length(), n_frames
 
 
 class Decoder(nn.Module):
@@ -228,8 +227,20 @@ class _Batch:
     def _decode(self, decoder: Decoder) -> None:
         self.audio, self.next_states = decoder(self.codes, self.states)
 
+    def start(self, codes: Ints, states: Floats) -> Callable[[], list[tuple[Floats, Floats]]]:
+        """What is returned waits for each row's samples and next state. Rows beyond those given decode what lies there from before.
+
+        No copy on the GPU, each of which would let go of Python: the other stages wait for it.
+        """
+        n_rows = len(codes)
+        upload(codes, self.codes[:n_rows])
+        upload(states, self.states[:n_rows])
+        self.graph.replay()
+        samples, next_states = download_all(self.audio[:n_rows], self.next_states[:n_rows])
+        return lambda: list(zip(samples(), next_states(), strict=True))
+
     def run(self, codes: Ints, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows beyond those given decode what lies there from before."""
+        """The same for states that are on the GPU: samples and next states, until the next run."""
         upload(codes, self.codes[: len(codes)])
         self.states[: len(states)].copy_(states)
         self.graph.replay()

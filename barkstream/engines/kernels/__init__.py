@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_void_p
 from pathlib import Path
 
 import torch
@@ -247,6 +247,9 @@ def driver() -> ctypes.PyDLL:
     library.cuMemcpyHtoDAsync_v2.argtypes = [c_uint64, c_void_p, c_size_t, c_void_p]
     library.cuMemcpyDtoHAsync_v2.argtypes = [c_void_p, c_uint64, c_size_t, c_void_p]
     library.cuMemsetD8Async.argtypes = [c_uint64, c_ubyte, c_size_t, c_void_p]
+    library.cuGraphInstantiateWithFlags.argtypes = [c_void_p, c_void_p, c_ulonglong]
+    library.cuGraphUpload.argtypes = library.cuGraphLaunch.argtypes = [c_void_p, c_void_p]
+    library.cuGraphExecDestroy.argtypes = [c_void_p]
     return library
 
 

@@ -18,7 +18,7 @@ from barkstream.engines import Head
 from barkstream.engines.kernels import Kernel, build
 from barkstream.engines.kernels.attention import Attention
 from barkstream.engines.kernels.fused import KVCache, RowArguments, kernel_constants, pointer
-from barkstream.engines.kernels.graphs import capture
+from barkstream.engines.kernels.graphs import Graph, capture
 from barkstream.engines.kernels.products import add_product, gelu_of_product, product
 from barkstream.engines.kernels.weights import GPTWeights
 from barkstream.engines.transfers import upload
@@ -78,7 +78,7 @@ class Prefill:
 
     def __init__(self, layers: Layers):
         self._layers = layers
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[Graph, Tensor, Tensor]] = {}
 
     def __call__(
         self, ids: Sequence[Ints], slots: Sequence[int], amend: Callable[[Tensor], None] = lambda ids: None
@@ -104,7 +104,7 @@ class Prefill:
         amend(inputs[0][:, 1])
         graph.replay()
 
-    def _capture(self, n_rows: int, n_tokens: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _capture(self, n_rows: int, n_tokens: int) -> tuple[Graph, Tensor, Tensor]:
         states = torch.zeros(n_rows * n_tokens, STATE_FIELDS, dtype=torch.int32, device="cuda")
         slots = torch.full((n_rows,), self._layers.cache.n_slots - 1, dtype=torch.int32, device="cuda")
         graph = capture(lambda: self._forward(states, slots))

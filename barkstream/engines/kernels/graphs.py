@@ -6,13 +6,35 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ctypes import byref, c_void_p
 
 import torch
 
+from barkstream.engines.kernels import check, driver, use_context
 from barkstream.engines.kernels.products import choose_algorithms
 
 
-def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+class Graph:
+    """Work that was captured. PyTorch's `replay` lets go of Python, and another thread then keeps it for a while; this does not."""
+
+    def __init__(self, captured: torch.cuda.CUDAGraph):
+        """captured: with keep_graph."""
+        self._captured = captured  # its memory is the work's
+        self._launchable = c_void_p()
+        use_context()
+        check(driver().cuGraphInstantiateWithFlags(byref(self._launchable), captured.raw_cuda_graph(), 0))
+        check(driver().cuGraphUpload(self._launchable, torch.cuda.current_stream().cuda_stream))
+
+    def replay(self) -> None:
+        """On the current stream. Asynchronous."""
+        use_context()
+        check(driver().cuGraphLaunch(self._launchable, torch.cuda.current_stream().cuda_stream))
+
+    def __del__(self) -> None:
+        driver().cuGraphExecDestroy(self._launchable)
+
+
+def capture(work: Callable[[], None]) -> Graph:
     """The work as a CUDA graph; it runs once before, so that libraries initialise outside of it, and its products are chosen.
 
     All graphs on a GPU share the memory they work in, for they run one after another: what a graph leaves there is to be copied before
@@ -25,10 +47,10 @@ def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         choose_algorithms(work)
     torch.cuda.current_stream().wait_stream(stream)
     pool = graph_pool(device).pool()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         work()
-    return graph
+    return Graph(graph)
 
 
 @contextmanager
