@@ -27,12 +27,14 @@ def generate_coarse(
     stages: Stages,
     stream: int,
     may_chain: Callable[[], bool] = lambda: True,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[Ints]:
     """Coarse codes [2, t] as they come: at most schedule.coarse_call tokens of a window at a time, and the windows behind it that
     may be chained to it.
 
     Each window waits for the semantic tokens that the reference would read (up to the end of its semantic window), or for
     `lookahead` tokens beyond what the window itself says, if that is less. Those of a chained window are there already.
+    meanwhile: told just before the first call, so that another thread may do what there is time for until it is answered.
     """
     past_semantic, past_coarse = coarse_history(history, layout)
     windows = _Windows(semantic, past_semantic, layout, lookahead)
@@ -48,6 +50,8 @@ def generate_coarse(
             [windows.head(start), _history(past_coarse, generated[:start], layout), generated[start:]]
         )
         heads, end = windows.chain(end, schedule.windows(n_calls) - 1 if may_chain() else 0)
+        if n_calls == 0:
+            meanwhile()
         new = stages.coarse(prefix, end - n, n, sampling, stream, heads)
         new = new[: len(new) - len(new) % layout.n_codebooks]  # a call whose listener has left ends anywhere
         generated, n_calls = np.concatenate([generated, new]), n_calls + 1

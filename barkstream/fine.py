@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,6 +25,7 @@ def generate_fine(
     temperature: float,
     schedule: Schedule,
     stages: Stages,
+    draws: Draws | None = None,
 ) -> Iterator[Ints]:
     """Codes [8, n] in chunks of schedule.chunk(0), (1), ... frames while coarse codes [2, t] come in.
 
@@ -31,9 +33,9 @@ def generate_fine(
     our own; more, if the window is to reach schedule.fine_window), the chunk, and up to schedule.lookahead(index) coarse
     frames after it, which the next chunks' windows fill anew. Where that is less than fine_window, unknown frames follow,
     as the reference has them behind the end of speech. What a chunk sees depends on its place alone, not on how many
-    coarse frames have come already.
+    coarse frames have come already. draws: the seed's, if some of them may have been made already.
     """
-    filled, draws = _history(history, layout), Draws(seed, layout)
+    filled, draws = _history(history, layout), draws or Draws(seed, layout)
     known = np.zeros((layout.n_given, 0), np.int32)  # coarse frames not yet filled
     ended, index, a = False, 0, 0
     while True:
@@ -114,23 +116,29 @@ def _at_least(n_frames: int, codes: Ints, layout: FineLayout) -> Ints:
 
 
 class Draws:
-    """Uniforms of a sentence's frames, whose draws are their own, whatever window they are filled in."""
+    """Uniforms of a sentence's frames, whose draws are their own, whatever window they are filled in. Threads may share it."""
 
     def __init__(self, seed: int, layout: FineLayout):
         self._seed, self._n_drawn = seed, layout.n_codebooks - layout.n_given
         self._blocks: list[Floats] = []  # of DRAWN_AT_ONCE frames each, one behind the other
+        self._drawing = threading.Lock()
+
+    def begin(self) -> None:
+        """Make the first ones: while somebody waits for something else."""
+        self._draw_up_to(1)
 
     def of(self, first_frame: int, n_frames: int) -> Floats:
         """[6, n_frames]. Frames before the generation's first, which are below 0, are known: nobody uses theirs."""
         start, end = max(0, first_frame), max(0, first_frame + n_frames)
-        while len(self._blocks) * DRAWN_AT_ONCE < end:
-            self._draw()
+        self._draw_up_to(end)
         parts = [np.full((self._n_drawn, n_frames - (end - start)), 0.5, np.float32)]
         for i in range(start // DRAWN_AT_ONCE, -(-end // DRAWN_AT_ONCE)):
             parts.append(self._blocks[i][:, max(0, start - i * DRAWN_AT_ONCE) : end - i * DRAWN_AT_ONCE])
         return np.concatenate(parts, axis=1)
 
-    def _draw(self) -> None:
-        positions = np.arange(DRAWN_AT_ONCE) + len(self._blocks) * DRAWN_AT_ONCE
-        uniforms = uniforms_of_positions(self._seed, FINE, positions, self._n_drawn)
-        self._blocks.append(np.ascontiguousarray(uniforms.T))
+    def _draw_up_to(self, end: int) -> None:
+        with self._drawing:
+            while (start := len(self._blocks) * DRAWN_AT_ONCE) < end:
+                positions = np.arange(start, start + DRAWN_AT_ONCE)
+                uniforms = uniforms_of_positions(self._seed, FINE, positions, self._n_drawn)
+                self._blocks.append(np.ascontiguousarray(uniforms.T))

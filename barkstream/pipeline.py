@@ -14,7 +14,7 @@ import numpy as np
 from barkstream.ahead import Workers, ahead
 from barkstream.coarse import generate_coarse
 from barkstream.codec import decode_audio
-from barkstream.fine import fill_offline, generate_fine
+from barkstream.fine import Draws, fill_offline, generate_fine
 from barkstream.guard import CUT, N_TRIES, RETRIED, RUNAWAY, Guard
 from barkstream.languages import choose_language
 from barkstream.options import BadRequest, Schedule, SpeechOptions
@@ -182,7 +182,9 @@ class Pipeline:
         def may_go_ahead() -> bool:
             return schedule.ahead_at_once or nobody_waits.is_set()
 
+        draws = Draws(asked.seed, layouts.fine)
         with Workers() as workers:
+            begin_draws = partial(workers.semantic.submit, draws.begin) if options.streaming else lambda: None
             semantic = SemanticTokens(
                 prompt, layouts.semantic, sampling, max_seconds, schedule, stages, stream, workers.semantic,
                 watch, may_go_ahead,
@@ -193,7 +195,7 @@ class Pipeline:
                     return
             coarse = generate_coarse(
                 semantic, voice, layouts.coarse, sampling, options.lookahead, schedule, stages, stream,
-                may_chain=nobody_waits.is_set,
+                may_chain=nobody_waits.is_set, meanwhile=begin_draws,
             )  # fmt: skip
             coarse = ahead(coarse, workers.coarse, schedule.coarse_ahead, may_go_ahead)
             coarse = _collect(coarse, said.coarse)
@@ -201,7 +203,7 @@ class Pipeline:
                 coarse = _then(coarse, partial(asked.slots.free_soon, workers.coarse))
             if options.streaming:
                 codes = generate_fine(
-                    coarse, voice, layouts.fine, asked.seed, options.fine_temperature, schedule, stages
+                    coarse, voice, layouts.fine, asked.seed, options.fine_temperature, schedule, stages, draws
                 )
             else:
                 codes = self._offline(coarse, voice, asked.seed, options.fine_temperature, schedule)
