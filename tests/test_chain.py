@@ -178,6 +178,17 @@ def test_windows_are_chained_only_when_they_may_be():
     assert stages.n_windows == [1, 1, 11]
 
 
+def test_what_there_is_time_for_is_told_once_and_before_the_first_call():
+    told, said = [], Windows(lambda row: by_windows(Attentive().generate, [row])[0])
+
+    def meanwhile():
+        told.append(len(said.n_windows))
+
+    known = Known(some_semantic(41), 10**6)
+    list(generate_coarse(known, None, LAYOUT, Sampling(), None, ALL, said, 3, meanwhile=meanwhile))
+    assert told == [0] and said.n_windows
+
+
 def chain_of(n_windows, stream=1, position=0, n_history=30, n_last=10):
     ids = np.concatenate([some_semantic(20), [LAYOUT.infer], 500 + np.arange(n_history) % 200]).astype(np.int32)[
         :, None

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from barkstream import fine
 from barkstream.engines import Window, Windows, one_by_one
 from barkstream.engines.turns import Turns
 from barkstream.engines.workers import POLICIES, FineWorker, at_once
-from barkstream.fine import Draws, fill_offline
+from barkstream.fine import DRAWN_AT_ONCE, Draws, fill_offline
 from barkstream.options import SpeechOptions
 from barkstream.pipeline import Speech
 from barkstream.sampling import FINE, uniforms
@@ -218,6 +221,25 @@ def test_a_speakers_offline_windows_go_in_calls_of_as_many_as_the_schedule_says(
     assert n_windows == [1, 1, 1]
     np.testing.assert_array_equal(said(4), one)
     assert n_windows == [3]
+
+
+def test_draws_are_the_same_whoever_made_the_first_ones(monkeypatch):
+    made, slowly = [], fine.uniforms_of_positions
+
+    def counted(*arguments):
+        made.append(len(arguments[2]))
+        time.sleep(0.05)
+        return slowly(*arguments)
+
+    expected = Draws(7, LAYOUT).of(3, 40)
+    monkeypatch.setattr(fine, "uniforms_of_positions", counted)
+    draws = Draws(7, LAYOUT)
+    with ThreadPoolExecutor(4) as pool:
+        begun = [pool.submit(draws.begin) for _ in range(2)]
+        found = [pool.submit(draws.of, 3, 40) for _ in range(2)]
+    assert not any(each.exception() for each in begun) and made == [DRAWN_AT_ONCE]
+    for each in found:
+        np.testing.assert_array_equal(each.result(), expected)
 
 
 def test_a_frames_draws_are_its_own():
