@@ -42,7 +42,7 @@ SCHEDULES = {
     **{f"context {n}": replace(DEFAULT, fine_context=n) for n in (0, 32, 64, 256, 512)},
     "chunks 15, 30, 60, 120": replace(DEFAULT, chunk_frames=(15, 30, 60, 120)),
     "chunks 60, 120, 240": replace(DEFAULT, chunk_frames=(60, 120, 240)),
-    "the cuda profile's": replace(DEFAULT, chunk_frames=(27, 27, 60, 60, 60, 90), fine_lookahead=(3, 6, 6, 36, 66, 36)),
+    "the cuda profile's": replace(DEFAULT, chunk_frames=(29, 28, 60, 60, 60, 90), fine_lookahead=(1, 3, 3, 33, 63, 33)),
 }
 TEMPERATURE = SpeechOptions().fine_temperature
 

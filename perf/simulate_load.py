@@ -128,8 +128,8 @@ class Policy:
     settle_s: float = 0.0003  # one that is over: until its calls are answered, or wait for the rest
     row_s: float = 0.00006  # more for each row, of both
     gap_s: float = 0.0003  # between two that were launched one behind the other
-    chunks: tuple[int, ...] = field(default=(27, 27, 60, 60, 60, 90))  # frames
-    lookahead: tuple[int, ...] = field(default=(3, 6, 6, 36, 66, 36))
+    chunks: tuple[int, ...] = field(default=(29, 28, 60, 60, 60, 90))  # frames
+    lookahead: tuple[int, ...] = field(default=(1, 3, 3, 33, 63, 33))
     coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # of a call, at most
 
     def instances(self, stage: str) -> int:
