@@ -283,14 +283,13 @@ def test_a_later_sentence_halts_nobody_who_is_hurried(stage):
     engine.let()
 
 
-def test_few_semantic_rows_of_others_go_along_with_a_first_call(stage):
-    turns, most = Turns(), POLICIES["semantic"].first_batch
-    engine, worker = stage(turns, "semantic", max_batch=32)
-    others = [row(stream=stream) for stream in range(2, 2 + 2 * most)]
+def test_semantic_rows_of_others_do_not_go_along_with_a_first_call(stage):
+    turns = Turns()
+    engine, worker = stage(turns, "semantic")
     with turns.turn(lambda: 0):
-        worker.submit([*others, row(46, stream=1, position=0)])
+        worker.submit([row(stream=2), row(46, stream=1, position=0), row(46, stream=3, position=0)])
     engine.begun(1)
-    assert 1 in {stream for stream, _ in engine.batches[0]} and len(engine.batches[0]) == most < len(others)
+    assert sorted(stream for stream, _ in engine.batches[0]) == [1, 3]
     engine.let()
 
 

@@ -122,9 +122,9 @@ POLICIES: dict[str, Policy[Any]] = {
         lambda row: row.position <= 60 and row.n_tokens <= LISTENED_TO,
         hurried=2,
         urgency=3,
-        first_batch=8,
+        first_batch=1,
         company=16,
-        patience_s=0.4,
+        patience_s=0.15,
         is_long=lambda row: row.n_tokens > LISTENED_TO,
     ),
     "coarse": Policy(
