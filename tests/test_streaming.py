@@ -3,11 +3,15 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from barkstream.coarse import generate_coarse
 from barkstream.engines import Row
+from barkstream.engines.kernels.batched import PREFILL_STEP
+from barkstream.engines.open import prefix_lengths
 from barkstream.fine import generate_fine
 from barkstream.local import LocalStages
 from barkstream.options import BadRequest, SpeechOptions
@@ -416,3 +420,22 @@ def test_the_unused_tail_of_a_cache_is_never_read(batched):
 def test_a_row_that_does_not_fit_is_refused(batched, ids, n_tokens):
     with pytest.raises(ValueError, match="must"):
         batched.coarse_engine.generate([Row(ids, n_tokens, 0, Sampling())])
+
+
+@pytest.mark.parametrize("voice", [None, "heart_0"])
+def test_every_windows_prefix_is_one_that_engines_warm_up(pipeline, voices, voice):
+    """Else its graph would be captured while listeners wait."""
+    lengths, layout = [], pipeline.checkpoint.coarse
+
+    class Counting:
+        def coarse(self, prefix, n_tokens, position, sampling, stream, heads):
+            lengths.append(len(prefix) - 1)
+            return np.zeros(n_tokens, np.int32)
+
+    known = SimpleNamespace(tokens=np.zeros(600, np.int32), ensure=lambda n: None, has=lambda n: True)
+    history = voices[voice] if voice else None
+    list(generate_coarse(known, history, layout, Sampling(), None, pipeline.schedule, Counting(), 0))
+    used, warm = (
+        {-(-n // PREFILL_STEP) for n in each} for each in (lengths, prefix_lengths("coarse", pipeline.checkpoint))
+    )
+    assert len(lengths) > 20 and used <= warm and (voice or used == warm)

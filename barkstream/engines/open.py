@@ -123,11 +123,15 @@ def open_causal(
 
 
 def prefix_lengths(stage: CausalStageName, checkpoint: Checkpoint) -> list[int]:
-    """Positions that a stage's usual prefills fill: all of a prefix but its last."""
+    """Positions that a stage's usual prefills fill, all of a prefix but its last: the shortest first.
+
+    Without a preset a sentence's coarse history grows window by window; what is not warmed up is captured while listeners wait.
+    """
     if stage == "semantic":
         return [checkpoint.semantic.n_prompt_positions - 1]
-    window = checkpoint.coarse.n_semantic_window
-    return [window, window + checkpoint.coarse.max_history]
+    layout = checkpoint.coarse
+    histories = {*range(0, layout.max_history, layout.window), layout.max_history}
+    return [layout.n_semantic_window + n for n in sorted(histories)]
 
 
 def tokens_a_second(stage: CausalStageName, checkpoint: Checkpoint) -> float:
