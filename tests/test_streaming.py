@@ -10,7 +10,6 @@ import pytest
 
 from barkstream.coarse import generate_coarse
 from barkstream.engines import Row
-from barkstream.engines.kernels.batched import PREFILL_STEP
 from barkstream.engines.open import prefix_lengths
 from barkstream.fine import generate_fine
 from barkstream.local import LocalStages
@@ -425,6 +424,7 @@ def test_a_row_that_does_not_fit_is_refused(batched, ids, n_tokens):
 @pytest.mark.parametrize("voice", [None, "heart_0"])
 def test_every_windows_prefix_is_one_that_engines_warm_up(pipeline, voices, voice):
     """Else its graph would be captured while listeners wait."""
+    step = pytest.importorskip("barkstream.engines.kernels.batched").PREFILL_STEP
     lengths, layout = [], pipeline.checkpoint.coarse
 
     class Counting:
@@ -435,7 +435,5 @@ def test_every_windows_prefix_is_one_that_engines_warm_up(pipeline, voices, voic
     known = SimpleNamespace(tokens=np.zeros(600, np.int32), ensure=lambda n: None, has=lambda n: True)
     history = voices[voice] if voice else None
     list(generate_coarse(known, history, layout, Sampling(), None, pipeline.schedule, Counting(), 0))
-    used, warm = (
-        {-(-n // PREFILL_STEP) for n in each} for each in (lengths, prefix_lengths("coarse", pipeline.checkpoint))
-    )
+    used, warm = ({-(-n // step) for n in each} for each in (lengths, prefix_lengths("coarse", pipeline.checkpoint)))
     assert len(lengths) > 20 and used <= warm and (voice or used == warm)
