@@ -123,7 +123,7 @@ class Policy:
     # Through Triton, one way; and of it, what calls and answers of all streams take one after the other (docs/load.md). Both found by
     # trying, so that the whole says what an H100 said.
     way_s: float = 0.0014
-    hop_s: float = 0.0005
+    hop_s: float = 0.0003
     prepare_s: float = 0.0015  # a batch, by Python: until it is on its way
     settle_s: float = 0.0003  # one that is over: until its calls are answered, or wait for the rest
     row_s: float = 0.00006  # more for each row, of both
