@@ -88,7 +88,7 @@ def test_as_a_command():
 
 
 def test_calls_that_wait_for_one_another_on_their_way_cost_audio_and_longer_chains_win_some_back():
-    policies = AT_ONCE, Policy(), Policy(coarse_windows=(1,))
+    policies = AT_ONCE, Policy(hop_s=0.0006), Policy(hop_s=0.0006, coarse_windows=(1,))
     at_once, chains, windows = (
         simulate(policy, INT8, clients=32, duration_s=20)["audio_s_per_s"] for policy in policies
     )
