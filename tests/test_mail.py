@@ -110,3 +110,23 @@ def test_a_reader_tells_who_comes_says_something_and_goes(tmp_path):
     assert [what for what, _ in found if what in ("a", "b", "c")] == ["a", "b", "c"]
     assert {what for what, _ in found} == {"joined", "a", "b", "c", "gone"} and len({line for _, line in found}) == 2
     assert told.empty()
+
+
+def test_a_line_that_says_what_nobody_understands_is_closed_and_the_others_are_not(tmp_path, capfd):
+    path, gone = tmp_path / "socket", Queue()
+    reader = Reader(path)
+    events = (lambda line: None, lambda line, message: line.send(len(message)), gone.put)
+    threading.Thread(target=reader.read, args=events, daemon=True).start()
+    with (
+        Client(str(path), "AF_UNIX") as good,
+        Client(str(path), "AF_UNIX") as bad,
+        Client(str(path), "AF_UNIX") as worse,
+    ):
+        bad.send(1)  # has no length
+        worse.send_bytes(b"no pickle")
+        for each in (bad, worse):
+            with pytest.raises((EOFError, ConnectionError)):
+                each.recv()
+        good.send("abc")
+        assert good.recv() == 3 and gone.qsize() == 2
+    assert "has no len()" in capfd.readouterr().err

@@ -14,6 +14,7 @@ import select
 import socket
 import struct
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -133,7 +134,7 @@ class Reader:
     def read(
         self, joined: Callable[[Line], None], said: Callable[[Line, Any], None], gone: Callable[[Line], None]
     ) -> None:
-        """For ever. joined: a line is new; said: a message; gone: the other end has closed the line."""
+        """For ever. joined: a line is new; said: a message; gone: the line is closed, by the other end or because of what it said."""
         memory = ReadMemory()
         while True:
             for fileno, _ in self._poll.poll():
@@ -141,9 +142,13 @@ class Reader:
                     joined(self._accept())
                     continue
                 line = self._lines[fileno]
-                messages, is_over = line.receive(memory)
-                for message in messages:
-                    said(line, message)
+                try:
+                    messages, is_over = line.receive(memory)
+                    for message in messages:
+                        said(line, message)
+                except Exception:  # whoever said that hears no more; the others must not hear of it
+                    traceback.print_exc()
+                    is_over = True
                 if is_over:
                     self._poll.unregister(fileno)
                     del self._lines[fileno]
