@@ -1,8 +1,8 @@
 """Messages of a GPU's process: as multiprocessing.connection's, but nobody lets go of Python to read or send one.
 
-Every read and write by Python's own modules lets go of its lock, and with a hundred listeners there is always a thread that takes it,
-for a while. So one thread reads for all connections, whoever has an answer sends it, and both ask the C library themselves, holding
-the lock for the few microseconds that it takes.
+Every read and write by Python's own modules lets go of its lock, and another thread may keep it for a while. So one thread reads for
+all connections, whoever has an answer sends it, and both ask the C library themselves, holding the lock for the few microseconds that
+it takes. What that gains is in docs/performance.md.
 """
 
 from __future__ import annotations
