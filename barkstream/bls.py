@@ -98,10 +98,12 @@ class TritonStages:
         tokens, ended = self._infer("bark_semantic", inputs, "tokens", "ended")
         return tokens, bool(ended[0])
 
-    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, heads: Ints) -> Ints:
+    def coarse(
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, heads: Ints, windows: Ints
+    ) -> Ints:
         inputs = _causal_inputs(prefix, n_tokens, position, sampling, stream)
         if len(heads):
-            inputs["heads"] = heads
+            inputs |= dict(heads=heads, windows=windows)
         return self._infer("bark_coarse", inputs, "tokens")[0]
 
     def fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float) -> Ints:
@@ -175,7 +177,9 @@ class CausalStage:
 
     def _row(self, request: Any) -> Row:
         call = _arrays(request)
-        chain = Chain.of(call.pop("heads"), self._coarse) if "heads" in call else None
+        if ("heads" in call) != ("windows" in call):
+            raise ValueError("heads and windows say together what follows: give both, or neither")
+        chain = Chain.of(call.pop("heads"), call.pop("windows"), self._coarse) if "heads" in call else None
         one = {name: array[0].item() for name, array in call.items() if name != "prefix"}
         sampling = Sampling(one["seed"], one["temperature"], one["top_k"], one["top_p"], one.get("min_eos_p", 1.0))
         ids = (

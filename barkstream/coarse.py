@@ -29,82 +29,119 @@ def generate_coarse(
     may_chain: Callable[[], bool] = lambda: True,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[Ints]:
-    """Coarse codes [2, t] as they come: at most schedule.coarse_call tokens of a window at a time, and the windows behind it that
-    may be chained to it.
+    """Coarse codes [2, t] as they come: at most schedule.coarse_call tokens of a window at a time, and what is behind them that may be
+    chained to them.
 
     Each window waits for the semantic tokens that the reference would read (up to the end of its semantic window), or for
     `lookahead` tokens beyond what the window itself says, if that is less. Those of a chained window are there already.
     meanwhile: told just before the first call, so that another thread may do what there is time for until it is answered.
     """
-    past_semantic, past_coarse = coarse_history(history, layout)
-    windows = _Windows(semantic, past_semantic, layout, lookahead)
-    generated, n_calls = NO_TOKENS, 0
+    past_semantic, past_coarse = coarse_history(history, layout, schedule.max_coarse_history(layout))
+    windows = _Windows(semantic, past_semantic, layout, lookahead, schedule)
+    window, generated, n_calls = windows.first, NO_TOKENS, 0
     while True:
         n = len(generated)
-        start = n - n % layout.window
-        semantic.ensure(windows.needs(start))
-        end = min(windows.end(start), n + schedule.coarse_call)
+        while window.end <= n:
+            window = windows.behind(window)
+        semantic.ensure(windows.needs(window))
+        n_most = schedule.windows(n_calls) if may_chain() else 1
+        end = min(windows.end(window), n + n_most * schedule.coarse_call)
         if n >= end:
             return
         prefix = np.concatenate(
-            [windows.head(start), _history(past_coarse, generated[:start], layout), generated[start:]]
-        )
-        heads, end = windows.chain(end, schedule.windows(n_calls) - 1 if may_chain() else 0)
+            [windows.head(window), last_tokens(np.concatenate([past_coarse, generated[: window.start]]), window.n_history),
+             generated[window.start :]]
+        )  # fmt: skip
+        heads, behind = windows.chain(window, end, n + n_most * schedule.coarse_call if n_most > 1 else end)
         if n_calls == 0:
             meanwhile()
-        new = stages.coarse(prefix, end - n, n, sampling, stream, heads)
+        new = stages.coarse(prefix, end - n + int(behind[:, 0].sum()), n, sampling, stream, heads, behind)
         new = new[: len(new) - len(new) % layout.n_codebooks]  # a call whose listener has left ends anywhere
         generated, n_calls = np.concatenate([generated, new]), n_calls + 1
         yield codes_from_tokens(new, layout)
 
 
 @dataclass(frozen=True)
+class _Window:
+    """Coarse tokens that are drawn behind one prefix."""
+
+    index: int
+    start: int  # its first token
+    end: int  # the token behind its last one, if speech goes on so long
+    n_history: int  # tokens before it in its prefix, at most
+
+
+@dataclass(frozen=True)
 class _Windows:
-    """What a sentence's windows see of its semantic tokens. start: a window's first coarse token."""
+    """A sentence's windows, and what they see of its semantic tokens."""
 
     semantic: SemanticTokens
     past: Ints  # [n], a preset's
     layout: CoarseLayout
     lookahead: int | None
+    schedule: Schedule
 
-    def needs(self, start: int) -> int:
+    @property
+    def first(self) -> _Window:
+        return self._window(0, 0)
+
+    def behind(self, window: _Window) -> _Window:
+        """The next one."""
+        return self._window(window.index + 1, window.end)
+
+    def needs(self, window: _Window) -> int:
         """Semantic tokens that it waits for."""
-        read, _ = _semantic_window(start, len(self.past), self.layout)
+        read, _ = self._semantic_window(window)
         if self.lookahead is None:
             return read
-        return min(read, _said_by(start + self.layout.window, self.layout) + 1 + self.lookahead)
+        return min(read, _said_by(window.end, self.layout) + 1 + self.lookahead)
 
-    def end(self, start: int) -> int:
-        """The coarse token behind its last one; no more than `start` if it has none."""
-        return min(start + self.layout.window, n_coarse_tokens(len(self._seen(start)), self.layout))
+    def end(self, window: _Window) -> int:
+        """The coarse token behind its last one; no more than its start if it has none."""
+        return min(window.end, n_coarse_tokens(len(self._seen(window)), self.layout))
 
-    def head(self, start: int) -> Ints:
+    def head(self, window: _Window) -> Ints:
         """What its prefix begins with: [semantic window | infer]."""
-        _, first = _semantic_window(start, len(self.past), self.layout)
-        return window_head(np.concatenate([self.past, self._seen(start)])[first:], self.layout)
+        _, first = self._semantic_window(window)
+        return window_head(np.concatenate([self.past, self._seen(window)])[first:], self.layout)
 
-    def chain(self, end: int, n_most: int) -> tuple[Ints, int]:
-        """Heads [k, H] of up to n_most windows from coarse token `end` on, as far as their semantic tokens are there, and their end."""
-        heads: list[Ints] = []
-        while len(heads) < n_most and end % self.layout.window == 0 and self._is_ready(end) and self.end(end) > end:
-            heads.append(self.head(end))
-            end = self.end(end)
-        return np.array(heads, np.int32).reshape(len(heads), self.layout.n_semantic_window + 1), end
+    def chain(self, window: _Window, end: int, most: int) -> tuple[Ints, Ints]:
+        """Heads [k, H] of the windows behind one, as far as their semantic tokens are there, and of each [k, 2] the tokens that a call
+        brings which ends with token `most` at the latest, and the history before it. end: where the window's own part in that call ends."""
+        heads, parts = list[Ints](), list[tuple[int, int]]()
+        while end == window.end and end < most:
+            window = self.behind(window)
+            if not self.semantic.has(self.needs(window)) or self.end(window) <= end:
+                break
+            heads.append(self.head(window))
+            parts.append((min(self.end(window), most) - end, window.n_history))
+            end += parts[-1][0]
+        k = len(heads)
+        return np.array(heads, np.int32).reshape(k, self.layout.n_semantic_window + 1), np.array(
+            parts, np.int32
+        ).reshape(k, 2)
 
-    def _is_ready(self, start: int) -> bool:
-        return self.semantic.has(self.needs(start))
+    def _window(self, index: int, start: int) -> _Window:
+        n = self.schedule.coarse_window(index, self.layout)
+        return _Window(index, start, start + n, self.layout.history_before(n))
 
-    def _seen(self, start: int) -> Ints:
-        return self.semantic.tokens[: self.needs(start)]  # what came early must not be seen early
+    def _semantic_window(self, window: _Window) -> tuple[int, int]:
+        """New semantic tokens that it reads up to, and its first index in past + new ones."""
+        n_past, n_history = len(self.past), self.layout.semantic_history(window.n_history)
+        first = max(0, n_past + _said_by(window.start, self.layout) - n_history)
+        return first + self.layout.n_semantic_window - n_past, first
+
+    def _seen(self, window: _Window) -> Ints:
+        return self.semantic.tokens[: self.needs(window)]  # what came early must not be seen early
 
 
-def coarse_history(history: HistoryPrompt | None, layout: CoarseLayout) -> tuple[Ints, Ints]:
-    """A preset's semantic tokens [n] and coarse tokens [m], trimmed to the same time as the reference trims them."""
+def coarse_history(history: HistoryPrompt | None, layout: CoarseLayout, n_most: int) -> tuple[Ints, Ints]:
+    """A preset's semantic tokens [n] and coarse tokens [m <= n_most], trimmed to the same time as the reference trims them."""
     if history is None:
         return NO_TOKENS, NO_TOKENS
     tokens = tokens_from_codes(history.coarse, layout)
     n_semantic = min(
-        layout.max_semantic_history,
+        layout.semantic_history(n_most),
         len(history.semantic) - len(history.semantic) % 2,
         int(len(tokens) / layout.tokens_per_semantic),
     )
@@ -142,16 +179,11 @@ def codes_from_tokens(tokens: Ints, layout: CoarseLayout) -> Ints:
     return (tokens.reshape(-1, layout.n_codebooks) - offsets).T.astype(np.int32)
 
 
-def _history(past_coarse: Ints, generated: Ints, layout: CoarseLayout) -> Ints:
-    return np.concatenate([past_coarse, generated])[-layout.max_history :].astype(np.int32)
+def last_tokens(tokens: Ints, n: int) -> Ints:
+    """The last n of them, or all."""
+    return tokens[max(0, len(tokens) - n) :]
 
 
 def _said_by(n_coarse: int, layout: CoarseLayout) -> int:
     """Index of the semantic token that the coarse token n_coarse belongs to."""
     return round(n_coarse / layout.tokens_per_semantic)
-
-
-def _semantic_window(start: int, n_past: int, layout: CoarseLayout) -> tuple[int, int]:
-    """For the window at coarse token `start`: new semantic tokens it reads up to, and its first index in past + new ones."""
-    first = max(0, n_past + _said_by(start, layout) - layout.max_semantic_history)
-    return first + layout.n_semantic_window - n_past, first

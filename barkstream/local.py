@@ -56,8 +56,10 @@ class LocalStages:
             generation = self.semantic_engine.generate([Row(ids, n_tokens, position, sampling, stream)])[0]
         return generation.tokens, generation.ended
 
-    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, heads: Ints) -> Ints:
-        chain = Chain.of(heads, self.checkpoint.coarse)
+    def coarse(
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, heads: Ints, windows: Ints
+    ) -> Ints:
+        chain = Chain.of(heads, windows, self.checkpoint.coarse)
         row = Row(prefix[:, None], n_tokens, position, sampling, stream, chain)
         row.check(self.checkpoint.coarse.size)
         with self._coarse_lock:

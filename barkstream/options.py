@@ -9,7 +9,7 @@ from typing import Any
 
 from barkstream.languages import LANGUAGES
 from barkstream.sampling import Sampling
-from barkstream.tokens import Checkpoint
+from barkstream.tokens import Checkpoint, CoarseLayout
 
 MAX_TEMPERATURE = 5.0
 MAX_SEED = 2**63 - 1
@@ -118,7 +118,11 @@ class Schedule:
     fine_window: int = 0  # a window's frames, at least: more context, and where there is none, unknown frames behind
     coarse_call: int = 60  # coarse tokens asked for in one call, at most
     semantic_call: int = 64  # semantic tokens asked for in one call, at most
-    # that a sentence's calls may chain, after the first audio, where their semantic tokens are there; the last one repeats
+    # tokens of a sentence's coarse windows, 0: the checkpoint's (60); the last one repeats. Suno's sliding_window_len. Before a longer one
+    # goes as much less history (its max_coarse_history): CoarseLayout.history_before
+    sliding_window_len: tuple[int, ...] = (0,)
+    # coarse_call tokens that each of a sentence's calls may bring, after the first audio, where their windows' semantic tokens are there;
+    # the last one repeats
     coarse_windows: tuple[int, ...] = (1,)
     offline_coarse_windows: int = 1  # the same without streaming; above 1: once all semantic tokens are there
     offline_semantic_call: int = 0  # semantic_call without streaming or a guard, who looks in between; 0: the same
@@ -135,8 +139,11 @@ class Schedule:
         counts = (*self.chunk_frames, *calls, *self.coarse_windows, *offline)
         ahead = (self.coarse_ahead, self.semantic_ahead)
         extents = (self.fine_context, *self.fine_lookahead, self.fine_window, *ahead, self.offline_semantic_call)
-        if not (self.chunk_frames and self.fine_lookahead and self.coarse_windows):
-            raise ValueError(f"chunk_frames, fine_lookahead and coarse_windows must have at least one value: {self}")
+        extents += self.sliding_window_len
+        if not (self.chunk_frames and self.fine_lookahead and self.coarse_windows and self.sliding_window_len):
+            raise ValueError(
+                f"chunk_frames, fine_lookahead, coarse_windows and sliding_window_len must have at least one value: {self}"
+            )
         if min(counts) < 1 or min(extents) < 0:
             raise ValueError(f"chunks and calls must be at least 1, windows and what is ahead at least 0: {self}")
 
@@ -149,8 +156,16 @@ class Schedule:
         return self.fine_lookahead[min(index, len(self.fine_lookahead) - 1)]
 
     def windows(self, index: int) -> int:
-        """Coarse windows that a sentence's call number `index` may chain."""
+        """coarse_call tokens that a sentence's call number `index` may bring."""
         return self.coarse_windows[min(index, len(self.coarse_windows) - 1)]
+
+    def coarse_window(self, index: int, layout: CoarseLayout) -> int:
+        """Tokens of a sentence's coarse window number `index`."""
+        return self.sliding_window_len[min(index, len(self.sliding_window_len) - 1)] or layout.window
+
+    def max_coarse_history(self, layout: CoarseLayout) -> int:
+        """The most coarse tokens of history before any window."""
+        return max(layout.history_before(n or layout.window) for n in self.sliding_window_len)
 
     def offline(self, is_guarded: bool) -> Schedule:
         """For speech that is not streamed: nobody listens until all of it is there."""
@@ -177,6 +192,13 @@ class Schedule:
             )
         if self.coarse_call % checkpoint.coarse.n_codebooks:
             raise ValueError(f"coarse_call must be a multiple of {checkpoint.coarse.n_codebooks}: whole frames")
+        layout = checkpoint.coarse
+        for n in self.sliding_window_len:
+            if n % layout.n_codebooks or layout.history_before(n or layout.window) < 1:
+                raise ValueError(
+                    f"sliding_window_len must be multiples of {layout.n_codebooks} below {layout.max_history + layout.window}, "
+                    f"so that there is room for history before a window; got {n}"
+                )
         if self.fine_window > checkpoint.fine.window:
             raise ValueError(
                 f"fine_window must be at most the fine stage's {checkpoint.fine.window} frames, got {self.fine_window}"
@@ -193,8 +215,8 @@ class Schedule:
     def parse(cls, given: dict[str, str]) -> Schedule:
         """A schedule from config.pbtxt parameters; unknown names are ignored, they are Triton's.
 
-        chunk_frames, fine_lookahead and coarse_windows are lists ("24, 30, 60"); one number holds for all. Raises ValueError that
-        names the parameter.
+        chunk_frames, fine_lookahead, coarse_windows and sliding_window_len are lists ("24, 30, 60"); one number holds for all. Raises
+        ValueError that names the parameter.
         """
         parsed: dict[str, Any] = {}
         for field in fields(cls):
@@ -202,7 +224,7 @@ class Schedule:
                 try:
                     parsed[field.name] = _PARSERS.get(field.name, int)(given[field.name])
                 except (ValueError, KeyError):
-                    example = str(field.default).strip("()").lower()
+                    example = str(field.default).strip("(),").lower()
                     raise ValueError(
                         f"{field.name} must be written like {example!r}, got {given[field.name]!r}"
                     ) from None
@@ -217,6 +239,7 @@ _PARSERS: dict[str, Any] = {
     "chunk_frames": _whole_numbers,
     "fine_lookahead": _whole_numbers,
     "coarse_windows": _whole_numbers,
+    "sliding_window_len": _whole_numbers,
     "sentence_pause_s": float,
     "ahead_at_once": lambda text: {"true": True, "false": False}[text],
 }  # the rest are integers

@@ -20,11 +20,14 @@ class Stages(Protocol):
         """
         ...
 
-    def coarse(self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, heads: Ints) -> Ints:
+    def coarse(
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, heads: Ints, windows: Ints
+    ) -> Ints:
         """The next n_tokens coarse tokens (ids, interleaved) after prefix [semantic window | infer | history | window's tokens].
 
-        heads [k, n_semantic_window + 1]: [semantic window | infer] of k windows that follow; n_tokens counts theirs, too. Their
-        histories are made of the prefix and what is drawn. Fewer tokens come if the stream is released meanwhile.
+        heads [k, n_semantic_window + 1]: [semantic window | infer] of k windows that follow. windows [k, 2]: of each, the tokens wanted,
+        which n_tokens counts, too, and those of history before it, at most; they are made of the prefix and what is drawn. Fewer tokens
+        come if the stream is released meanwhile.
         """
         ...
 

@@ -72,8 +72,8 @@ class CoarseLayout:
     semantic_pad: int
     infer: int
     n_semantic_window: int  # 256
-    max_history: int  # coarse tokens of history in a prefix (630)
-    window: int  # coarse tokens per window (60)
+    max_history: int  # coarse tokens of history in a prefix (630); Suno's max_coarse_history
+    window: int  # coarse tokens per window (60); Suno's sliding_window_len
     semantic_rate_hz: float
 
     @property
@@ -82,8 +82,18 @@ class CoarseLayout:
         return self.rate_hz / self.semantic_rate_hz * self.n_codebooks
 
     @property
-    def max_semantic_history(self) -> int:
-        return floor(self.max_history / self.tokens_per_semantic)  # 209: as much time as the coarse history covers
+    def max_positions(self) -> int:
+        """Of a window: prefix and tokens (947)."""
+        return self.n_semantic_window + 1 + self.max_history + self.window
+
+    def history_before(self, window: int) -> int:
+        """Coarse tokens of history in the prefix of a window of so many tokens. A longer window has as many fewer as it is longer, so
+        that it takes no position that the checkpoint's own do not take."""
+        return min(self.max_history, self.max_history + self.window - window)
+
+    def semantic_history(self, n_history: int) -> int:
+        """Semantic tokens [209 for 630] that cover as much time as so many coarse ones."""
+        return floor(n_history / self.tokens_per_semantic)
 
 
 @dataclass(frozen=True)
@@ -153,9 +163,7 @@ class Checkpoint:
         )
         assert s.n_tokens <= s.end < s.size.n_output_ids
         assert c.first_id == s.n_tokens, "coarse ids start after the semantic ones"
-        assert c.n_semantic_window + 1 + c.max_history + c.window <= c.size.block_size, (
-            "a coarse window exceeds the block"
-        )
+        assert c.max_positions <= c.size.block_size, "a coarse window exceeds the block"
         assert c.window % c.n_codebooks == 0
         assert f.window <= f.size.block_size and f.n_given == c.n_codebooks and f.n_codebooks <= a.n_codebooks
         assert c.rate_hz == a.frame_rate_hz, "coarse and codec clocks differ"

@@ -22,7 +22,7 @@ class FakeStages:
         n = max(0, min(n_tokens, N_TOKENS - position))
         return np.full(n, len(self.prompts) % 500, np.int32), position + n >= N_TOKENS
 
-    def coarse(self, prefix, n_tokens, position, sampling, stream, heads):
+    def coarse(self, prefix, n_tokens, position, sampling, stream, heads, windows):
         layout = self._layouts.coarse
         return (layout.first_id + layout.codebook_size * (np.arange(n_tokens) % 2)).astype(np.int32)
 

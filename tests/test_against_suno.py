@@ -231,6 +231,23 @@ def test_coarse_codes_are_sunos_in_every_window(
     assert_same(ours, theirs, draws)
 
 
+@pytest.mark.parametrize("window", [20, 120, 180, 360])
+@pytest.mark.parametrize("voice", [None, *VOICES])
+def test_coarse_codes_are_sunos_with_other_windows(
+    bark: RandomBark, stages: LocalStages, voice: str | None, window: int
+) -> None:
+    """Suno's sliding_window_len, and before a longer window less history."""
+    semantic, history = some_semantic(290), min(630, 690 - window)
+    ours = our_coarse(
+        stages, semantic, Sampling(temperature=0), voice, sliding_window_len=(window,), coarse_windows=(64,)
+    )
+    draws = greedy()
+    given = dict(history_prompt=voice, sliding_window_len=window, max_coarse_history=history)
+    theirs = suno_coarse(bark, draws, ours, semantic, **given)
+    assert len(theirs) == 870
+    assert_same(ours, theirs, draws)
+
+
 @pytest.mark.parametrize("n", [1, 7, 40])
 def test_coarse_codes_of_a_short_utterance(bark: RandomBark, stages: LocalStages, n: int) -> None:
     draws, ours = greedy(), our_coarse(stages, some_semantic(n), Sampling(temperature=0), "en_speaker_6")

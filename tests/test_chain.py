@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from barkstream.coarse import generate_coarse
+from barkstream.coarse import generate_coarse, tokens_from_codes
 from barkstream.engines import Chain, Generation, Row, by_windows
 from barkstream.engines.turns import Launch, Turns
 from barkstream.engines.workers import PIECE_S, POLICIES, CausalWorker, at_once
@@ -77,8 +78,8 @@ class Windows:
     def __init__(self, run):
         self._run, self.n_windows = run, []
 
-    def coarse(self, prefix, n_tokens, position, sampling, stream, heads):
-        row = Row(prefix[:, None], n_tokens, position, sampling, stream, Chain.of(heads, LAYOUT))
+    def coarse(self, prefix, n_tokens, position, sampling, stream, heads, windows):
+        row = Row(prefix[:, None], n_tokens, position, sampling, stream, Chain.of(heads, windows, LAYOUT))
         row.check(SIZE)
         self.n_windows.append(1 + len(heads))
         return self._run(row).tokens
@@ -134,9 +135,11 @@ ALL = Schedule(coarse_windows=(64,))
 @pytest.mark.parametrize("history", [None, Voice()])
 @pytest.mark.parametrize("n", [1, 3, 10, 41])  # semantic tokens: 2, 8, 30 and 122 coarse ones; windows have 10
 @pytest.mark.parametrize("lookahead", [None, 0])
-def test_a_chain_says_what_single_windows_say(worker, n, history, lookahead):
+@pytest.mark.parametrize("lengths", [(0,), (0, 0, 20), (26, 10, 8)])
+def test_a_chain_says_what_single_windows_say(worker, n, history, lookahead, lengths):
     by_itself = Windows(lambda row: Attentive().generate([row])[0])
-    expected = codes(by_itself, some_semantic(n), history, Schedule(), lookahead)
+    single = Schedule(sliding_window_len=lengths)
+    expected = codes(by_itself, some_semantic(n), history, single, lookahead)
     assert set(by_itself.n_windows) == {1} and expected.size == n * 3 // 2 * 2
     for run in (
         lambda row: by_windows(Attentive().generate, [row])[0],
@@ -144,19 +147,78 @@ def test_a_chain_says_what_single_windows_say(worker, n, history, lookahead):
         lambda row: worker.submit([replace(row, stream=0)])[0].result(timeout=10),
     ):
         chained = Windows(run)
-        np.testing.assert_array_equal(codes(chained, some_semantic(n), history, ALL, lookahead), expected)
+        whole = replace(ALL, sliding_window_len=lengths)
+        np.testing.assert_array_equal(codes(chained, some_semantic(n), history, whole, lookahead), expected)
         assert chained.n_windows == [len(by_itself.n_windows)]
 
 
 @pytest.mark.parametrize(
-    "cut", [dict(coarse_windows=(1, 3)), dict(coarse_call=4, coarse_windows=(5,)), dict(coarse_call=6)]
+    ("cut", "n_most"),
+    [
+        (dict(coarse_call=10, coarse_windows=(1, 3)), 3),
+        (dict(coarse_call=4, coarse_windows=(5,)), 2),
+        (dict(coarse_call=6, coarse_windows=(4,)), 4),
+        (dict(coarse_call=6), 1),
+    ],
 )
-def test_any_cut_into_chains_says_the_same(worker, cut):
+def test_any_cut_into_chains_says_the_same(worker, cut, n_most):
     stages = Windows(lambda row: worker.submit([row])[0].result(timeout=10))
     expected = codes(stages, some_semantic(41), Voice(), Schedule())
     stages.n_windows.clear()
     np.testing.assert_array_equal(codes(stages, some_semantic(41), Voice(), Schedule(**cut)), expected)
-    assert max(stages.n_windows) == max(cut.get("coarse_windows", [1]))
+    assert max(stages.n_windows) == n_most
+
+
+@pytest.mark.parametrize("cut", [dict(), dict(coarse_windows=(1, 3)), dict(coarse_call=6, coarse_windows=(1, 4, 7))])
+def test_any_cut_of_longer_windows_says_the_same(worker, cut):
+    """Calls may end, and begin, within a window."""
+    stages, longer = Windows(lambda row: worker.submit([row])[0].result(timeout=10)), dict(sliding_window_len=(0, 28))
+    expected = codes(stages, some_semantic(41), Voice(), Schedule(**longer))
+    cut = Schedule(**{"coarse_call": 10, **longer, **cut})
+    np.testing.assert_array_equal(codes(stages, some_semantic(41), Voice(), cut), expected)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "spans"),
+    [
+        ((0,), [(start, 10, 30) for start in range(0, 120, 10)]),
+        ((0, 0, 20), [(0, 10, 30), (10, 10, 30), *((start, 20, 20) for start in range(20, 120, 20))]),
+        ((26, 8), [(0, 26, 14), *((start, 8, 30) for start in range(26, 120, 8))]),
+    ],
+)
+@pytest.mark.parametrize("n_past", [0, 60])
+def test_a_longer_window_has_as_much_less_history(lengths, spans, n_past):
+    """Prefixes by Suno's rule: history of so many coarse tokens, and of the semantic ones that cover the same time. LAYOUT has three
+    coarse tokens for a semantic one."""
+    prefixes, all_semantic = {}, some_semantic(n_past + 40)
+
+    class Recording(Windows):
+        def coarse(self, prefix, n_tokens, position, sampling, stream, heads, windows):
+            prefixes[position] = prefix
+            return super().coarse(prefix, n_tokens, position, sampling, stream, heads, windows)
+
+    history = SimpleNamespace(semantic=all_semantic[:n_past], coarse=Voice.coarse) if n_past else None
+    stages = Recording(lambda row: Attentive().generate([row])[0])
+    said = codes(stages, all_semantic[n_past:], history, Schedule(coarse_call=200, sliding_window_len=lengths))
+    n_kept = (
+        max(n_history for _, _, n_history in spans) // 3 if n_past else 0
+    )  # the preset is trimmed to the longest history
+    past = tokens_from_codes(Voice.coarse[:, -3 * n_kept // 2 : -1], LAYOUT) if n_past else np.zeros(0, int)
+    semantic = all_semantic[n_past - n_kept :]
+    coarse = np.concatenate([past, tokens_from_codes(said, LAYOUT)])
+    assert sorted(prefixes) == [start for start, _, _ in spans]
+    for start, length, n_history in spans:
+        first = max(0, n_kept + round(start / 3) - n_history // 3)
+        seen = semantic[first : first + 20]
+        known = coarse[: len(past) + start]
+        expected = [
+            *seen,
+            *[LAYOUT.semantic_pad] * (20 - len(seen)),
+            LAYOUT.infer,
+            *known[max(0, len(known) - n_history) :],
+        ]
+        assert prefixes[start].tolist() == expected, start
+        assert len(expected) + length - 1 <= LAYOUT.max_positions
 
 
 def test_a_chain_waits_for_no_semantic_tokens_and_reads_none_too_early():
@@ -194,7 +256,8 @@ def chain_of(n_windows, stream=1, position=0, n_history=30, n_last=10):
         :, None
     ]
     heads = np.array([[*some_semantic(20 + i), LAYOUT.infer][-21:] for i in range(1, n_windows)], np.int32)
-    chain = Chain.of(heads.reshape(-1, 21), LAYOUT)
+    windows = np.array([[10, 30]] * (n_windows - 2) + [[n_last, 30]] * (n_windows > 1), np.int32)
+    chain = Chain.of(heads.reshape(-1, 21), windows.reshape(-1, 2), LAYOUT)
     return Row(ids, 10 * (n_windows - 1) + n_last, position, Sampling(seed=2), stream, chain)
 
 
@@ -221,9 +284,8 @@ def eights(monkeypatch):
 
 
 def test_a_chains_pieces_never_cross_a_windows_end(worker, eights):
-    begun = replace(
-        chain_of(3, position=996), n_tokens=4 + 10 + 6
-    )  # a window's tokens 6 to 9, a whole one, and the last
+    # A window's last four tokens, a whole one, and a last one of six.
+    begun = replace(chain_of(3, position=996, n_last=6), n_tokens=4 + 10 + 6)
     assert pieces_of(worker, begun) == [(996, 4), (1000, 8), (1008, 2), (1010, 6)]
 
 
@@ -389,8 +451,7 @@ def test_a_chain_that_is_left_ends_after_its_piece(worker):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (dict(n_tokens=31), "heads are for 2 windows of 10 tokens, and 21 tokens are wanted"),
-        (dict(n_tokens=20), "heads are for 2 windows of 10 tokens, and 10 tokens are wanted"),
+        (dict(n_tokens=20), r"the row's own window one; got \[\[10, 30\], \[10, 30\]\] and 0"),
         (dict(ids=np.zeros((20, 1), np.int32)), "at least 21 ids, got 20"),
         (dict(ids=np.zeros((30, 2), np.int32)), "at least 21 ids"),
         (dict(ids=np.zeros((60, 1), np.int32)), "1 to 64 positions, got 69"),
@@ -406,8 +467,16 @@ def test_windows_that_follow_are_checked_like_the_first():
     row = chain_of(3)
     with pytest.raises(ValueError, match="ids of heads must be 0 to 999, got -1"):
         replace(row, chain=replace(row.chain, heads=row.chain.heads * 0 - 1)).check(SIZE)
+    for windows in ([[0, 30], [20, 30]], [[10, 0], [10, 30]]):
+        with pytest.raises(ValueError, match="at least one token each and one before it"):
+            replace(row, chain=replace(row.chain, windows=np.array(windows, np.int32))).check(SIZE)
+    longer = replace(row.chain, windows=np.array([[10, 30], [16, 30]], np.int32))
+    with pytest.raises(ValueError, match="window that follows must take at most 64 positions, got 66"):
+        replace(row, n_tokens=36, chain=longer).check(SIZE)
     with pytest.raises(ValueError, match=r"heads must be \[k, 21\], got \[2, 20\]"):
-        Chain.of(row.chain.heads[:, 1:], LAYOUT)
+        Chain.of(row.chain.heads[:, 1:], row.chain.windows, LAYOUT)
+    with pytest.raises(ValueError, match=r"windows must be \[2, 2\], tokens and history of each head's, got \[1, 2\]"):
+        Chain.of(row.chain.heads, row.chain.windows[1:], LAYOUT)
 
 
 # --- speech ----------------------------------------------------------------------------------------------------------
@@ -479,7 +548,7 @@ def test_a_released_streams_half_frame_is_no_error():
     """A chain that was left ends after its piece, in the middle of a frame, perhaps."""
 
     class Leaving:
-        def coarse(self, prefix, n_tokens, position, sampling, stream, heads):
+        def coarse(self, prefix, n_tokens, position, sampling, stream, heads, windows):
             return LAYOUT.first_id + LAYOUT.codebook_size * (np.arange(7, dtype=np.int32) % 2)
 
     pieces = generate_coarse(Known(some_semantic(41), 99), None, LAYOUT, Sampling(), None, ALL, Leaving(), 3)

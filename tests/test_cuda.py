@@ -247,7 +247,8 @@ def test_windows_may_be_cut_anywhere(model):
 
 
 @pytest.mark.parametrize("n_behind", [630, 100], ids=["history slides", "history grows"])
-def test_a_chain_says_what_its_windows_say(model, n_behind):
+@pytest.mark.parametrize("lengths", [(60, 60, 60), (60, 180, 120)])
+def test_a_chain_says_what_its_windows_say(model, n_behind, lengths):
     if model.head.end is not None or model.way != "fused":
         pytest.skip("only coarse has windows, and an only row is the fused kernel's")
     model.poison()
@@ -256,7 +257,9 @@ def test_a_chain_says_what_its_windows_say(model, n_behind):
         head_ids[:] = head_ids[0]  # then nothing slides, and the cache goes on
     books = model.head.first_id + model.head.size * (np.arange(n_behind) % 2) + np.random.randint(0, 1024, n_behind)
     prefix = np.concatenate([head_ids[0], books]).astype(np.int32)[:, None]
-    row = Row(prefix, 4 * 60 + 22, 0, Sampling(seed=9, temperature=0.7), 3, Chain(head_ids[1:], 60, 630))
+    windows = np.array([[n, 690 - max(n, 60)] for n in (*lengths, 22)], np.int32)
+    chain = Chain(head_ids[1:], windows)
+    row = Row(prefix, 60 + chain.n_tokens, 0, Sampling(seed=9, temperature=0.7), 3, chain)
     row.check(model.size)
     apart = by_windows(model.engine.generate, [replace(row, stream=4)])[0].tokens  # in another slot
     for n_piece in (60, 25):
@@ -342,7 +345,8 @@ def test_a_chain_that_is_halted_goes_on_where_it_was(model, n_behind, goes_on):
         head_ids[:] = head_ids[0]
     books = model.head.first_id + model.head.size * (np.arange(n_behind) % 2) + np.random.randint(0, 1024, n_behind)
     prefix = np.concatenate([head_ids[0], books]).astype(np.int32)[:, None]
-    row = Row(prefix, 5 * 60, 0, Sampling(seed=9, temperature=0.7), 3, Chain(head_ids[1:], 60, 630))
+    chain = Chain(head_ids[1:], np.array([[60, 630]] * 4, np.int32))
+    row = Row(prefix, 5 * 60, 0, Sampling(seed=9, temperature=0.7), 3, chain)
     whole = by_windows(model.engine.generate, [replace(row, stream=4)])[0].tokens
     left, said = row, np.zeros(0, np.int32)
     while left.n_tokens:

@@ -103,7 +103,8 @@ def test_a_chain_whose_process_was_killed_is_made_again(spec):
     stage, layout = HostedStage([spec("coarse")]), spec("coarse").checkpoint.coarse
     rng = np.random.default_rng(3)
     heads = np.append(rng.integers(0, 500, (20, 256)), np.full((20, 1), layout.infer), axis=1).astype(np.int32)
-    row = Row(heads[0][:, None], 20 * 60, 0, Sampling(seed=3), 7, Chain.of(heads[1:], layout))
+    chain = Chain.of(heads[1:], np.array([[60, 630]] * 19, np.int32), layout)
+    row = Row(heads[0][:, None], 20 * 60, 0, Sampling(seed=3), 7, chain)
     before, killed = by_windows(open_stage(spec("coarse")).generate, [row])[0], process_of(stage)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(stage.run, [row])

@@ -261,14 +261,19 @@ def test_a_chain_is_one_call_of_the_coarse_stage_and_says_what_single_windows_sa
     layout, rng = pipeline.checkpoint.coarse, np.random.default_rng(4)
     heads = np.append(rng.integers(0, 500, (3, 256)), np.full((3, 1), layout.infer), axis=1).astype(np.int32)
     one_by_one = np.zeros((1, 0), np.int32)
-    for head, n in zip(heads, (60, 60, 22), strict=True):
-        prefix = np.append(head, one_by_one)[None].astype(np.int32)
+    for head, n, n_history in zip(heads, (60, 60, 22), (630, 630, 80), strict=True):
+        prefix = np.append(head, one_by_one[:, -n_history:])[None].astype(np.int32)
         said = coarse_call(server, prefix, 5, n, position=one_by_one.shape[1])
         one_by_one = np.append(one_by_one, said, axis=1)
-    chained = coarse_call(server, heads[:1], 0, 142, heads=heads[None, 1:])
+    behind = dict(heads=heads[None, 1:], windows=np.array([[[60, 630], [22, 80]]], np.int32))
+    chained = coarse_call(server, heads[:1], 0, 142, **behind)
     np.testing.assert_array_equal(chained, one_by_one)
     with pytest.raises(triton.InferenceServerException, match=r"heads must be \[k, 257\], got \[2, 256\]"):
-        coarse_call(server, heads[:1], 0, 142, heads=heads[None, 1:, :256])
+        coarse_call(server, heads[:1], 0, 142, **behind | dict(heads=heads[None, 1:, :256]))
+    with pytest.raises(triton.InferenceServerException, match=r"windows must be \[2, 2\], .* got \[1, 2\]"):
+        coarse_call(server, heads[:1], 0, 142, **behind | dict(windows=behind["windows"][:, 1:]))
+    with pytest.raises(triton.InferenceServerException, match="heads and windows .* give both, or neither"):
+        coarse_call(server, heads[:1], 0, 142, heads=behind["heads"])
 
 
 def test_calls_share_a_batch_with_those_that_chain_as_many_windows(server, pipeline):
@@ -279,7 +284,7 @@ def test_calls_share_a_batch_with_those_that_chain_as_many_windows(server, pipel
         return np.append(rng.integers(0, 500, (n, 256)), np.full((n, 1), infer), axis=1).astype(np.int32)
 
     def ask(k):
-        behind = dict(heads=heads(k)[None]) if k else {}
+        behind = dict(heads=heads(k)[None], windows=np.array([[[60, 630]] * k], np.int32)) if k else {}
         return coarse_call(server, heads(1), 0, 2 + 60 * k, position=58, **behind)
 
     def n_batches(*n_chained):

@@ -76,6 +76,8 @@ def test_the_lookahead_is_a_list_as_the_chunks_are():
         ({"chunk_frames": "30,x"}, "chunk_frames must be written like '24, 30, 30, 60, 60, 90, 120', got '30,x'"),
         ({"fine_lookahead": "6 36"}, "fine_lookahead must be written like '6, 6, 6, 6, 6, 6, 36', got '6 36'"),
         ({"fine_lookahead": ""}, "fine_lookahead must be written like"),
+        ({"sliding_window_len": "0, -2"}, "windows and what is ahead at least 0"),
+        ({"sliding_window_len": "long"}, "sliding_window_len must be written like '0', got 'long'"),
         ({"ahead_at_once": "yes"}, "ahead_at_once must be written like 'true', got 'yes'"),
     ],
 )

@@ -327,6 +327,8 @@ def test_blank_text_is_refused_before_any_work(pipeline):
     [
         (dict(chunk_frames=(3,)), "first chunk must have at least 7 frames"),
         (dict(coarse_call=7), "coarse_call must be a multiple of 2"),
+        (dict(sliding_window_len=(0, 61)), "sliding_window_len must be multiples of 2 below 690, .* got 61"),
+        (dict(sliding_window_len=(690,)), "room for history before a window; got 690"),
         (
             dict(chunk_frames=(24, 300), fine_context=512, fine_lookahead=(6, 96, 213)),
             r"fine stage's window of 1024 frames; chunk 2 takes 512 \+ 300 \+ 213 = 1025",
@@ -428,7 +430,7 @@ def test_every_windows_prefix_is_one_that_engines_warm_up(pipeline, voices, voic
     lengths, layout = [], pipeline.checkpoint.coarse
 
     class Counting:
-        def coarse(self, prefix, n_tokens, position, sampling, stream, heads):
+        def coarse(self, prefix, n_tokens, position, sampling, stream, heads, windows):
             lengths.append(len(prefix) - 1)
             return np.zeros(n_tokens, np.int32)
 

@@ -22,31 +22,47 @@ class Chain:
     """Coarse windows that follow a row's own in the same call: what makes their prefixes, as soon as the tokens before are there."""
 
     heads: Ints  # [k >= 1, H]: semantic window and infer of each
-    window: int  # tokens of a window
-    max_history: int  # ids behind a head, at most
+    windows: Ints  # [k, 2]: tokens wanted of each, and ids behind its head, at most
 
     @classmethod
-    def of(cls, heads: Ints, layout: CoarseLayout) -> Chain | None:
-        """None for heads [0, H]. Raises ValueError for another H than the layout's."""
+    def of(cls, heads: Ints, windows: Ints, layout: CoarseLayout) -> Chain | None:
+        """None for heads [0, H]. Raises ValueError for another H than the layout's, or windows that are not as many."""
         if heads.ndim != 2 or heads.shape[1] != layout.n_semantic_window + 1:
             raise ValueError(f"heads must be [k, {layout.n_semantic_window + 1}], got {list(heads.shape)}")
-        return cls(heads, layout.window, layout.max_history) if len(heads) else None
+        if windows.shape != (len(heads), 2):
+            raise ValueError(
+                f"windows must be [{len(heads)}, 2], tokens and history of each head's, got {list(windows.shape)}"
+            )
+        return cls(heads, windows) if len(heads) else None
+
+    @property
+    def n_tokens(self) -> int:
+        """Wanted of all its windows."""
+        return int(self.windows[:, 0].sum())
 
     def next_ids(self, ids: Ints) -> Ints:
         """The next window's prefix, where ids [S, 1] are a whole window's and its tokens."""
-        n_head = self.heads.shape[1]
-        return np.concatenate([self.heads[0][:, None], ids[n_head:][-self.max_history :]])
+        n_head, n_history = self.heads.shape[1], int(self.windows[0, 1])
+        return np.concatenate([self.heads[0][:, None], ids[max(n_head, len(ids) - n_history) :]])
+
+    @property
+    def behind(self) -> Chain | None:
+        """Without the first of its windows."""
+        return Chain(self.heads[1:], self.windows[1:]) if len(self.heads) > 1 else None
 
     def check(self, row: Row, size: GPTSize) -> None:
-        """Raises ValueError for windows that do not fit their row, or ids that are none. (Their length is the layout's: it fits.)"""
-        k, n_head = self.heads.shape
-        n_behind = row.n_tokens - row.n_whole
+        """Raises ValueError for windows that do not fit their row or the model, or ids that are none."""
+        n_head = self.heads.shape[1]
         if len(row.ids) < n_head or row.ids.shape[1] != 1:
             raise ValueError(f"a prefix that others follow has at least {n_head} ids, got {len(row.ids)}")
-        if -(-n_behind // self.window) != k:
+        tokens, histories = self.windows.T
+        if self.windows.min() < 1 or row.n_whole < 1:
             raise ValueError(
-                f"heads are for {k} windows of {self.window} tokens, and {n_behind} tokens are wanted of them"
+                f"windows that follow want at least one token each and one before it, and the row's own window one; got "
+                f"{self.windows.tolist()} and {row.n_whole}"
             )
+        if (n_most := int((n_head + histories + tokens).max() - 1)) > size.block_size:
+            raise ValueError(f"a window that follows must take at most {size.block_size} positions, got {n_most}")
         if self.heads.min() < 0 or self.heads.max() >= size.n_input_ids:
             raise ValueError(
                 f"ids of heads must be 0 to {size.n_input_ids - 1}, got {self.heads.min()} to {self.heads.max()}"
@@ -67,10 +83,8 @@ class Row:
 
     @property
     def n_whole(self) -> int:
-        """Tokens until the row's window is whole, or its call."""
-        return (
-            min(self.n_tokens, self.chain.window - self.position % self.chain.window) if self.chain else self.n_tokens
-        )
+        """Tokens wanted of the row's own window."""
+        return self.n_tokens - self.chain.n_tokens if self.chain else self.n_tokens
 
     def check(self, size: GPTSize) -> None:
         """Raises ValueError for a row that does not fit the model."""
@@ -102,8 +116,7 @@ class Row:
             return self.after(tokens[: self.n_whole]).after(tokens[self.n_whole :])
         n, ids, chain = len(tokens), self.ids_with(tokens), self.chain
         if chain and n == self.n_whole:
-            ids, behind = chain.next_ids(ids), chain.heads[1:]
-            chain = replace(chain, heads=behind) if len(behind) else None
+            ids, chain = chain.next_ids(ids), chain.behind
         return replace(self, ids=ids, n_tokens=self.n_tokens - n, position=self.position + n, chain=chain)
 
 

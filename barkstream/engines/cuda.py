@@ -302,8 +302,8 @@ class _Pieces:
         self._is_lost = False  # what the slot holds: a window's prefix was put there behind a piece that was halted
         self.under_way: deque[Callable[[], tuple[Ints, Ints]]] = deque()
         self._slid: deque[bool] = deque()  # of those: whether a prefix went before
-        # Ids drawn before the last launch, of which prefixes of a chain's windows are made.
-        self._n_most = row.chain.max_history if row.chain else 0
+        # Ids drawn before the last launch, of which prefixes of a chain's windows are made, behind heads of so many.
+        self._n_head = row.chain.heads.shape[1] if row.chain else 0
         self._drawn = torch.empty(row.n_tokens if row.chain else 0, dtype=torch.int32, device="cuda")
         self._n_drawn = 0
 
@@ -325,12 +325,12 @@ class _Pieces:
 
     def _launch_behind(self, last: Row, piece: Row) -> None:
         engine, n = self._engine, self._n_drawn + last.n_tokens
-        if self._n_most:
+        if self._n_head:
             engine._note_ids(last, self._drawn[self._n_drawn : n])
         self._n_drawn = n
         held = last.ids_with(np.zeros(last.n_tokens, np.int32))
         if not np.array_equal(piece.ids, held):  # a window that slides; else the cache goes on
-            unknown = self._drawn[max(0, n - self._n_most) : n]
+            unknown = self._drawn[max(0, n - len(piece.ids) + self._n_head) : n]
             engine._prefill([piece.ids[:-1]], [self._slot.index], partial(_amend, len(piece.ids), unknown))
             self._slid[-1] = True
         self.under_way.append(engine._launch_behind(piece, self._slot, last.n_tokens))

@@ -145,8 +145,7 @@ def n_positions(stage: CausalStageName, checkpoint: Checkpoint) -> int:
     if stage == "semantic":
         return checkpoint.semantic.size.block_size
     coarse = checkpoint.coarse
-    window = coarse.n_semantic_window + 1 + coarse.max_history + coarse.window
-    return min(-(-window // 64) * 64, coarse.size.block_size)
+    return min(-(-coarse.max_positions // 64) * 64, coarse.size.block_size)
 
 
 def open_fine(
