@@ -21,6 +21,7 @@ import sys
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ from barkstream.pacing import NEEDY_S  # noqa: E402
 
 SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
 N_SEMANTIC = 500  # a clip's
-WINDOW, SLIDE, AHEAD = 60, 20, 46  # coarse tokens of a window; semantic ones that it moves by, and reads ahead
+WINDOW = 60  # coarse tokens that a call has at least
+HEAD, SPAN = 257, 690  # positions of a coarse window's semantic tokens, and of its history and its own tokens together
 STAGES = "codec", "fine", "semantic", "coarse"
 
 
@@ -63,6 +65,7 @@ class Costs:
 
     semantic_step: dict[int, float]  # by rows, between which it grows in proportion
     coarse_step: dict[int, float]
+    row_keys: float  # of a coarse step: a row's keys and values behind 917 positions
     semantic_prefill: tuple[float, ...] = (0.95, 1.2, 1.4, 1.6)  # of one to four rows
     coarse_prefill: tuple[float, ...] = (1.65, 2.7, 3.7, 4.7)
     fine: tuple[float, ...] = (5.9, 7.0, 8.3, 9.7, 13.0, 13.1, 16.8, 16.8)  # of one to eight windows
@@ -89,10 +92,12 @@ COSTS = {
     "h100-int8": Costs(
         by_rows(0.21, 0.28, 0.35, 0.37, 0.38, 0.44, 0.46, 0.57, 0.6, 0.66, 0.7),
         by_rows(0.215, 0.29, 0.355, 0.381, 0.387, 0.518, 0.543, 0.69, 0.723, 0.813, 0.867),
+        0.0155,
     ),
     "h100": Costs(
         by_rows(0.255, 0.33, 0.405, 0.41, 0.44, 0.49, 0.586, 0.68, 0.8, 0.85, 0.97),
         by_rows(0.265, 0.37, 0.495, 0.456, 0.515, 0.608, 0.775, 0.903, 1.078, 1.136, 1.301),
+        0.029,
     ),
 }
 
@@ -118,8 +123,8 @@ class Policy:
     first_batch: int = POLICIES["coarse"].first_batch
     semantic_instances: int = 32
     coarse_instances: int = 32
-    fine_instances: int = 16
-    codec_instances: int = 8
+    fine_instances: int = 24
+    codec_instances: int = 16
     # Through Triton, one way; and of it, what calls and answers of all streams take one after the other (docs/load.md). Both found by
     # trying, so that the whole says what an H100 said.
     way_s: float = 0.0014
@@ -130,13 +135,41 @@ class Policy:
     gap_s: float = 0.0003  # between two that were launched one behind the other
     chunks: tuple[int, ...] = field(default=(29, 28, 60, 60, 60, 90))  # frames
     lookahead: tuple[int, ...] = field(default=(1, 3, 3, 33, 63, 33))
-    coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # of a call, at most
+    coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # WINDOW tokens of a call, at most
+    sliding_window_len: tuple[int, ...] = field(default=(WINDOW,))  # coarse tokens behind one prefix
 
     def instances(self, stage: str) -> int:
         return getattr(self, f"{stage}_instances")
 
     def patience_s(self, stage: str) -> float:
         return getattr(self, f"{stage}_patience_s", POLICIES[stage].patience_s)
+
+    @cached_property
+    def windows(self) -> list[tuple[int, int]]:
+        """First coarse token and length of each of a clip's windows."""
+        found, start = list[tuple[int, int]](), 0
+        while start < 3 * N_SEMANTIC:
+            found.append((start, self.sliding_window_len[min(len(found), len(self.sliding_window_len) - 1)]))
+            start += found[-1][1]
+        return found
+
+    def begins_window(self, position: int) -> bool:
+        return any(start == position for start, _ in self.windows)
+
+    def reads(self, position: int) -> int:
+        """Semantic tokens that the coarse window there waits for."""
+        start, length = [window for window in self.windows if window[0] <= position][-1]
+        return min(start // 3 + HEAD - 2 - int((SPAN - length) / 3.006), N_SEMANTIC)
+
+    def spared_keys(self) -> float:
+        """Of 917 positions that a coarse step reads in the reference's windows, the part that these do not."""
+        positions = np.average([HEAD + SPAN - n / 2 for _, n in self.windows], weights=[n for _, n in self.windows])
+        return 1 - float(positions) / (HEAD + SPAN - WINDOW / 2)
+
+    def prefix(self) -> float:
+        """Positions of a coarse prefill, to the reference's."""
+        padded = [-(-(HEAD - 1 + SPAN - n) // 128) for _, n in self.windows]
+        return float(np.mean(padded)) / -(-(HEAD - 1 + SPAN - WINDOW) // 128)
 
 
 MAX_BATCH = {"codec": 4, "fine": 8, "semantic": 32, "coarse": 32}
@@ -214,6 +247,7 @@ class Gpu:
 
     def __init__(self, policy: Policy, costs: Costs):
         self._policy, self._costs, self._loop = policy, costs, asyncio.get_running_loop()
+        self._spared_ms, self._prefix = costs.row_keys * policy.spared_keys(), policy.prefix()
         self._waiting: dict[str, list[Call]] = {stage: [] for stage in STAGES}
         self._changed = asyncio.Event()
         self._kept_until_s = self._over_s = 0.0  # the latter: when the GPU's last work was over
@@ -351,10 +385,16 @@ class Gpu:
         elif stage == "codec":
             first = self._costs.codec[len(batch) - 1]
         else:
-            step = self._costs.step(stage, len(batch))
+            step = self._step_ms(stage, len(batch))
             n_tokens = self._piece(batch, step / 1e3)
-            first = self._costs.prefill(stage, sum(call.is_new for call in batch))
+            first = self._prefill_ms(stage, sum(call.is_new for call in batch))
         return Run(stage, batch, 0.0, first / 1e3, step / 1e3, n_tokens)
+
+    def _step_ms(self, stage: str, n_rows: int) -> float:
+        return self._costs.step(stage, n_rows) - (n_rows * self._spared_ms if stage == "coarse" else 0.0)
+
+    def _prefill_ms(self, stage: str, n_rows: int) -> float:
+        return self._costs.prefill(stage, n_rows) * (self._prefix if stage == "coarse" else 1.0)
 
     def _halt_for(self, coming: Run) -> None:
         if self._policy.halts == 2:
@@ -387,7 +427,7 @@ class Gpu:
         most = self._policy.first_batch if stage == "coarse" else POLICIES[stage].first_batch
         for call in sorted(calls, key=lambda call: (call.rank, call.slack_s)):
             n_new = sum(each.is_new for each in [*batch, call])
-            step_ms, prefills_ms = self._costs.step(stage, min(len(batch) + 1, 32)), self._costs.prefill(stage, n_new)
+            step_ms, prefills_ms = self._step_ms(stage, min(len(batch) + 1, 32)), self._prefill_ms(stage, n_new)
             if batch and batch[0].rank <= FIRST < call.rank:
                 is_comfortable = call.rank == REST and call.slack_s > self._policy.comfortable_s
                 if is_comfortable or len(batch) >= most:
@@ -425,7 +465,8 @@ class Gpu:
             made = min(run.n_steps, call.n_tokens)
             call.n_tokens, call.position, call.is_new = call.n_tokens - made, call.position + made, False
             if not call.n_tokens and call.n_windows > 1:
-                call.n_tokens, call.n_windows, call.is_new = WINDOW, call.n_windows - 1, True
+                call.n_tokens, call.n_windows = WINDOW, call.n_windows - 1
+                call.is_new = self._policy.begins_window(call.position)
                 call.rank = HURRIED if call.position <= WINDOW else REST
             if call.n_tokens:
                 self.submit(call)
@@ -435,7 +476,7 @@ class Gpu:
 
 
 class Server:
-    """The instances of Triton's stages, each of which waits for all calls of its batch; and the players, for pacing."""
+    """The instances of Triton's stages, each of which takes a call at a time; and the players, for pacing."""
 
     def __init__(self, policy: Policy, costs: Costs):
         self.policy, self.gpu = policy, Gpu(policy, costs)
@@ -460,19 +501,14 @@ class Server:
 
     def _hand_on(self, stage: str) -> None:
         while self._free[stage] and self._queues[stage]:
-            batch = self._queues[stage][: MAX_BATCH[stage]]
-            del self._queues[stage][: len(batch)]
             self._free[stage] -= 1
-            spawn(self._serve(stage, batch))
+            spawn(self._serve(stage, *self._queues[stage].pop(0)))
 
-    async def _serve(self, stage: str, batch: list[tuple[Call, asyncio.Future[None]]]) -> None:
-        for call, _ in batch:
-            self.gpu.submit(call)
-        for call, _ in batch:
-            await call.answer
-        for _, answered in batch:
-            if not answered.done():
-                answered.set_result(None)
+    async def _serve(self, stage: str, call: Call, answered: asyncio.Future[None]) -> None:
+        self.gpu.submit(call)
+        await call.answer
+        if not answered.done():
+            answered.set_result(None)
         self._free[stage] += 1
         self._hand_on(stage)
 
@@ -541,25 +577,22 @@ class Stream:
         position = index = 0
         while position < 3 * N_SEMANTIC:
             await room.acquire()
-            while self._n_semantic < self._reads(position):
+            while self._n_semantic < self._policy.reads(position):
                 if ahead := self._semantic_ahead:
                     self._semantic_ahead = None
                     await ahead
                 else:
-                    missing = self._reads(position) - self._n_semantic
+                    missing = self._policy.reads(position) - self._n_semantic
                     await self._say(max(missing, 60 if self._n_semantic else 1))
             if self._dry_s < math.inf:
                 self._go_ahead()
             most = self._policy.coarse_windows[min(index, len(self._policy.coarse_windows) - 1)]
             starts = range(position, min(position + most * WINDOW, 3 * N_SEMANTIC), WINDOW)
-            n_windows = sum(self._reads(start) <= self._n_semantic for start in starts)
-            await self._call("coarse", WINDOW, position, position <= WINDOW, is_new=True, n_windows=n_windows)
+            n_windows = sum(self._policy.reads(start) <= self._n_semantic for start in starts)
+            is_new = self._policy.begins_window(position)
+            await self._call("coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
             windows.put_nowait(n_windows * WINDOW // 2)
             position, index = position + n_windows * WINDOW, index + 1
-
-    def _reads(self, position: int) -> int:
-        """Semantic tokens that the coarse window there waits for."""
-        return min(AHEAD + SLIDE * (position // WINDOW), N_SEMANTIC)
 
     def _go_ahead(self) -> None:
         if self._semantic_ahead is None and self._n_semantic < N_SEMANTIC:
