@@ -48,10 +48,9 @@ def generate_coarse(
         end = min(windows.end(window), n + n_most * schedule.coarse_call)
         if n >= end:
             return
-        prefix = np.concatenate(
-            [windows.head(window), last_tokens(np.concatenate([past_coarse, generated[: window.start]]), window.n_history),
-             generated[window.start :]]
-        )  # fmt: skip
+        before = np.concatenate([past_coarse, generated[: window.start]])
+        history_of_window = before[max(0, len(before) - window.n_history) :]
+        prefix = np.concatenate([windows.head(window), history_of_window, generated[window.start :]])
         heads, behind = windows.chain(window, end, n + n_most * schedule.coarse_call if n_most > 1 else end)
         if n_calls == 0:
             meanwhile()
@@ -116,10 +115,8 @@ class _Windows:
             heads.append(self.head(window))
             parts.append((min(self.end(window), most) - end, window.n_history))
             end += parts[-1][0]
-        k = len(heads)
-        return np.array(heads, np.int32).reshape(k, self.layout.n_semantic_window + 1), np.array(
-            parts, np.int32
-        ).reshape(k, 2)
+        n_head = self.layout.n_semantic_window + 1
+        return np.array(heads, np.int32).reshape(-1, n_head), np.array(parts, np.int32).reshape(-1, 2)
 
     def _window(self, index: int, start: int) -> _Window:
         n = self.schedule.coarse_window(index, self.layout)
@@ -177,11 +174,6 @@ def codes_from_tokens(tokens: Ints, layout: CoarseLayout) -> Ints:
     """Interleaved ids [2 t], the first one of codebook 0, as codes [2, t]."""
     offsets = layout.first_id + layout.codebook_size * np.arange(layout.n_codebooks)
     return (tokens.reshape(-1, layout.n_codebooks) - offsets).T.astype(np.int32)
-
-
-def last_tokens(tokens: Ints, n: int) -> Ints:
-    """The last n of them, or all."""
-    return tokens[max(0, len(tokens) - n) :]
 
 
 def _said_by(n_coarse: int, layout: CoarseLayout) -> int:

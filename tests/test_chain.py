@@ -470,6 +470,9 @@ def test_windows_that_follow_are_checked_like_the_first():
     for windows in ([[0, 30], [20, 30]], [[10, 0], [10, 30]]):
         with pytest.raises(ValueError, match="at least one token each and one before it"):
             replace(row, chain=replace(row.chain, windows=np.array(windows, np.int32))).check(SIZE)
+    endless = replace(row.chain, windows=np.array([[10, 2**31 - 1], [10, 30]], np.int32))
+    with pytest.raises(ValueError, match="window that follows must take at most 64 positions, got 2147483677"):
+        replace(row, chain=endless).check(SIZE)
     longer = replace(row.chain, windows=np.array([[10, 30], [16, 30]], np.int32))
     with pytest.raises(ValueError, match="window that follows must take at most 64 positions, got 66"):
         replace(row, n_tokens=36, chain=longer).check(SIZE)

@@ -105,7 +105,8 @@ def test_a_setting_that_is_not_there_says_which_are():
 def test_longer_coarse_windows_spare_prefills_and_keys_and_begin_with_the_same_first_one():
     longer = policy_of(["sliding_window_len=60,60,120,180,180,310"])
     assert longer.windows[:4] == [(0, 60), (60, 60), (120, 120), (240, 180)] and longer.windows[-1][0] < 1500
-    assert [Policy().reads(n) for n in (0, 60, 600)] == [46, 66, 246]  # semantic tokens, as the reference's windows read
+    # Semantic tokens, as the reference's windows read.
+    assert [Policy().reads(n) for n in (0, 60, 600)] == [46, 66, 246]
     assert [longer.reads(n) for n in (0, 60, 120, 600, 1400)] == [46, 66, 106, 329, 500]
     assert Policy().spared_keys() == 0 and 0.05 < longer.spared_keys() < 0.15 and longer.prefix() < 1
     ask = dict(clients=32, duration_s=20)

@@ -55,7 +55,7 @@ class Chain:
         n_head = self.heads.shape[1]
         if len(row.ids) < n_head or row.ids.shape[1] != 1:
             raise ValueError(f"a prefix that others follow has at least {n_head} ids, got {len(row.ids)}")
-        tokens, histories = self.windows.T
+        tokens, histories = self.windows.astype(np.int64).T
         if self.windows.min() < 1 or row.n_whole < 1:
             raise ValueError(
                 f"windows that follow want at least one token each and one before it, and the row's own window one; got "
