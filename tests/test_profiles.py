@@ -90,6 +90,14 @@ def test_every_instance_of_a_stage_has_its_first_call_before_the_server_is_ready
         assert call.inputs["codes"].dims[1] >= n_most // checkpoint.coarse.n_codebooks
 
 
+@pytest.mark.parametrize("stage", ["semantic", "coarse", "fine", "codec"])
+@pytest.mark.parametrize("profile", ["cuda", "cuda-int8"])
+def test_in_the_cuda_profiles_an_instance_takes_one_call_at_a_time(stage, profile):
+    """It would answer a batch when all of it is there."""
+    batching = config(MODEL_REPOSITORY / f"bark_{stage}" / "configs" / f"{profile}.pbtxt").dynamic_batching
+    assert list(batching.preferred_batch_size) == [1] and not batching.max_queue_delay_microseconds
+
+
 def parameters(model: str, path: str) -> dict[str, str]:
     return {key: value.string_value for key, value in config(MODEL_REPOSITORY / model / path).parameters.items()}
 
