@@ -342,6 +342,7 @@ class Speaker:
         self._crowd = n * int(parameters.get("crowd", 0)) or math.inf
         if self._crowd < math.inf:
             self._crowded = _opened(_schedule, parameters, self._checkpoint, is_crowded=True)
+        self._few = n * int(parameters.get("few", 0))
         self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
         self._admission = Admission(n * int(parameters["max_streams"]), self._peers)
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
@@ -432,6 +433,7 @@ class Speaker:
     def _schedule_among(self, n_live: int) -> Schedule:
         """For a request that comes while so many are under way, itself included."""
         schedule = self._crowded if n_live > self._crowd else self._schedule
+        schedule = schedule if n_live > self._few else schedule.with_few()
         return schedule if n_live <= self._quiet else schedule.in_company()
 
     def _wait_turn(self, pacer: Pacer, player: Player | None, is_cancelled: Callable[[], bool]) -> None:

@@ -35,12 +35,15 @@ from load_report import percentiles  # noqa: E402
 from barkstream.engines.turns import AT_ONCE, FOLLOW_S, GRACE_S, HEAD_START_S, LONE  # noqa: E402
 from barkstream.engines.turns import HURRIED as MOST_HURRIED  # noqa: E402
 from barkstream.engines.workers import (  # noqa: E402
+    BEGINNING,
+    BUSY,
     COMFORTABLE_S,
     FEW,
     FIRST,
     HURRIED,
     HURRIED_BATCH_S,
     HURRIED_PIECE_S,
+    LISTENED_TO,
     PIECE_S,
     PIECES,
     POLICIES,
@@ -121,6 +124,13 @@ class Policy:
     halted_s: float = 0.0003  # until it stands
     comfortable_s: float = COMFORTABLE_S
     first_batch: int = POLICIES["coarse"].first_batch
+    busy: int = BUSY  # streams live
+    busy_first_batch: int = POLICIES["coarse"].busy_first_batch
+    few: int = 12  # with more live, the first semantic call has so many tokens at least:
+    semantic_first: int = 67
+    semantic_hurried: int = LISTENED_TO  # tokens before a call that is hurried, at most
+    coarse_hurried: int = BEGINNING
+    max_streams: int = 1000
     semantic_instances: int = 32
     coarse_instances: int = 32
     fine_instances: int = 24
@@ -137,6 +147,11 @@ class Policy:
     lookahead: tuple[int, ...] = field(default=(1, 3, 3, 33, 63, 33))
     coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # WINDOW tokens of a call, at most
     sliding_window_len: tuple[int, ...] = field(default=(WINDOW,))  # coarse tokens behind one prefix
+
+    def most_with_first(self, stage: str, is_busy: bool) -> int:
+        """Rows of a batch with a first call."""
+        policy = self if stage == "coarse" else POLICIES[stage]
+        return policy.busy_first_batch if is_busy else policy.first_batch
 
     def instances(self, stage: str) -> int:
         return getattr(self, f"{stage}_instances")
@@ -258,6 +273,11 @@ class Gpu:
         self.known: dict[str, set[Stream]] = {"semantic": set(), "coarse": set()}
         self.batches = {stage: [0, 0, 0.0] for stage in STAGES}  # how many, their rows, ms
         self._task = self._loop.create_task(self._work())
+
+    def forget(self, stream: Stream) -> None:
+        """Its last coarse call was answered: its slots are free."""
+        for known in self.known.values():
+            known.discard(stream)
 
     def submit(self, call: Call) -> None:
         call.since_s = self._loop.time()
@@ -424,13 +444,13 @@ class Gpu:
             return sorted(calls, key=lambda call: (call.rank, call.since_s))[: MAX_BATCH[stage]]
         is_tight = min(call.slack_s for call in calls) < self._policy.tight_s
         batch: list[Call] = []
-        most = self._policy.first_batch if stage == "coarse" else POLICIES[stage].first_batch
+        is_busy = len(self.known[stage]) >= self._policy.busy
         for call in sorted(calls, key=lambda call: (call.rank, call.slack_s)):
             n_new = sum(each.is_new for each in [*batch, call])
             step_ms, prefills_ms = self._step_ms(stage, min(len(batch) + 1, 32)), self._prefill_ms(stage, n_new)
             if batch and batch[0].rank <= FIRST < call.rank:
                 is_comfortable = call.rank == REST and call.slack_s > self._policy.comfortable_s
-                if is_comfortable or len(batch) >= most:
+                if (is_comfortable and not is_busy) or len(batch) >= self._policy.most_with_first(stage, is_busy):
                     break
             is_late = PIECES[0] * step_ms + prefills_ms > self._policy.hurried_batch_s * 1e3
             if len(batch) >= FEW and batch[0].rank == HURRIED < call.rank and is_late:
@@ -467,7 +487,7 @@ class Gpu:
             if not call.n_tokens and call.n_windows > 1:
                 call.n_tokens, call.n_windows = WINDOW, call.n_windows - 1
                 call.is_new = self._policy.begins_window(call.position)
-                call.rank = HURRIED if call.position <= WINDOW else REST
+                call.rank = HURRIED if call.position <= self._policy.coarse_hurried else REST
             if call.n_tokens:
                 self.submit(call)
             else:
@@ -532,6 +552,7 @@ class Stream:
         self.began_s, self._dry_s = self._loop.time(), math.inf
         self.ttfa_s, self.n_underruns, self.underrun_s, self.ended_s = math.nan, 0, 0.0, 0.0
         self._n_semantic, self._semantic_ahead = 0, None
+        self._n_first = self._policy.semantic_first if len(server.streams) >= self._policy.few else 1
 
     @property
     def lead_s(self) -> float:
@@ -542,7 +563,7 @@ class Stream:
         await asyncio.sleep(0.004)  # to the server, and the text
         windows: asyncio.Queue[int] = asyncio.Queue()
         room = asyncio.Semaphore(1)
-        coarse = spawn(self._make_windows(windows, room))
+        spawn(self._make_windows(windows, room))
         n_known = n_done = index = 0
         total = N_SEMANTIC * FRAME_HZ // SEMANTIC_HZ
         while n_done < total:
@@ -560,10 +581,7 @@ class Stream:
                 room.release()
             n_done, index = n_done + n_chunk, index + 1
         self.ended_s = self._loop.time()
-        coarse.cancel()
         self._server.streams.discard(self)
-        for known in self._server.gpu.known.values():
-            known.discard(self)
 
     def _play(self, audio_s: float) -> None:
         now_s = self._loop.time()
@@ -583,16 +601,18 @@ class Stream:
                     await ahead
                 else:
                     missing = self._policy.reads(position) - self._n_semantic
-                    await self._say(max(missing, 60 if self._n_semantic else 1))
+                    await self._say(max(missing, 60 if self._n_semantic else self._n_first))
             if self._dry_s < math.inf:
                 self._go_ahead()
             most = self._policy.coarse_windows[min(index, len(self._policy.coarse_windows) - 1)]
             starts = range(position, min(position + most * WINDOW, 3 * N_SEMANTIC), WINDOW)
             n_windows = sum(self._policy.reads(start) <= self._n_semantic for start in starts)
             is_new = self._policy.begins_window(position)
-            await self._call("coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
+            is_hurried = position <= self._policy.coarse_hurried
+            await self._call("coarse", WINDOW, position, is_hurried, is_new, n_windows)
             windows.put_nowait(n_windows * WINDOW // 2)
             position, index = position + n_windows * WINDOW, index + 1
+        self._server.gpu.forget(self)
 
     def _go_ahead(self) -> None:
         if self._semantic_ahead is None and self._n_semantic < N_SEMANTIC:
@@ -601,7 +621,8 @@ class Stream:
     async def _say(self, n_tokens: int) -> None:
         n, position = min(n_tokens, N_SEMANTIC - self._n_semantic), self._n_semantic
         if n:
-            await self._call("semantic", n, position, is_hurried=position <= WINDOW, is_new=position == 0)
+            is_hurried = position <= self._policy.semantic_hurried
+            await self._call("semantic", n, position, is_hurried, is_new=position == 0)
             self._n_semantic += n
 
     async def _call(
@@ -630,7 +651,13 @@ async def listen(
     loop, heard = asyncio.get_running_loop(), list[Stream]()
     server = Server(policy, costs)
 
+    n_refused = 0
+
     async def one() -> None:
+        nonlocal n_refused
+        if len(server.streams) >= policy.max_streams:
+            n_refused += 1
+            return
         stream = Stream(server)
         await stream.speak()
         heard.append(stream)
@@ -656,6 +683,7 @@ async def listen(
     return {
         "requests": len(heard),
         **percentiles("ttfa_ms", [1e3 * stream.ttfa_s for stream in heard]),
+        "refused": n_refused,
         "underruns": sum(stream.n_underruns for stream in heard),
         "underrun_s": round(sum(stream.underrun_s for stream in heard), 2),
         "audio_s_per_s": round(audio_s / max(stream.ended_s for stream in heard), 1),

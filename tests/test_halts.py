@@ -11,7 +11,7 @@ import pytest
 
 from barkstream.engines import Chain, Generation, Row, Window
 from barkstream.engines.turns import AT_ONCE, FOLLOW_S, HEAD_START_S, LONE, Launch, Turns
-from barkstream.engines.workers import COMFORTABLE_S, FIRST, HURRIED, LAST, POLICIES, REST, CausalWorker, Worker
+from barkstream.engines.workers import BUSY, COMFORTABLE_S, FIRST, HURRIED, LAST, POLICIES, REST, CausalWorker, Worker
 from barkstream.sampling import Sampling
 
 LONG_S = 5.0
@@ -218,11 +218,11 @@ def test_ranks():
     assert [POLICIES["fine"].rank(each) for each in without_preset] == [FIRST, HURRIED, HURRIED, HURRIED]
     assert POLICIES["fine"].rank(window(1024, 512, 20)) == REST  # offline
     ranks = [
-        POLICIES["semantic"].rank(row(n, position=position)) for n, position in ((46, 0), (60, 46), (60, 106), (768, 0))
+        POLICIES["semantic"].rank(row(n, position=position)) for n, position in ((67, 0), (60, 67), (60, 106), (768, 0))
     ]
     assert ranks == [FIRST, HURRIED, REST, REST]
     offline = replace(row(120, position=0), chain=chain)
-    ranks = [POLICIES["coarse"].rank(each) for each in (row(position=0), row(position=60), row(position=120), offline)]
+    ranks = [POLICIES["coarse"].rank(each) for each in (row(position=0), row(position=180), row(position=240), offline)]
     assert ranks == [FIRST, HURRIED, REST, HURRIED]
 
 
@@ -248,18 +248,35 @@ def test_semantic_calls_are_hurried_until_coarse_has_heard_of_their_stream(stage
     assert not coarse.knows(1)
 
 
-def test_few_go_along_with_a_first_call_and_nobody_who_is_comfortable(stage):
-    turns = Turns()
+@pytest.mark.parametrize("n_others", [BUSY - 2, BUSY - 1])
+def test_few_go_along_with_a_first_call_and_nobody_who_is_comfortable_unless_many_are_live(stage, n_others):
+    turns, others = Turns(), range(2, 2 + n_others)
     engine, worker = stage(turns)
     now_s = time.monotonic()
+    comfortable = set(others[:-10])  # the others have little in hand, half of what these have
     with turns.turn(lambda: 0):
-        for stream in range(2, 22):  # began so that all have little in hand, but 20 and 21
-            worker._began_s[stream] = now_s - 600 / 150 + (10 * COMFORTABLE_S if stream >= 20 else 0.5)
-        worker.submit([row(stream=stream) for stream in range(2, 22)])
+        for stream in others:
+            worker._began_s[stream] = now_s - 600 / 150 + COMFORTABLE_S * (1.5 if stream in comfortable else 0.5)
+        worker.submit([row(stream=stream) for stream in others])
         worker.submit([row(stream=1, position=0)])
     engine.begun(1)
     streams = [stream for stream, _ in engine.batches[0]]
-    assert streams[0] == 1 and len(streams) == POLICIES["coarse"].first_batch and not {20, 21} & set(streams)
+    assert streams[0] == 1
+    if n_others + 1 < BUSY:
+        assert set(streams[1:]) == set(others) - comfortable
+    else:
+        assert len(streams) == POLICIES["coarse"].busy_first_batch and comfortable & set(streams)
+    engine.let()
+
+
+def test_few_go_along_with_a_first_call_however_little_all_have(stage):
+    turns, others = Turns(), range(2, BUSY)
+    engine, worker = stage(turns)
+    with turns.turn(lambda: 0):
+        worker.submit([row(stream=stream) for stream in others])
+        worker.submit([row(stream=1, position=0)])
+    engine.begun(1)
+    assert len(engine.batches[0]) == POLICIES["coarse"].first_batch < len(others)
     engine.let()
 
 
