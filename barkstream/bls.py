@@ -339,10 +339,8 @@ class Speaker:
         n = usable_gpus() if parameters.get("spread_streams") == "true" else 1  # limits are a GPU's
         self._peers = _opened(Peers, n, sockets_folder() / PEERS if _n_instances(args) > 1 else None)
         self._keys = StreamKeys(n, self._peers)
-        self._crowd = n * int(parameters.get("crowd", 0)) or math.inf
-        if self._crowd < math.inf:
-            self._crowded = _opened(_schedule, parameters, self._checkpoint, is_crowded=True)
         self._few = n * int(parameters.get("few", 0))
+        self._crowd, self._hold_s = n * int(parameters.get("crowd", 0)), float(parameters.get("hold_s", 0))
         self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
         self._admission = Admission(n * int(parameters["max_streams"]), self._peers)
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
@@ -421,6 +419,8 @@ class Speaker:
             pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, schedule, self._metrics.count_guard)
             chunks = pipeline.stream(text, options, voice, key, speech, speakers)
             for index, chunk in enumerate(chunks):
+                if index == 0 and options.streaming and self._admission.n_live > self._crowd:
+                    time.sleep(self._hold_s)  # meanwhile the second chunk's coarse tokens are on their way
                 if sender.is_cancelled():
                     raise Cancelled
                 sender.send(_speech_response(options.seed, chunk))
@@ -432,8 +432,7 @@ class Speaker:
 
     def _schedule_among(self, n_live: int) -> Schedule:
         """For a request that comes while so many are under way, itself included."""
-        schedule = self._crowded if n_live > self._crowd else self._schedule
-        schedule = schedule if n_live > self._few else schedule.with_few()
+        schedule = self._schedule if n_live > self._few else self._schedule.with_few()
         return schedule if n_live <= self._quiet else schedule.in_company()
 
     def _wait_turn(self, pacer: Pacer, player: Player | None, is_cancelled: Callable[[], bool]) -> None:
@@ -506,9 +505,8 @@ def _opened(open_engine: Callable[..., Any], *arguments: Any, **options: Any) ->
         raise pb_utils.TritonModelException(str(error)) from None
 
 
-def _schedule(parameters: dict[str, str], checkpoint: Checkpoint, is_crowded: bool = False) -> Schedule:
+def _schedule(parameters: dict[str, str], checkpoint: Checkpoint) -> Schedule:
     schedule = Schedule.parse(parameters)
-    schedule = schedule.for_a_crowd() if is_crowded else schedule
     schedule.check(checkpoint)  # now, not when somebody wants to hear something
     return schedule
 

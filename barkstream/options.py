@@ -186,14 +186,6 @@ class Schedule:
         """No more semantic tokens before the first audio than it needs: with few streams the next ones are soon there."""
         return replace(self, semantic_first=1)
 
-    def for_a_crowd(self) -> Schedule:
-        """A sentence's first two chunks in one, which plays for longer than the next takes when many streams share a GPU."""
-        return replace(
-            self,
-            chunk_frames=(self.chunk(0) + self.chunk(1), *(self.chunk_frames[2:] or self.chunk_frames[-1:])),
-            fine_lookahead=(self.lookahead(1), *(self.fine_lookahead[2:] or self.fine_lookahead[-1:])),
-        )
-
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises ValueError for a schedule that the checkpoint's stages cannot follow."""
         if self.chunk(0) < checkpoint.codec.min_first_chunk:

@@ -126,11 +126,13 @@ class Policy:
     first_batch: int = POLICIES["coarse"].first_batch
     busy: int = BUSY  # streams live
     busy_first_batch: int = POLICIES["coarse"].busy_first_batch
-    few: int = 12  # with more live, the first semantic call has so many tokens at least:
+    few: int = 16  # with more live, the first semantic call has so many tokens at least:
     semantic_first: int = 67
     semantic_hurried: int = LISTENED_TO  # tokens before a call that is hurried, at most
     coarse_hurried: int = BEGINNING
     max_streams: int = 1000
+    crowd: int = 24  # with more live, a first chunk is held for so long:
+    hold_s: float = 0.04
     semantic_instances: int = 32
     coarse_instances: int = 32
     fine_instances: int = 24
@@ -552,6 +554,7 @@ class Stream:
         self.began_s, self._dry_s = self._loop.time(), math.inf
         self.ttfa_s, self.n_underruns, self.underrun_s, self.ended_s = math.nan, 0, 0.0, 0.0
         self._n_semantic, self._semantic_ahead = 0, None
+        self.is_heard = False  # its first chunk is made
         self._n_first = self._policy.semantic_first if len(server.streams) >= self._policy.few else 1
 
     @property
@@ -576,9 +579,12 @@ class Stream:
             n_chunk = min(n_chunk, total - n_done)
             await self._call("fine", is_hurried=n_seen <= 96)
             await self._call("codec", is_hurried=n_chunk <= 60)
-            self._play(n_chunk / FRAME_HZ)
             if not index:
+                self.is_heard = True
                 room.release()
+                if len(self._server.streams) > self._policy.crowd:
+                    await asyncio.sleep(self._policy.hold_s)
+            self._play(n_chunk / FRAME_HZ)
             n_done, index = n_done + n_chunk, index + 1
         self.ended_s = self._loop.time()
         self._server.streams.discard(self)
@@ -602,7 +608,7 @@ class Stream:
                 else:
                     missing = self._policy.reads(position) - self._n_semantic
                     await self._say(max(missing, 60 if self._n_semantic else self._n_first))
-            if self._dry_s < math.inf:
+            if self.is_heard:
                 self._go_ahead()
             most = self._policy.coarse_windows[min(index, len(self._policy.coarse_windows) - 1)]
             starts = range(position, min(position + most * WINDOW, 3 * N_SEMANTIC), WINDOW)
@@ -638,7 +644,7 @@ class Stream:
             await asyncio.sleep(min(max(excess_s, 1e-6), 0.01))
         if stage in self._server.gpu.known:
             self._server.gpu.known[stage].add(self)
-        rank = POLICIES[stage].first if self._dry_s == math.inf else HURRIED if is_hurried else REST
+        rank = POLICIES[stage].first if not self.is_heard else HURRIED if is_hurried else REST
         await self._server.infer(Call(stage, self, n_tokens, position, rank, is_new, n_windows))
 
     def _is_anybody_needy(self) -> bool:

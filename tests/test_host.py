@@ -27,6 +27,8 @@ from barkstream.sampling import Sampling
 from barkstream.server import SOCKETS, Server
 from barkstream.tokens import Checkpoint
 
+HOLD_S = 3.0
+
 
 @pytest.fixture
 def spec(repository, tmp_path, monkeypatch):
@@ -214,7 +216,7 @@ def shared_server(repository, tmp_path_factory):
     speaker = folder / "bark" / "config.pbtxt"
     speaker.write_text(speaker.read_text().replace("KIND_CPU count: 1", "KIND_CPU count: 2"))
     with speaker.open("a") as config:
-        for name, value in (chains | dict(crowd=3)).items():
+        for name, value in (chains | dict(crowd=3, hold_s=HOLD_S)).items():
             config.write(f'parameters [ {{ key: "{name}" value: {{ string_value: "{value}" }} }} ]\n')
     with Server(folder) as server:
         yield server
@@ -316,16 +318,19 @@ def test_the_limit_is_for_all_instances_of_bark(shared_server):
 
 
 @pytest.mark.server
-def test_in_a_crowd_the_first_two_chunks_are_one(shared_server):
-    ask = dict(voice="heart_0", seed=4)
-    with Client(shared_server.grpc_url) as client, ThreadPoolExecutor(3) as pool:
-        first_chunk = lambda: len(list(client.stream("Good morning, how are you today?", **ask))[0])  # noqa: E731
-        long = ["We walked along the river until the sun went down behind the hills."] * 3
-        others = [iter(client.stream(text, **ask)) for text in long]
-        list(pool.map(next, others))
-        crowded = first_chunk()
-        list(pool.map(list, others))
-        assert (first_chunk(), crowded) == (24 * 320, 54 * 320)
+def test_in_a_crowd_a_first_chunk_is_held(shared_server):
+    """Of a stream, and of nobody who waits for all of it."""
+    ask = dict(voice="heart_0", seed=4, max_seconds=1)
+    with Client(shared_server.grpc_url) as client, ThreadPoolExecutor(4) as pool:
+
+        def first_after_s(**more):
+            began = time.monotonic()
+            next(iter(client.stream("Yes.", **ask, **more)))
+            return time.monotonic() - began
+
+        assert first_after_s() < HOLD_S
+        assert min(pool.map(lambda _: first_after_s(), range(4))) > HOLD_S
+        assert min(pool.map(lambda _: first_after_s(streaming=False), range(4))) < HOLD_S
 
 
 @pytest.mark.server

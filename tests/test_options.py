@@ -90,22 +90,6 @@ def test_a_schedule_that_cannot_work_is_refused_with_what_would_be_right(wrong, 
         Schedule.parse(wrong)
 
 
-@pytest.mark.parametrize(
-    ("frames", "lookahead", "crowded"),
-    [
-        ((24, 30, 60, 90), (6, 7, 36), [(54, 7), (60, 36), (90, 36)]),
-        ((24, 30), (6,), [(54, 6), (30, 6)]),
-        ((60,), (6, 36), [(120, 36), (60, 36)]),
-    ],
-)
-def test_in_a_crowd_the_first_two_chunks_are_one_and_the_rest_is_as_it_was(frames, lookahead, crowded):
-    schedule = Schedule(chunk_frames=frames, fine_lookahead=lookahead)
-    joined = schedule.for_a_crowd()
-    assert [(joined.chunk(i), joined.lookahead(i)) for i in range(len(crowded))] == crowded
-    assert all(joined.chunk(i) == schedule.chunk(i + 1) for i in range(1, 9))
-    assert all(joined.lookahead(i) == schedule.lookahead(i + 1) for i in range(9))
-
-
 @pytest.mark.parametrize("name", ["chunk_frames", "fine_lookahead"])
 def test_a_schedule_without_a_value_is_refused(name):
     with pytest.raises(ValueError, match="must have at least one value"):

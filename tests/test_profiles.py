@@ -21,7 +21,7 @@ from barkstream.voices import HistoryPrompt
 
 NANO_BARK = Path(__file__).resolve().parents[1] / "checkpoints" / "nano-bark"
 PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
-SPEAKER = {"sample_rate", "max_streams", "spread_streams", "pace_lead_s", "crowd", "few", "quiet"} | {
+SPEAKER = {"sample_rate", "max_streams", "spread_streams", "pace_lead_s", "crowd", "hold_s", "few", "quiet"} | {
     field.name for field in fields(Schedule)
 }
 KNOWN = {
@@ -193,8 +193,7 @@ def test_the_cuda_profiles_fine_windows_have_their_graphs():
     """One that has none is captured while a listener waits."""
     given = Schedule.parse(parameters("bark", "configs/cuda.pbtxt"))
     warm = [int(n) for n in parameters("bark_fine", "configs/cuda.pbtxt")["warm_frames"].split(",")]
-    for schedule in (given, given.for_a_crowd()):
-        widest = max(schedule.fine_context + schedule.chunk(i) + schedule.lookahead(i) for i in range(10))
-        assert widest <= schedule.fine_window  # so all are equally long, and need no mask
-        assert schedule.fine_window in warm and 1024 in warm  # the latter: offline
-        assert 4 * schedule.fine_window <= 1024  # four go together (cuda_fine.FREE_FRAMES)
+    widest = max(given.fine_context + given.chunk(i) + given.lookahead(i) for i in range(10))
+    assert widest <= given.fine_window  # so all are equally long, and need no mask
+    assert given.fine_window in warm and 1024 in warm  # the latter: offline
+    assert 4 * given.fine_window <= 1024  # four go together (cuda_fine.FREE_FRAMES)

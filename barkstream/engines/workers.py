@@ -30,16 +30,14 @@ PIECES = 60, 30, 15, 10
 # for, with next to nothing in hand; the rest.
 LAST, FIRST, HURRIED, REST = range(4)
 COMFORTABLE_S = 1.5  # who has more made that has not been played does not go along with those
-BUSY = 20  # with so many streams live everybody does, and more of them
+BUSY = 24  # with so many streams live everybody does, and more of them
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
 TIGHT_BATCH_S = 0.1  # than what takes so long for half a window, or this many rows:
 FEW = 4
 # For those who are in no hurry no window of a batch with a hurried row takes longer, prefills included: the second chunk is due .3 s
 # after the first.
 HURRIED_BATCH_S = 0.06
-BEGINNING = (
-    180  # coarse tokens: before these no call of a listener is without hurry, for they are the first three chunks
-)
+BEGINNING = 180  # coarse tokens: what comes before these, or with them, is for a listener's first three chunks
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 67  # semantic tokens of a call that a listener may be waiting for, at most
 CHUNK, WINDOW = 120, 512  # frames of a listener's chunk, and of the window that it is filled in, at most
@@ -137,7 +135,7 @@ POLICIES: dict[str, Policy[Any]] = {
         lambda row: row.position <= BEGINNING,
         hurried=2,
         urgency=4,
-        busy_first_batch=20,
+        busy_first_batch=16,
         company=16,
         patience_s=0.3,
         is_soon=lambda row: row.position <= SOON or row.chain is not None,
