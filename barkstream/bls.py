@@ -339,7 +339,6 @@ class Speaker:
         n = usable_gpus() if parameters.get("spread_streams") == "true" else 1  # limits are a GPU's
         self._peers = _opened(Peers, n, sockets_folder() / PEERS if _n_instances(args) > 1 else None)
         self._keys = StreamKeys(n, self._peers)
-        self._few = n * int(parameters.get("few", 0))
         self._crowd, self._hold_s = n * int(parameters.get("crowd", 0)), float(parameters.get("hold_s", 0))
         self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
         self._admission = Admission(n * int(parameters["max_streams"]), self._peers)
@@ -432,8 +431,7 @@ class Speaker:
 
     def _schedule_among(self, n_live: int) -> Schedule:
         """For a request that comes while so many are under way, itself included."""
-        schedule = self._schedule if n_live > self._few else self._schedule.with_few()
-        return schedule if n_live <= self._quiet else schedule.in_company()
+        return self._schedule if n_live <= self._quiet else self._schedule.in_company()
 
     def _wait_turn(self, pacer: Pacer, player: Player | None, is_cancelled: Callable[[], bool]) -> None:
         """Before a stage call."""

@@ -127,15 +127,14 @@ class Schedule:
     offline_coarse_windows: int = 1  # the same without streaming; above 1: once all semantic tokens are there
     offline_semantic_call: int = 0  # semantic_call without streaming or a guard, who looks in between; 0: the same
     offline_fine_windows: int = 1  # of a fine call without streaming; above 1 the exported graph alone cannot do it
-    semantic_first: int = 1  # semantic tokens that a sentence's first call asks for, at least
-    semantic_least: int = 1  # the same of its later calls
+    semantic_least: int = 1  # semantic tokens asked for in one call, at least, once there are some
     coarse_ahead: int = 4  # coarse calls made before they are needed, while the fine stage works; 0: none
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     ahead_at_once: bool = True  # false: only from a stream's first chunk on, which nothing may hold up
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
 
     def __post_init__(self) -> None:
-        calls = (self.coarse_call, self.semantic_call, self.semantic_first, self.semantic_least)
+        calls = (self.coarse_call, self.semantic_call, self.semantic_least)
         offline = self.offline_coarse_windows, self.offline_fine_windows
         counts = (*self.chunk_frames, *calls, *self.coarse_windows, *offline)
         ahead = (self.coarse_ahead, self.semantic_ahead)
@@ -147,11 +146,6 @@ class Schedule:
             )
         if min(counts) < 1 or min(extents) < 0:
             raise ValueError(f"chunks and calls must be at least 1, windows and what is ahead at least 0: {self}")
-        least = {"semantic_first": self.semantic_first, "semantic_least": self.semantic_least}
-        if max(least.values()) > self.semantic_call:
-            raise ValueError(
-                f"no more than semantic_call ({self.semantic_call}) can be the least of a call; got {least}"
-            )
 
     def chunk(self, index: int) -> int:
         """Frames of a sentence's chunk number `index`."""
@@ -181,10 +175,6 @@ class Schedule:
     def in_company(self) -> Schedule:
         """Without streaming no call longer than a window: where many streams share instances, each would keep one from the others."""
         return replace(self, offline_coarse_windows=1, offline_fine_windows=1, offline_semantic_call=0)
-
-    def with_few(self) -> Schedule:
-        """No more semantic tokens before the first audio than it needs: with few streams the next ones are soon there."""
-        return replace(self, semantic_first=1)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises ValueError for a schedule that the checkpoint's stages cannot follow."""

@@ -68,7 +68,7 @@ class SemanticTokens:
     def ensure(self, n: int) -> None:
         """Generate until there are n tokens, or speech has ended."""
         while len(self.tokens) < n and not self.ended:
-            least = self._schedule.semantic_least if len(self.tokens) else self._schedule.semantic_first
+            least = self._schedule.semantic_least if len(self.tokens) else 1
             self._take(self._call or self._start(min(max(n - len(self.tokens), least), self._schedule.semantic_call)))
         self._go_ahead()
 

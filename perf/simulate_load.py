@@ -35,7 +35,6 @@ from load_report import percentiles  # noqa: E402
 from barkstream.engines.turns import AT_ONCE, FOLLOW_S, GRACE_S, HEAD_START_S, LONE  # noqa: E402
 from barkstream.engines.turns import HURRIED as MOST_HURRIED  # noqa: E402
 from barkstream.engines.workers import (  # noqa: E402
-    BEGINNING,
     BUSY,
     COMFORTABLE_S,
     FEW,
@@ -43,7 +42,6 @@ from barkstream.engines.workers import (  # noqa: E402
     HURRIED,
     HURRIED_BATCH_S,
     HURRIED_PIECE_S,
-    LISTENED_TO,
     PIECE_S,
     PIECES,
     POLICIES,
@@ -126,13 +124,10 @@ class Policy:
     first_batch: int = POLICIES["coarse"].first_batch
     busy: int = BUSY  # streams live
     busy_first_batch: int = POLICIES["coarse"].busy_first_batch
-    few: int = 16  # with more live, the first semantic call has so many tokens at least:
-    semantic_first: int = 67
-    semantic_hurried: int = LISTENED_TO  # tokens before a call that is hurried, at most
-    coarse_hurried: int = BEGINNING
+    semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
     crowd: int = 24  # with more live, a first chunk is held for so long:
-    hold_s: float = 0.04
+    hold_s: float = 0.03
     semantic_instances: int = 32
     coarse_instances: int = 32
     fine_instances: int = 24
@@ -152,8 +147,9 @@ class Policy:
 
     def most_with_first(self, stage: str, is_busy: bool) -> int:
         """Rows of a batch with a first call."""
-        policy = self if stage == "coarse" else POLICIES[stage]
-        return policy.busy_first_batch if is_busy else policy.first_batch
+        if stage == "semantic":
+            return self.semantic_first_batch
+        return self.busy_first_batch if is_busy else self.first_batch
 
     def instances(self, stage: str) -> int:
         return getattr(self, f"{stage}_instances")
@@ -451,8 +447,10 @@ class Gpu:
             n_new = sum(each.is_new for each in [*batch, call])
             step_ms, prefills_ms = self._step_ms(stage, min(len(batch) + 1, 32)), self._prefill_ms(stage, n_new)
             if batch and batch[0].rank <= FIRST < call.rank:
-                is_comfortable = call.rank == REST and call.slack_s > self._policy.comfortable_s
-                if (is_comfortable and not is_busy) or len(batch) >= self._policy.most_with_first(stage, is_busy):
+                is_comfortable = call.slack_s > self._policy.comfortable_s and not is_busy
+                if call.rank == REST and (is_comfortable or POLICIES[stage].is_first_for_hurried):
+                    break
+                if len(batch) >= self._policy.most_with_first(stage, is_busy):
                     break
             is_late = PIECES[0] * step_ms + prefills_ms > self._policy.hurried_batch_s * 1e3
             if len(batch) >= FEW and batch[0].rank == HURRIED < call.rank and is_late:
@@ -489,7 +487,7 @@ class Gpu:
             if not call.n_tokens and call.n_windows > 1:
                 call.n_tokens, call.n_windows = WINDOW, call.n_windows - 1
                 call.is_new = self._policy.begins_window(call.position)
-                call.rank = HURRIED if call.position <= self._policy.coarse_hurried else REST
+                call.rank = HURRIED if call.position <= WINDOW else REST
             if call.n_tokens:
                 self.submit(call)
             else:
@@ -555,7 +553,6 @@ class Stream:
         self.ttfa_s, self.n_underruns, self.underrun_s, self.ended_s = math.nan, 0, 0.0, 0.0
         self._n_semantic, self._semantic_ahead = 0, None
         self.is_heard = False  # its first chunk is made
-        self._n_first = self._policy.semantic_first if len(server.streams) >= self._policy.few else 1
 
     @property
     def lead_s(self) -> float:
@@ -607,15 +604,14 @@ class Stream:
                     await ahead
                 else:
                     missing = self._policy.reads(position) - self._n_semantic
-                    await self._say(max(missing, 60 if self._n_semantic else self._n_first))
+                    await self._say(max(missing, 60 if self._n_semantic else 1))
             if self.is_heard:
                 self._go_ahead()
             most = self._policy.coarse_windows[min(index, len(self._policy.coarse_windows) - 1)]
             starts = range(position, min(position + most * WINDOW, 3 * N_SEMANTIC), WINDOW)
             n_windows = sum(self._policy.reads(start) <= self._n_semantic for start in starts)
             is_new = self._policy.begins_window(position)
-            is_hurried = position <= self._policy.coarse_hurried
-            await self._call("coarse", WINDOW, position, is_hurried, is_new, n_windows)
+            await self._call("coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
             windows.put_nowait(n_windows * WINDOW // 2)
             position, index = position + n_windows * WINDOW, index + 1
         self._server.gpu.forget(self)
@@ -627,8 +623,7 @@ class Stream:
     async def _say(self, n_tokens: int) -> None:
         n, position = min(n_tokens, N_SEMANTIC - self._n_semantic), self._n_semantic
         if n:
-            is_hurried = position <= self._policy.semantic_hurried
-            await self._call("semantic", n, position, is_hurried, is_new=position == 0)
+            await self._call("semantic", n, position, is_hurried=position <= WINDOW, is_new=position == 0)
             self._n_semantic += n
 
     async def _call(

@@ -218,11 +218,11 @@ def test_ranks():
     assert [POLICIES["fine"].rank(each) for each in without_preset] == [FIRST, HURRIED, HURRIED, HURRIED]
     assert POLICIES["fine"].rank(window(1024, 512, 20)) == REST  # offline
     ranks = [
-        POLICIES["semantic"].rank(row(n, position=position)) for n, position in ((67, 0), (60, 67), (60, 106), (768, 0))
+        POLICIES["semantic"].rank(row(n, position=position)) for n, position in ((46, 0), (60, 46), (60, 106), (768, 0))
     ]
     assert ranks == [FIRST, HURRIED, REST, REST]
     offline = replace(row(120, position=0), chain=chain)
-    ranks = [POLICIES["coarse"].rank(each) for each in (row(position=0), row(position=180), row(position=240), offline)]
+    ranks = [POLICIES["coarse"].rank(each) for each in (row(position=0), row(position=60), row(position=120), offline)]
     assert ranks == [FIRST, HURRIED, REST, HURRIED]
 
 
@@ -277,6 +277,21 @@ def test_few_go_along_with_a_first_call_however_little_all_have(stage):
         worker.submit([row(stream=1, position=0)])
     engine.begun(1)
     assert len(engine.batches[0]) == POLICIES["coarse"].first_batch < len(others)
+    engine.let()
+
+
+def test_who_is_hurried_goes_along_with_a_first_semantic_call_and_nobody_else(stage):
+    """Newcomers one after the other would each have a turn of their own before his."""
+    turns = Turns()
+    engine, worker = stage(turns, "semantic")
+    with turns.turn(lambda: 0):
+        worker.submit([row(stream=stream, position=106) for stream in range(20, 25)])
+        worker.submit([row(stream=stream, position=46) for stream in range(2, 12)])
+        worker.submit([row(46, stream=1, position=0)])
+    engine.begun(1)
+    streams = [stream for stream, _ in engine.batches[0]]
+    assert streams[0] == 1 and len(streams) == POLICIES["semantic"].first_batch
+    assert set(streams[1:]) < set(range(2, 12))
     engine.let()
 
 

@@ -78,10 +78,6 @@ def test_the_lookahead_is_a_list_as_the_chunks_are():
         ({"fine_lookahead": ""}, "fine_lookahead must be written like"),
         ({"sliding_window_len": "0, -2"}, "windows and what is ahead at least 0"),
         ({"sliding_window_len": "long"}, "sliding_window_len must be written like '0', got 'long'"),
-        (
-            {"semantic_first": "67"},
-            "no more than semantic_call (64) can be the least of a call; got {'semantic_first': 67,",
-        ),
         ({"ahead_at_once": "yes"}, "ahead_at_once must be written like 'true', got 'yes'"),
     ],
 )

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from barkstream.coarse import generate_coarse, n_coarse_tokens
-from barkstream.engines.workers import LISTENED_TO
+from barkstream.coarse import n_coarse_tokens
 from barkstream.export.checkpoint import open_huggingface
 from barkstream.options import Schedule
-from barkstream.sampling import Sampling
 from barkstream.server import MODEL_REPOSITORY
-from barkstream.voices import HistoryPrompt
 
 NANO_BARK = Path(__file__).resolve().parents[1] / "checkpoints" / "nano-bark"
 PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
-SPEAKER = {"sample_rate", "max_streams", "spread_streams", "pace_lead_s", "crowd", "hold_s", "few", "quiet"} | {
+SPEAKER = {"sample_rate", "max_streams", "spread_streams", "pace_lead_s", "crowd", "hold_s", "quiet"} | {
     field.name for field in fields(Schedule)
 }
 KNOWN = {
@@ -110,44 +105,6 @@ def parameters(model: str, path: str) -> dict[str, str]:
 def test_the_cuda_profiles_schedule_is_one_that_can_be_kept():
     schedule = Schedule.parse(parameters("bark", "configs/cuda.pbtxt"))
     assert not schedule.ahead_at_once
-
-
-class CountsWhatIsAskedFor:
-    """Semantic tokens, as generate_coarse wants them."""
-
-    def __init__(self):
-        self.asked, self.tokens = [], np.zeros(0, np.int32)
-
-    def ensure(self, n):
-        self.asked.append(n)
-        self.tokens = np.zeros(n, np.int32)
-
-    def has(self, n):
-        return len(self.tokens) >= n
-
-
-def test_the_cuda_profiles_first_semantic_call_brings_what_two_windows_read():
-    schedule, checkpoint = (
-        Schedule.parse(parameters("bark", "configs/cuda.pbtxt")),
-        open_huggingface(NANO_BARK).checkpoint,
-    )
-    stages = SimpleNamespace(coarse=lambda prefix, n, *others: np.zeros(n, np.int32))
-    past = np.zeros(300, np.int32), np.zeros((2, 450), np.int32), np.zeros((8, 450), np.int32)
-    semantic = CountsWhatIsAskedFor()
-    windows = generate_coarse(
-        semantic,
-        HistoryPrompt(*past),
-        checkpoint.coarse,
-        Sampling(),
-        None,
-        schedule,
-        stages,
-        1,
-        may_chain=lambda: False,
-    )
-    next(windows), next(windows)
-    assert semantic.asked == [47, 67] == [47, schedule.semantic_first]
-    assert schedule.semantic_first <= LISTENED_TO  # or nobody would wait for it
 
 
 def test_the_cuda_profiles_long_calls_carry_a_whole_sentence_and_leave_others_instances():

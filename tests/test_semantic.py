@@ -55,15 +55,6 @@ def test_a_call_that_was_made_ahead_is_taken_once_it_is_over_and_not_waited_for(
     assert [n for _, n, _ in worker.calls] == [46, 60, 60]  # and the next one has begun
 
 
-def test_a_busy_servers_first_call_brings_more_than_is_waited_for():
-    worker, busy = ByHand(), Schedule(semantic_ahead=60, semantic_least=60, semantic_call=67, semantic_first=67)
-    assert semantic_tokens(worker, busy).has(67)
-    assert [n for _, n, _ in worker.calls] == [67, 60]
-    few = ByHand()
-    semantic_tokens(few, busy.with_few())
-    assert [n for _, n, _ in few.calls] == [46, 60]
-
-
 def test_what_nobody_asks_for_stays_where_it_is_so_calls_do_not_run_further_ahead():
     worker = ByHand()
     semantic = semantic_tokens(worker)

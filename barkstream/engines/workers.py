@@ -37,9 +37,8 @@ FEW = 4
 # For those who are in no hurry no window of a batch with a hurried row takes longer, prefills included: the second chunk is due .3 s
 # after the first.
 HURRIED_BATCH_S = 0.06
-BEGINNING = 180  # coarse tokens: what comes before these, or with them, is for a listener's first three chunks
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
-LISTENED_TO = 67  # semantic tokens of a call that a listener may be waiting for, at most
+LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
 CHUNK, WINDOW = 120, 512  # frames of a listener's chunk, and of the window that it is filled in, at most
 STEPS_TIMED, N_TRIES = (8, 24), 5
 
@@ -75,6 +74,8 @@ class Policy(Generic[Call]):
     first: int = FIRST  # or LAST: rank of those
     first_batch: int = 12  # rows of a batch with such a call, others that are such aside: with more it takes longer
     busy_first_batch: int = 12  # the same with BUSY streams: first audio comes later, and more is made
+    # Whether only who is hurried goes along. (Nobody did, and where newcomers came one after the other, he ran dry before his turn.)
+    is_first_for_hurried: bool = False
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
     is_followed: bool = True  # a hurried call's listener calls another stage next
@@ -97,7 +98,8 @@ def n_asked(window: Window | Windows) -> int:
 # Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
 # listener who has little in hand (in the cuda profile: the first three of a sentence, and its end), the shortest windows, and chunks
 # with nothing before them, to one who has no audio yet. Semantic calls are made 60 tokens (1.2 s of speech) ahead; whoever asks for
-# more at once does not stream. The first chunks play for .4 and .8 s: by then what the second and the third need must be there.
+# more at once does not stream. Two windows are a beginning: the first chunk, which takes one, plays for .4 s, and by then the second
+# must be there.
 POLICIES: dict[str, Policy[Any]] = {
     "codec": Policy(
         lambda chunk: chunk[0].shape[1] <= 30 and not chunk[1].any(),
@@ -121,18 +123,19 @@ POLICIES: dict[str, Policy[Any]] = {
     ),
     "semantic": Policy(
         lambda row: row.position == 0 and row.n_tokens <= LISTENED_TO,
-        lambda row: row.position <= LISTENED_TO and row.n_tokens <= LISTENED_TO,
+        lambda row: row.position <= 60 and row.n_tokens <= LISTENED_TO,
         hurried=2,
         urgency=3,
-        first_batch=1,
-        busy_first_batch=1,
+        first_batch=8,
+        busy_first_batch=8,
+        is_first_for_hurried=True,
         company=16,
         patience_s=0.15,
         is_long=lambda row: row.n_tokens > LISTENED_TO,
     ),
     "coarse": Policy(
         lambda row: row.position == 0 and row.chain is None,
-        lambda row: row.position <= BEGINNING,
+        lambda row: row.position <= 60,
         hurried=2,
         urgency=4,
         busy_first_batch=16,
@@ -458,10 +461,11 @@ class CausalWorker(Worker[Row, Generation]):
     ) -> bool:
         """Whether there is room for somebody who may be in less of a hurry than those of a batch, a window of which would take so long."""
         if batch[0].rank <= FIRST < each.rank:
-            if len(self._began_s) >= BUSY:
-                return len(batch) < self._policy.busy_first_batch
-            is_comfortable = each.rank == REST and slack_s > COMFORTABLE_S
-            return not is_comfortable and len(batch) < self._policy.first_batch
+            is_busy = len(self._began_s) >= BUSY
+            is_comfortable = slack_s > COMFORTABLE_S and not is_busy
+            if each.rank == REST and (is_comfortable or self._policy.is_first_for_hurried):
+                return False
+            return len(batch) < (self._policy.busy_first_batch if is_busy else self._policy.first_batch)
         if batch[0].is_hurried and not each.is_hurried:
             return len(batch) < FEW or window_s <= HURRIED_BATCH_S
         return True
