@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -339,13 +339,14 @@ class Speaker:
         n = usable_gpus() if parameters.get("spread_streams") == "true" else 1  # limits are a GPU's
         self._peers = _opened(Peers, n, sockets_folder() / PEERS if _n_instances(args) > 1 else None)
         self._keys = StreamKeys(n, self._peers)
-        self._crowd, self._hold_s = n * int(parameters.get("crowd", 0)), float(parameters.get("hold_s", 0))
+        self._crowd = n * int(parameters.get("crowd", 0))
+        self._hold_s = _opened(_seconds, "hold_s", parameters.get("hold_s", "0"))
         self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
         self._admission = Admission(n * int(parameters["max_streams"]), self._peers)
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
         self._watch = Watch(self._admission.n_most)
         # A GPU's streams give way to one another, and to nobody else's.
-        lead_s = float(parameters.get("pace_lead_s", "inf"))
+        lead_s = _opened(_seconds, "pace_lead_s", parameters.get("pace_lead_s", "inf"))
         self._pacers = [Pacer(lead_s, peers=self._peers, gpu=gpu) for gpu in range(n)]
         self._metrics = SpeakerMetrics(pb_utils.MetricFamily)
 
@@ -501,6 +502,13 @@ def _opened(open_engine: Callable[..., Any], *arguments: Any, **options: Any) ->
         return open_engine(*arguments, **options)
     except (FileNotFoundError, RuntimeError, ValueError) as error:  # EngineError among them
         raise pb_utils.TritonModelException(str(error)) from None
+
+
+def _seconds(name: str, given: str) -> float:
+    with suppress(ValueError):
+        if (seconds := float(given)) >= 0:
+            return seconds
+    raise ValueError(f"{name} must be seconds, 0 or more, got {given!r}")
 
 
 def _schedule(parameters: dict[str, str], checkpoint: Checkpoint) -> Schedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -44,6 +45,7 @@ instance_group [ { kind: KIND_CPU count: 1 } ]
 """
 PYTHON_MODEL = """
 import os
+import re
 import barkstream.tokens
 import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
@@ -343,6 +345,17 @@ def test_a_mistake_in_a_configuration_is_shown(tmp_path):
     config = add_lookup(tmp_path).parents[1] / "config.pbtxt"
     config.write_text(LOOKUP_CONFIG + "max_bath_size: 4")
     with pytest.raises(ServerError, match=r'(?s)no field named "max_bath_size".*Poll failed .*lookup'):
+        Server(tmp_path).start()
+
+
+@pytest.mark.parametrize("wrong", ["soon", "-1", "nan"])
+def test_a_lead_that_is_no_time_stops_the_server_with_what_would_be_right(repository, tmp_path, wrong):
+    shutil.copytree(repository / "bark", tmp_path / "bark")
+    config = tmp_path / "bark" / "config.pbtxt"
+    config.write_text(re.sub(r'("pace_lead_s" value: { string_value: )"4"', rf'\1"{wrong}"', config.read_text()))
+    with pytest.raises(
+        ServerError, match=f"(?s)failed to load 'bark'.*pace_lead_s must be seconds, 0 or more, got '{wrong}'"
+    ):
         Server(tmp_path).start()
 
 

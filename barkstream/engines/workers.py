@@ -30,7 +30,7 @@ PIECES = 60, 30, 15, 10
 # for, with next to nothing in hand; the rest.
 LAST, FIRST, HURRIED, REST = range(4)
 COMFORTABLE_S = 1.5  # who has more made that has not been played does not go along with those
-BUSY = 24  # with so many streams live everybody does, and more of them
+BUSY = 24  # with so many streams known everybody does, and more rows
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
 TIGHT_BATCH_S = 0.1  # than what takes so long for half a window, or this many rows:
 FEW = 4
@@ -74,7 +74,7 @@ class Policy(Generic[Call]):
     first: int = FIRST  # or LAST: rank of those
     first_batch: int = 12  # rows of a batch with such a call, others that are such aside: with more it takes longer
     busy_first_batch: int = 12  # the same with BUSY streams: first audio comes later, and more is made
-    # Whether only who is hurried goes along. (Nobody did, and where newcomers came one after the other, he ran dry before his turn.)
+    # Whether only hurried rows go along. (None did, and where newcomers came one after the other, those before them ran dry.)
     is_first_for_hurried: bool = False
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
