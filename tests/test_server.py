@@ -45,7 +45,6 @@ instance_group [ { kind: KIND_CPU count: 1 } ]
 """
 PYTHON_MODEL = """
 import os
-import re
 import barkstream.tokens
 import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
