@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +58,11 @@ def main() -> int:
     return 0 if all(each["passed"] for verdict in verdicts.values() for each in verdict.values()) else 1
 
 
+def voice_of(sentence: int, voices: Collection[str]) -> str:
+    """They take turns."""
+    return sorted(voices)[sentence % len(voices)]
+
+
 def say(
     pipeline: Pipeline, voices: dict[str, HistoryPrompt], windows: str, texts: list[str], seeds: range
 ) -> Iterator[Clip]:
@@ -65,7 +70,7 @@ def say(
     pipeline = replace(pipeline, schedule=replace(pipeline.schedule, sliding_window_len=lengths))
     for seed in seeds:
         for i, text in enumerate(texts):
-            voice = voices[sorted(voices)[i % len(voices)]]
+            voice = voices[voice_of(i, voices)]
             chunks = list(pipeline.stream(text, SpeechOptions(seed=seed_of(seed, i), streaming=False), voice))
             yield Clip(windows, seed, i, text, np.concatenate(chunks), [])
 

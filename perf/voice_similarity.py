@@ -5,7 +5,7 @@
 
 Similarity: the cosine of two embeddings (GE2E encoder, 256 dimensions; 1: the same) of a clip and of the preset's own codes, decoded. By
 clips, and by their last 1.6 s, where a voice that drifts is furthest away. --together: sentences in one, said offline, so that most
-windows are long ones. nano-bark with 8-bit weights; needs PyTorch and librosa (`make .venv/quality`). Last line JSON.
+windows are long ones. nano-bark with 8-bit weights; needs PyTorch and librosa (`make .venv/oracles .venv/quality`). Last line JSON.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from listening import SAMPLE_RATE, Audio
+from coarse_windows import say, voice_of
+from listening import SAMPLE_RATE, Audio, Clip
 from machine import machine
-from quality import ROOT, SENTENCES, open_exported, progress, seed_of
+from quality import ROOT, SENTENCES, open_exported, progress
 
 from barkstream.codec import decode_audio
-from barkstream.options import Schedule, SpeechOptions
 from barkstream.pipeline import Pipeline
 from barkstream.voices import HistoryPrompt
 
@@ -48,9 +46,8 @@ class SpeakerEncoder(torch.nn.Module):
         import librosa
 
         at_rate = librosa.resample(audio, orig_sr=SAMPLE_RATE, target_sr=RATE)
-        loud = at_rate * max(
-            1.0, 10 ** (-30 / 20) / float(np.sqrt(np.mean(at_rate**2)))
-        )  # -30 dBFS at least, as it was trained
+        least = 10 ** (-30 / 20)  # -30 dBFS, as it was trained
+        loud = at_rate * max(1.0, least / float(np.sqrt(np.mean(at_rate**2))))
         mel = librosa.feature.melspectrogram(y=loud, sr=RATE, n_fft=400, hop_length=160, n_mels=40).astype(np.float32).T
         last = max(0, len(mel) - PARTIAL)
         partials = np.stack([mel[start : start + PARTIAL] for start in (*range(0, last, HOP), last)])
@@ -76,10 +73,11 @@ def main() -> int:
         pipeline, voices = open_exported(options.checkpoint, Path(folder), int8=True)
         own = {name: whole(encoder.embed(own_speech(pipeline, voice))) for name, voice in voices.items()}
         for given in options.windows:
-            found[given] = list(progress(say(pipeline, voices, given, texts, options.seeds, encoder, own)))
+            clips = progress(say(pipeline, voices, given, texts, range(options.seeds)))
+            found[given] = [similarities(clip, encoder, own) for clip in clips]
     rows = {
-        given: {key: round(float(np.mean([clip[key] for clip in clips])), 4) for key in clips[0]}
-        for given, clips in found.items()
+        given: {key: round(float(np.mean([each[key] for each in scores])), 4) for key in scores[0]}
+        for given, scores in found.items()
     }
     for given, row in rows.items():
         print(f"{given:30} {len(found[given])} clips", *(f"{key} {value}" for key, value in row.items()))
@@ -98,31 +96,15 @@ def own_speech(pipeline: Pipeline, voice: HistoryPrompt) -> Audio:
     return np.concatenate(list(decode_audio(iter([voice.fine]), pipeline.stages)))
 
 
-def say(
-    pipeline: Pipeline,
-    voices: dict[str, HistoryPrompt],
-    windows: str,
-    texts: list[str],
-    n_seeds: int,
-    encoder: SpeakerEncoder,
-    own: dict[str, np.ndarray],
-) -> Iterator[dict[str, float]]:
-    """Of each clip its seconds, and its similarity with its own preset and with the others."""
-    lengths = Schedule.parse({"sliding_window_len": windows}).sliding_window_len
-    pipeline = replace(pipeline, schedule=replace(pipeline.schedule, sliding_window_len=lengths))
-    names = sorted(voices)
-    for seed in range(n_seeds):
-        for i, text in enumerate(texts):
-            name = names[i % len(names)]
-            spoken = SpeechOptions(seed=seed_of(seed, i), streaming=False)
-            audio = np.concatenate(list(pipeline.stream(text, spoken, voices[name])))
-            embeddings = encoder.embed(audio)
-            yield {
-                "seconds": len(audio) / SAMPLE_RATE,
-                "own": float(whole(embeddings) @ own[name]),
-                "own_at_the_end": float(embeddings[-1] @ own[name]),
-                "others": float(np.mean([whole(embeddings) @ own[other] for other in names if other != name])),
-            }
+def similarities(clip: Clip, encoder: SpeakerEncoder, own: dict[str, np.ndarray]) -> dict[str, float]:
+    """A clip's seconds, and its similarity with its own preset, of which own has the embeddings, and with the others."""
+    name, embeddings = voice_of(clip.sentence, own), encoder.embed(clip.audio)
+    return {
+        "seconds": len(clip.audio) / SAMPLE_RATE,
+        "own": float(whole(embeddings) @ own[name]),
+        "own_at_the_end": float(embeddings[-1] @ own[name]),
+        "others": float(np.mean([whole(embeddings) @ own[other] for other in own if other != name])),
+    }
 
 
 def whole(embeddings: np.ndarray) -> np.ndarray:

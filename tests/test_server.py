@@ -391,9 +391,8 @@ def test_a_model_that_raises_shows_where(tmp_path):
 
 
 def test_a_model_that_crashes_while_loading_is_named(tmp_path):
-    add_python(
-        tmp_path, "os.abort()"
-    )  # a signal from os.kill may reach another thread, after this one has said that all is well
+    # Not os.kill: its signal may reach another thread, after this one has said that all is well.
+    add_python(tmp_path, "os.abort()")
     with pytest.raises(ServerError, match="failed to load 'echo' .*not healthy"):
         Server(tmp_path).start()
 
