@@ -27,7 +27,7 @@ from barkstream.engines.open import CausalStageName, Spec, StageName
 from barkstream.export.codec_state import state_size
 from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
-from barkstream.pacing import Pacer, Player
+from barkstream.pacing import Hold, Pacer, Player
 from barkstream.peers import Peers
 from barkstream.pipeline import NothingSaid, Pipeline, Speech, choose_voice
 from barkstream.sampling import Floats, Ints, Sampling
@@ -261,6 +261,7 @@ def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
         n_threads=int(parameters.get("n_threads", 0)),
         device=int(args["model_instance_device_id"]),
         bits=int(parameters.get("bits", 16)),
+        kv_bits=int(parameters["kv_bits"]) if "kv_bits" in parameters else None,
     )
     if parameters.get("shares_process") != "true":
         return OwnStage(spec)
@@ -339,8 +340,8 @@ class Speaker:
         n = usable_gpus() if parameters.get("spread_streams") == "true" else 1  # limits are a GPU's
         self._peers = _opened(Peers, n, sockets_folder() / PEERS if _n_instances(args) > 1 else None)
         self._keys = StreamKeys(n, self._peers)
-        self._crowd = n * int(parameters.get("crowd", 0))
-        self._hold_s = _opened(_seconds, "hold_s", parameters.get("hold_s", "0"))
+        hold_until_s = _opened(_seconds, "hold_until_s", parameters.get("hold_until_s", "0"))
+        self._hold = Hold(n * int(parameters.get("crowd", 0)), hold_until_s)
         self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
         self._admission = Admission(n * int(parameters["max_streams"]), self._peers)
         self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
@@ -419,8 +420,8 @@ class Speaker:
             pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, schedule, self._metrics.count_guard)
             chunks = pipeline.stream(text, options, voice, key, speech, speakers)
             for index, chunk in enumerate(chunks):
-                if index == 0 and options.streaming and self._admission.n_live > self._crowd:
-                    time.sleep(self._hold_s)  # meanwhile the second chunk's coarse tokens are on their way
+                if index == 0 and options.streaming:  # meanwhile the second chunk's coarse tokens are on their way
+                    time.sleep(self._hold.left_s(self._admission.n_live, time.monotonic() - admitted_at))
                 if sender.is_cancelled():
                     raise Cancelled
                 sender.send(_speech_response(options.seed, chunk))

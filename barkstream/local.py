@@ -30,10 +30,11 @@ class LocalStages:
         max_batch: int = 2,
         engine: str = "onnxruntime",
         bits: int = 16,
+        kv_bits: int | None = None,
     ):
         """repository: a folder that `barkstream export` filled. n_threads: of the CPU, 0 for all cores.
 
-        engine: onnxruntime, or cuda for an NVIDIA GPU; bits: in which the latter decodes, 16 or 8.
+        engine: onnxruntime, or cuda for an NVIDIA GPU; bits, kv_bits: in which the latter decodes, see CudaEngine.
         Raises EngineError, FileNotFoundError or ValueError.
         """
         self.checkpoint = Checkpoint.load(repository / "bark_semantic" / "1" / "checkpoint.json")
@@ -42,8 +43,10 @@ class LocalStages:
             for stage in ("semantic", "coarse", "fine", "codec")
         }
         limits = dict(n_slots=n_slots, max_batch=max_batch, n_threads=n_threads, bits=bits)
-        self.semantic_engine = open_causal(engine, "semantic", model["semantic"], self.checkpoint, **limits)
-        self.coarse_engine = open_causal(engine, "coarse", model["coarse"], self.checkpoint, **limits)
+        self.semantic_engine = open_causal(
+            engine, "semantic", model["semantic"], self.checkpoint, **limits, kv_bits=kv_bits
+        )
+        self.coarse_engine = open_causal(engine, "coarse", model["coarse"], self.checkpoint, **limits, kv_bits=kv_bits)
         self._fine = open_fine(engine, model["fine"], self.checkpoint, max_batch, (), n_threads)
         self._codec = open_codec(engine, model["codec"], self.checkpoint, max_batch, (), n_threads)
         self._semantic_lock, self._coarse_lock = Lock(), Lock()  # an engine serves one call at a time, as in Triton
@@ -92,9 +95,10 @@ def open_pipeline(
     n_threads: int = 0,
     engine: str = "onnxruntime",
     bits: int = 16,
+    kv_bits: int | None = None,
 ) -> tuple[Pipeline, dict[str, HistoryPrompt]]:
     """A pipeline over an exported model repository, and its voices by name. The rest as for LocalStages."""
-    stages = LocalStages(repository, n_threads, engine=engine, bits=bits)
+    stages = LocalStages(repository, n_threads, engine=engine, bits=bits, kv_bits=kv_bits)
     folder = repository / "bark" / "1"
     tokenizer = TextTokenizer(folder / "tokenizer.json", stages.checkpoint.semantic)
     return Pipeline(stages.checkpoint, tokenizer, stages, schedule or Schedule()), load_voices(

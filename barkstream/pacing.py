@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from barkstream.peers import Peers
 
@@ -43,6 +44,20 @@ class Player:
         late = self._dry_at is not None and now > self._dry_at
         self._dry_at = (now if self._dry_at is None else max(now, self._dry_at)) + audio_s
         return late
+
+
+@dataclass(frozen=True)
+class Hold:
+    """In a crowd a first chunk is sent no sooner than so long after its request, while the second is being made already. Whoever was
+    served quickly has that much more in hand when the next come; whoever was not waits no longer."""
+
+    crowd: int  # streams live; with more
+    until_s: float  # with half as many again, or more; with fewer of them, so much less
+
+    def left_s(self, n_live: int, since_s: float) -> float:
+        """Seconds for which a first chunk is to be held on, whose request came since_s ago."""
+        share = min(1.0, 2 * (n_live / self.crowd - 1)) if self.crowd else 1.0
+        return max(0.0, share * self.until_s - since_s)
 
 
 class Pacer:

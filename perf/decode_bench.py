@@ -1,6 +1,6 @@
 """Decode step and prefill of the causal GPTs on the `cuda` engine, in Bark's true sizes with random weights, beside the memory floor.
 
-    python3 perf/decode_bench.py [--model large] [--bits 8] [--output perf/results/DATE-decode.json]
+    python3 perf/decode_bench.py [--model large] [--bits 8] [--kv-bits 8] [--output perf/results/DATE-decode.json]
 
 A step's floor is the bytes it must read (block weights, head, keys and values) over the bandwidth of a device-to-device copy
 measured in the same run. Times are medians of CUDA events around calls of many steps. Table first, last line JSON.
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from barkstream.engines import Head
 from barkstream.engines.cuda import CudaEngine
-from barkstream.engines.kernels.fused import KVCache, RowArguments
+from barkstream.engines.kernels.fused import Bits, KVCache, RowArguments
 from barkstream.sampling import COARSE, SEMANTIC
 from barkstream.tokens import GPTSize
 
@@ -110,13 +110,14 @@ def copy_bandwidth_tb_s() -> float:
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source))[0] / 1e9
 
 
-def step_bytes(size: GPTSize, head: Head, case: Case, bits: int = 16) -> int:
+def step_bytes(size: GPTSize, head: Head, case: Case, bits: Bits) -> int:
     """What one step must read: the blocks' weights, the head (one codebook's if all rows stand at the same one), keys and values.
 
     Without the scales of 8-bit numbers.
     """
     weights = 12 * size.width**2 * size.n_layers + head.size * size.width
-    return (weights + case.n_rows * case.context * size.n_layers * 2 * size.width) * bits // 8
+    keys_and_values = case.n_rows * case.context * size.n_layers * 2 * size.width
+    return (weights * bits.weights + keys_and_values * bits.kv) // 8
 
 
 def decode_rows(case: Case) -> list[RowArguments]:
@@ -137,11 +138,11 @@ def decode_rows(case: Case) -> list[RowArguments]:
     ]
 
 
-def measure(model: str, stage: str, bandwidth: float, bits: int) -> list[dict]:
+def measure(model: str, stage: str, bandwidth: float, bits: Bits) -> list[dict]:
     size, head = stage_model(model, stage)
     head = Head(head.stage, head.first_id, head.n_codebooks, head.size, None)  # no end: every call makes all its steps
     weights = random_weights(size, head.n_codebooks * head.size)
-    engine = CudaEngine(weights, size, head, n_slots=64, max_batch=64, bits=bits)
+    engine = CudaEngine(weights, size, head, n_slots=64, max_batch=64, bits=bits.weights, kv_bits=bits.kv)
     fill_cache(engine.cache)
     lines = [dict(what=f"memory {stage}", rows=64, tokens=size.block_size, gb=torch.cuda.memory_allocated() / 1e9)]
     lines += [
@@ -156,7 +157,7 @@ def measure_decode(engine: CudaEngine, stage: str, case: Case, bandwidth: float)
     decoder = {"fused": engine._fused, "wide": engine._wide, "batched": engine._batched}[case.way]
     rows = decode_rows(case)
     ms, spread = (t / N_STEPS for t in median_ms(lambda: decoder.decode(rows)))
-    floor = step_bytes(engine.size, engine.head, case, engine.cache.bits) / bandwidth / 1e9
+    floor = step_bytes(engine.size, engine.head, case, engine.bits) / bandwidth / 1e9
     return dict(
         what=f"decode {stage} {case.way}",
         rows=case.n_rows,
@@ -179,13 +180,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="large")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
-    parser.add_argument("--bits", type=int, choices=(16, 8), default=16, help="of weights, keys and values")
+    parser.add_argument("--bits", type=int, choices=(16, 8), default=16, help="of weights")
+    parser.add_argument("--kv-bits", type=int, choices=(16, 8), help="of keys and values; as many, unless told")
     options = parser.parse_args()
+    bits = Bits(options.bits, options.kv_bits or options.bits)
     bandwidth = copy_bandwidth_tb_s()
-    lines = [
-        line for stage in ("semantic", "coarse") for line in measure(options.model, stage, bandwidth, options.bits)
-    ]
-    print(f"{torch.cuda.get_device_name()}, {options.model}, {options.bits} bits, copy bandwidth {bandwidth:.2f} TB/s")
+    lines = [line for stage in ("semantic", "coarse") for line in measure(options.model, stage, bandwidth, bits)]
+    print(f"{torch.cuda.get_device_name()}, {options.model}, {bits}, copy bandwidth {bandwidth:.2f} TB/s")
     print(f"{'':30}{'rows':>5}{'tokens':>8}{'ms':>9}{'spread':>9}{'floor':>9}{'share of floor':>16}{'TFLOP/s':>9}")
     for line in lines:
         if "gb" in line:
@@ -195,13 +196,13 @@ def main() -> None:
             f"{line['floor_ms']:9.4f}{line['share']:15.0%}" if "floor_ms" in line else f"{'':24}{line['tflop_s']:9.0f}"
         )
         print(f"{line['what']:30}{line['rows']:5}{line['tokens']:8}{line['ms']:9.4f}{line['spread_ms']:9.4f}{tail}")
-    result = json.dumps(summary(options.model, options.bits, bandwidth, lines))
+    result = json.dumps(summary(options.model, bits, bandwidth, lines))
     if options.output:
         options.output.write_text(result + "\n")
     print(result)
 
 
-def summary(model: str, bits: int, bandwidth: float, lines: list[dict]) -> dict:
+def summary(model: str, bits: Bits, bandwidth: float, lines: list[dict]) -> dict:
     def found(what: str, rows: int, tokens: int, key: str = "ms") -> float | None:
         return next(
             (line[key] for line in lines if (line["what"], line["rows"], line["tokens"]) == (what, rows, tokens)), None
@@ -210,7 +211,8 @@ def summary(model: str, bits: int, bandwidth: float, lines: list[dict]) -> dict:
     return dict(
         gpu=torch.cuda.get_device_name(),
         model=model,
-        bits=bits,
+        bits=bits.weights,
+        kv_bits=bits.kv,
         commit=commit(),
         date=datetime.date.today().isoformat(),
         torch=torch.__version__,

@@ -1,7 +1,7 @@
 """Load on the real server whose GPU is pretended: how calls are queued, batched and ordered, without a GPU.
 
     python3 perf/pretended_gpu.py --clients 32 --duration 18 --ramp 4
-    python3 perf/pretended_gpu.py --set pace_lead_s=inf hold_s=0 -- --rate 4 --duration 20
+    python3 perf/pretended_gpu.py --set pace_lead_s=inf hold_until_s=0 -- --rate 4 --duration 20
 
 tritonserver, the stages' models, the shared process with its workers and turns, and the load test are the real ones; only the
 engines sleep, for as long as a GPU took for Bark large, and say nothing (`pretended/pretended_engines.py`). So nothing here says

@@ -1,6 +1,6 @@
 """Does the cuda engine speak as well as the CPU's? Said on the GPU's machine, judged wherever Whisper and DNSMOS are.
 
-    python3 perf/quality_cuda.py say clips           # needs an NVIDIA GPU; nano-bark in float32, exported on the way [--bits 8]
+    python3 perf/quality_cuda.py say clips           # needs an NVIDIA GPU; nano-bark in float32, exported on the way [--bits, --kv-bits]
     python3 perf/quality_cuda.py judge clips         # the CPU engine says the same; then as `make quality` judges
 
 `say` also feeds the engine what was said, token by token (teacher forcing), and counts how often its likeliest token is the
@@ -48,7 +48,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         export(open_huggingface(CHECKPOINT), Path(folder), report=lambda line: None)
         if options.verb == "say":
-            return say(Path(folder), options.clips, options.seeds, options.bits)
+            return say(Path(folder), options.clips, options.seeds, options.bits, options.kv_bits)
         return judge(Path(folder), options.clips, options.results)
 
 
@@ -59,10 +59,10 @@ def sentences() -> list[str]:
 # --- on the GPU's machine ----------------------------------------------------------------------------------------------
 
 
-def say(repository: Path, folder: Path, n_seeds: int, bits: int) -> int:
+def say(repository: Path, folder: Path, n_seeds: int, bits: int, kv_bits: int | None) -> int:
     """Writes a file a seed, and agreement.json, into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline, voices = open_pipeline(repository, engine="cuda", bits=bits)
+    pipeline, voices = open_pipeline(repository, engine="cuda", bits=bits, kv_bits=kv_bits)
     names = sorted(voices)
     calls = said_calls(pipeline, [voices[names[i % len(names)]] for i in range(N_FORCED)])
     agreements = {stage: agreement(pipeline, stage, calls[stage]) for stage in calls}
@@ -240,7 +240,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("verb", choices=["say", "judge"])
     parser.add_argument("clips", type=Path, help="a folder")
     parser.add_argument("--seeds", type=int, default=2, help="say: of each sentence; 2 at least")
-    parser.add_argument("--bits", type=int, choices=(16, 8), default=16, help="say: of weights, keys and values")
+    parser.add_argument("--bits", type=int, choices=(16, 8), default=16, help="say: of weights")
+    parser.add_argument("--kv-bits", type=int, choices=(16, 8), help="say: of keys and values; as many, unless told")
     parser.add_argument("--results", type=Path, default=ROOT / "perf" / "results" / "quality-cuda.json")
     return parser.parse_args()
 

@@ -50,7 +50,7 @@ from barkstream.engines.workers import (  # noqa: E402
     TIGHT_BATCH_S,
     TIGHT_S,
 )
-from barkstream.pacing import NEEDY_S  # noqa: E402
+from barkstream.pacing import NEEDY_S, Hold  # noqa: E402
 
 SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
 N_SEMANTIC = 500  # a clip's
@@ -126,8 +126,8 @@ class Policy:
     busy_first_batch: int = POLICIES["coarse"].busy_first_batch
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
-    crowd: int = 24  # with more live, a first chunk is held for so long:
-    hold_s: float = 0.03
+    crowd: int = 24  # of `Hold`
+    hold_until_s: float = 0.235
     semantic_instances: int = 32
     coarse_instances: int = 32
     fine_instances: int = 24
@@ -579,8 +579,8 @@ class Stream:
             if not index:
                 self.is_heard = True
                 room.release()
-                if len(self._server.streams) > self._policy.crowd:
-                    await asyncio.sleep(self._policy.hold_s)
+                hold = Hold(self._policy.crowd, self._policy.hold_until_s)
+                await asyncio.sleep(hold.left_s(len(self._server.streams), self._loop.time() - self.began_s))
             self._play(n_chunk / FRAME_HZ)
             n_done, index = n_done + n_chunk, index + 1
         self.ended_s = self._loop.time()

@@ -82,7 +82,7 @@ def of_rings() -> dict[str, Case]:
 def of_decode_kernels() -> dict[str, Case]:
     found = {
         "decode.cu, one lane": Case(
-            run("decode", "fused", 16, 2, "nano"),
+            run("decode", "fused", 16, 16, 2, "nano"),
             all_arrive=False,
             is_clean=None,
             kernels=("decode",),
@@ -91,12 +91,13 @@ def of_decode_kernels() -> dict[str, Case]:
     }
     for way, row_counts in (("fused", (1, 4)), ("wide", (8, 24))):
         file = {"fused": "decode.cu", "wide": "wide.cu"}[way]
-        for bits in (16, 8):
+        for bits, kv_bits in ((16, 16), (16, 8), (8, 8)):
+            named = f"{file}, {bits} and {kv_bits} bits"
             for n in row_counts:
-                found[f"{file}, {bits} bits, {n} rows"] = Case(run("decode", way, bits, n, "nano"), kernels=("decode",))
+                found[f"{named}, {n} rows"] = Case(run("decode", way, bits, kv_bits, n, "nano"), kernels=("decode",))
             most = row_counts[-1]
-            found[f"{file}, {bits} bits, {most} rows, large"] = Case(
-                run("decode", way, bits, most, "large"), kernels=("decode",), tools=(MEMCHECK,)
+            found[f"{named}, {most} rows, large"] = Case(
+                run("decode", way, bits, kv_bits, most, "large"), kernels=("decode",), tools=(MEMCHECK,)
             )
     return found
 
@@ -129,7 +130,7 @@ def run_ring(handed_on: str, mistake: str) -> bool:
     return all(torch.equal(sums[32 * i : 32 * i + 32], wanted * (i + 1)) for i in range(N_READERS))
 
 
-def run_decode(way: str, bits: str, n_rows: str, model: str) -> bool:
+def run_decode(way: str, bits: str, kv_bits: str, n_rows: str, model: str) -> bool:
     """Steps behind positions that no prefill has made: rows of all lengths, of which one is idle, with and without top-k and top-p.
     Whether they say as much as they should."""
     from barkstream.engines.cuda import CudaEngine
@@ -137,7 +138,7 @@ def run_decode(way: str, bits: str, n_rows: str, model: str) -> bool:
     size, head = (SIZE, HEAD) if model == "nano" else stage_model(model, "coarse")
     n = int(n_rows)
     weights = random_weights(size, head.n_codebooks * head.size)
-    engine = CudaEngine(weights, size, head, n_slots=n, max_batch=n, bits=int(bits))
+    engine = CudaEngine(weights, size, head, n_slots=n, max_batch=n, bits=int(bits), kv_bits=int(kv_bits))
     fill_cache(engine.cache)
     return say(engine._fused if way == "fused" else engine._wide, n, size.block_size)
 

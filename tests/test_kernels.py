@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 from barkstream.engines import Head, kernels  # noqa: E402
 from barkstream.engines.kernels import attention, fused, lstm, wide  # noqa: E402
+from barkstream.engines.kernels.fused import Bits  # noqa: E402
 from barkstream.sampling import COARSE, SEMANTIC  # noqa: E402
 from barkstream.tokens import GPTSize  # noqa: E402
 
@@ -25,6 +26,7 @@ def bark(n_layers, n_heads, n_ids):
     return GPTSize(n_layers, n_heads, 64 * n_heads, 1024, n_ids, 10_048)
 
 
+WIDTHS = BF16, KV8, INT8 = Bits(), Bits(kv=8), Bits(8, 8)
 LARGE, SMALL, NANO = (bark(*shape, n_ids=12_096) for shape in ((24, 16), (12, 12), (8, 5)))
 
 
@@ -43,11 +45,11 @@ def compiler(tmp_path, monkeypatch):
 
 @pytest.mark.timeout(300)
 def test_every_decode_kernel_compiles(tmp_path):
-    """Both kernels at all numbers of rows and both widths of numbers; the end of speech, and sizes whose slices don't come out even."""
-    wanted = [fused.source(LARGE, COARSE_HEAD, bits, n) for bits in (16, 8) for n in fused.ROW_COUNTS]
-    wanted += [wide.source(LARGE, COARSE_HEAD, bits, n) for bits in (16, 8) for n in wide.ROW_COUNTS]
+    """Both kernels at all numbers of rows and widths of numbers; the end of speech, and sizes whose slices don't come out even."""
+    wanted = [fused.source(LARGE, COARSE_HEAD, bits, n) for bits in WIDTHS for n in fused.ROW_COUNTS]
+    wanted += [wide.source(LARGE, COARSE_HEAD, bits, n) for bits in WIDTHS for n in wide.ROW_COUNTS]
     for size, head in ((LARGE, SEMANTIC_HEAD), (SMALL, COARSE_HEAD), (NANO, COARSE_HEAD)):
-        wanted += [module.source(size, head, bits, 8) for module in (fused, wide) for bits in (16, 8)]
+        wanted += [module.source(size, head, bits, 8) for module in (fused, wide) for bits in WIDTHS]
     kernels.compile_all(wanted, fused.ARCHITECTURE)
     kept = [path.read_bytes() for path in (tmp_path / "kept").iterdir()]
     assert len(kept) == len(wanted)
@@ -57,7 +59,7 @@ def test_every_decode_kernel_compiles(tmp_path):
 def test_what_racecheck_runs_on_compiles_to_other_code(monkeypatch):
     """tests/sanitize.py, which wants a GPU."""
     ring = str(Path(__file__).parent / "kernels/ring.cu"), dict(HANDED_ON=1, MISTAKE=0)
-    sources = [ring, *(module.source(NANO, COARSE_HEAD, 16, 8) for module in (fused, wide))]
+    sources = [ring, *(module.source(NANO, COARSE_HEAD, BF16, 8) for module in (fused, wide))]
     as_they_are = [kernels.compile_source(file, fused.ARCHITECTURE, **constants) for file, constants in sources]
     monkeypatch.setenv(kernels.UNDER_RACECHECK, "1")
     for before, (file, constants) in zip(as_they_are, sources, strict=True):
@@ -74,8 +76,8 @@ def test_compute_sanitizer_is_run_on_every_kernel():
 
 def test_nothing_spills_at_up_to_32_rows():
     """A reload waits in line behind other warps' polls: it is what made decode.cu slow at first (docs/performance.md)."""
-    wanted = [fused.source(LARGE, COARSE_HEAD, bits, n) for bits in (16, 8) for n in (1, 4)]
-    wanted += [wide.source(LARGE, COARSE_HEAD, bits, n) for bits in (16, 8) for n in (16, 24, 32)]
+    wanted = [fused.source(LARGE, COARSE_HEAD, bits, n) for bits in WIDTHS for n in (1, 4)]
+    wanted += [wide.source(LARGE, COARSE_HEAD, bits, n) for bits in WIDTHS for n in (16, 24, 32)]
     with ThreadPoolExecutor(2) as pool:
         for (file, constants), log in zip(wanted, pool.map(compiler_log, wanted), strict=True):
             spilt = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -100,7 +102,7 @@ def test_the_lstm_compiles_for_any_recent_gpu(architecture):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_attention_compiles_for_any_recent_gpu(architecture):
-    caches = None, *(fused.kernel_constants(LARGE, COARSE_HEAD, bits) for bits in (16, 8))
+    caches = None, *(fused.kernel_constants(LARGE, COARSE_HEAD, bits) for bits in (BF16, INT8))
     for constants, n_groups in itertools.product(caches, (1, 2)):
         file, defined = attention.source(LARGE.width, n_groups, constants)
         assert b".text.attend_all" in kernels.compile_source(file, architecture, **defined)
@@ -125,7 +127,7 @@ def compiler_log(source):
 
 
 def test_the_other_kernels_compile():
-    constants = fused.kernel_constants(LARGE, COARSE_HEAD, 16)
+    constants = fused.kernel_constants(LARGE, COARSE_HEAD, BF16)
     batched = kernels.compile_source("batched.cu", "sm_90", **constants)
     fine = kernels.compile_source("fine.cu", "sm_80", WIDTH=1024, BOOK_SIZE=1024)
     for image, names in (
@@ -136,14 +138,14 @@ def test_the_other_kernels_compile():
 
 
 def test_what_does_not_fit_says_why():
-    file, constants = fused.source(LARGE, COARSE_HEAD, 16, 1)
+    file, constants = fused.source(LARGE, COARSE_HEAD, BF16, 1)
     with pytest.raises(RuntimeError, match=r"(?s)decode.cu does not compile with .*N_LAYERS=23.*static assertion"):
         kernels.compile_source(file, fused.ARCHITECTURE, **{**constants, "N_LAYERS": 23})
 
 
 def test_a_wide_kernels_memory_fits_a_block():
     for size in (LARGE, SMALL, NANO):
-        for bits in (16, 8):
+        for bits in WIDTHS:
             for n_rows in wide.ROW_COUNTS:
                 constants = wide.source(size, COARSE_HEAD, bits, n_rows)[1]
                 assert constants["MOST_KEYS_IN_FLIGHT"] >= constants["KEYS_IN_FLIGHT"] >= 1

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from barkstream.admission import Admission
-from barkstream.pacing import NEEDY_S, Pacer, Player
+from barkstream.pacing import NEEDY_S, Hold, Pacer, Player
 
 LEAD_S = 4.0
 
@@ -186,3 +186,12 @@ def calls_before_first_audio(lead_s: float) -> int:
 
 def test_a_newcomer_among_streams_far_ahead_waits_for_a_round_of_theirs_at_most():
     assert calls_before_first_audio(LEAD_S) <= N_AHEAD + 3 < calls_before_first_audio(math.inf)
+
+
+def test_a_crowds_first_chunks_are_held_in_proportion_and_nobody_elses():
+    hold = Hold(crowd=24, until_s=0.24)
+    assert [hold.left_s(n, 0.0) for n in (1, 24)] == [0.0, 0.0]
+    assert [hold.left_s(n, 0.0) for n in (27, 30, 36, 60)] == pytest.approx([0.06, 0.12, 0.24, 0.24])
+    assert hold.left_s(36, 0.2) == pytest.approx(0.04)  # whoever has waited so long waits no longer
+    assert hold.left_s(36, 0.3) == 0.0
+    assert Hold(crowd=0, until_s=0.0).left_s(5, 0.0) == 0.0

@@ -16,13 +16,13 @@ from barkstream.server import MODEL_REPOSITORY
 
 NANO_BARK = Path(__file__).resolve().parents[1] / "checkpoints" / "nano-bark"
 PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
-SPEAKER = {"sample_rate", "max_streams", "spread_streams", "pace_lead_s", "crowd", "hold_s", "quiet"} | {
+SPEAKER = {"sample_rate", "max_streams", "spread_streams", "pace_lead_s", "crowd", "hold_until_s", "quiet"} | {
     field.name for field in fields(Schedule)
 }
 KNOWN = {
     "bark": SPEAKER,
-    "bark_semantic": {"engine", "shares_process", "kv_slots", "n_threads", "bits"},
-    "bark_coarse": {"engine", "shares_process", "kv_slots", "n_threads", "bits"},
+    "bark_semantic": {"engine", "shares_process", "kv_slots", "n_threads", "bits", "kv_bits"},
+    "bark_coarse": {"engine", "shares_process", "kv_slots", "n_threads", "bits", "kv_bits"},
     "bark_fine": {"engine", "shares_process", "warm_frames"},
     "bark_codec": {"engine", "shares_process", "warm_frames"},
 }
@@ -49,11 +49,12 @@ def test_every_model_has_the_cuda_profile():
 
 
 @pytest.mark.parametrize("model", KNOWN)
-def test_8_bits_are_all_that_sets_the_profile_cuda_int8_apart(model):
-    ours, base = (config(MODEL_REPOSITORY / model / "configs" / f"{name}.pbtxt") for name in ("cuda-int8", "cuda"))
-    if "bits" in KNOWN[model]:
-        assert ours.parameters["bits"].string_value == "8"
-        del ours.parameters["bits"]
+@pytest.mark.parametrize(("profile", "parameter"), [("cuda-int8", "bits"), ("cuda-kv8", "kv_bits")])
+def test_8_bits_are_all_that_sets_these_profiles_apart(profile, parameter, model):
+    ours, base = (config(MODEL_REPOSITORY / model / "configs" / f"{name}.pbtxt") for name in (profile, "cuda"))
+    if parameter in KNOWN[model]:
+        assert ours.parameters[parameter].string_value == "8"
+        del ours.parameters[parameter]
     assert ours == base
 
 
@@ -91,7 +92,7 @@ def test_every_instance_of_a_stage_has_its_first_call_before_the_server_is_ready
 
 
 @pytest.mark.parametrize("stage", ["semantic", "coarse", "fine", "codec"])
-@pytest.mark.parametrize("profile", ["cuda", "cuda-int8"])
+@pytest.mark.parametrize("profile", ["cuda", "cuda-kv8", "cuda-int8"])
 def test_in_the_cuda_profiles_an_instance_takes_one_call_at_a_time(stage, profile):
     """It would answer a batch when all of it is there."""
     batching = config(MODEL_REPOSITORY / f"bark_{stage}" / "configs" / f"{profile}.pbtxt").dynamic_batching

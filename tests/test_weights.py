@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from barkstream.engines import Head, kernels  # noqa: E402
-from barkstream.engines.kernels.fused import PackedLayers, pack_units  # noqa: E402
+from barkstream.engines.kernels.fused import Bits, PackedLayers, pack_units  # noqa: E402
 from barkstream.engines.kernels.weights import GPTWeights, LayerWeights  # noqa: E402
 from barkstream.engines.open import EngineError, open_causal  # noqa: E402
 from barkstream.export.checkpoint import open_huggingface  # noqa: E402
@@ -60,10 +61,20 @@ def test_8_bits_are_the_weights_to_half_a_step():
     assert packed.scale_bytes == packed.scales[0].numel() * 4 and exact.scale_bytes == 0
 
 
-def test_bits_that_a_cpu_does_not_know_are_no_secret(tmp_path):
+@pytest.mark.parametrize("name", ["bits", "kv_bits"])
+def test_bits_that_a_cpu_does_not_know_are_no_secret(name, tmp_path):
     checkpoint = open_huggingface(NANO_BARK).checkpoint
-    with pytest.raises(EngineError, match="bits 8 is the cuda engine's"):
-        open_causal("onnxruntime", "coarse", tmp_path, checkpoint, n_slots=1, max_batch=1, bits=8)
+    with pytest.raises(EngineError, match=f"^{name} 8 is the cuda engine's"):
+        open_causal("onnxruntime", "coarse", tmp_path, checkpoint, n_slots=1, max_batch=1, **{name: 8})
+
+
+def test_bits_that_no_kernel_is_for_say_what_would_be_right():
+    assert Bits(16, 8).kv == 8
+    for bits, message in ((Bits, "weights have 16 or 8 bits, not 4"), (partial(Bits, 16), "keys and values have")):
+        with pytest.raises(ValueError, match=message):
+            bits(4)
+    with pytest.raises(ValueError, match="weights of 8 bits need keys and values of 8 bits"):
+        Bits(8, 16)
 
 
 class FakeNvrtc:

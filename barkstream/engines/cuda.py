@@ -1,4 +1,4 @@
-"""The causal GPTs on an NVIDIA GPU: bf16 weights and KV cache, many decode steps without a word from the host.
+"""The causal GPTs on an NVIDIA GPU: bf16 weights and KV cache (or 8 bits), many decode steps without a word from the host.
 
 Prefill fills the cache with all of a prefix but its last position, which the first decode step feeds: so no prefill needs
 logits, and sampling happens in one place. Up to 64 rows decode in one kernel launch, few of them by
@@ -24,6 +24,7 @@ from barkstream.engines.kernels.batched import BatchedDecoder, Layers, Prefill
 from barkstream.engines.kernels.fused import (
     ARCHITECTURE,
     ENDED,
+    Bits,
     FusedDecoder,
     Halts,
     KVCache,
@@ -63,25 +64,27 @@ class CudaEngine:
         fused: bool = True,
         one_copy: bool = False,
         bits: int = 16,
+        kv_bits: int | None = None,
     ):
         """weights: by Hugging Face name, see `load_weights`. n_slots: streams whose KV cache is kept; max_batch: rows decoded together.
         one_copy: keep the weights in the fused kernels' order only; every prefill then unpacks them, layer by layer.
-        bits: of the weights that decode steps read, and of keys and values: 16 (bf16), or 8 with scales, for GPUs that the fused
-        kernels fit. Prefills compute in bf16 with bf16 weights either way.
+        bits: of the weights that decode steps read, kv_bits: of keys and values (None: as many): 16 (bf16), or 8 with scales, for GPUs
+        that the fused kernels fit. Prefills compute in bf16 with bf16 weights either way.
 
         GPU memory: 2 copies of the weights in bf16 (1 with one_copy; 1.5 with 8 bits), and
         (max(n_slots, max_batch) + 1) * 4 * layers * width * block bytes of cache (large: 100 MB a slot; with 8 bits 53).
+
+        Raises ValueError for bits, a size or a GPU that there are no kernels for.
         """
-        if bits not in (8, 16):
-            raise ValueError(f"weights have 16 or 8 bits, not {bits}")
-        if bits == 8 and max_batch > ROW_COUNTS[-1]:
+        self.bits = Bits(bits, bits if kv_bits is None else kv_bits)
+        if self.bits.kv == 8 and max_batch > ROW_COUNTS[-1]:
             raise ValueError(f"8 bits are for at most {ROW_COUNTS[-1]} rows at once, not {max_batch}")
         if size.head_width != 64:
             raise ValueError(f"the cuda engine's kernels are made for heads 64 wide, not {size.head_width}")
         self.size, self.head, self.max_batch = size, head, max_batch
         n_slots = max(n_slots, max_batch)
         on_gpu = load_weights(weights, size, head)
-        self.cache = KVCache.zeros(size, n_slots, bits)
+        self.cache = KVCache.zeros(size, n_slots, self.bits.kv)
         self._fused = self._wide = self._batched = None
         self._halts = Halts()
         if fused and FusedDecoder.fits(size):
@@ -90,13 +93,13 @@ class CudaEngine:
                 on_gpu = replace(on_gpu, layers=PackedLayers(units.words, size))
             self._fused = FusedDecoder(on_gpu, units, size, head, self.cache, self._halts)
             self._wide = WideDecoder(on_gpu, units, size, head, self.cache, self._halts)
-        elif bits == 8:
+        elif self.bits.kv == 8:
             raise ValueError(
                 "8 bits need a GPU of compute capability 9.x and a model that the fused kernels fit: use bf16"
             )
         layers = Layers(on_gpu, size, head, self.cache)
         self._prefill = Prefill(layers)
-        if bits == 16:
+        if self.bits.kv == 16:
             self._batched = BatchedDecoder(layers)
         # The id of the first token of the codebook that a position draws from.
         books = torch.arange(size.block_size + head.n_codebooks, dtype=torch.int32, device="cuda") % head.n_codebooks
@@ -113,9 +116,10 @@ class CudaEngine:
         max_batch: int = 32,
         one_copy: bool = False,
         bits: int = 16,
+        kv_bits: int | None = None,
     ) -> CudaEngine:
         """path: a stage's model.onnx, of which only the weights are read."""
-        return cls(read_onnx(path), size, head, n_slots, max_batch, one_copy=one_copy, bits=bits)
+        return cls(read_onnx(path), size, head, n_slots, max_batch, one_copy=one_copy, bits=bits, kv_bits=kv_bits)
 
     @property
     def n_owned_slots(self) -> int:

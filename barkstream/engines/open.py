@@ -34,7 +34,8 @@ class Spec:
     frames: tuple[int, ...] = ()  # of fine and codec: lengths that a GPU prepares for
     n_threads: int = 0  # of the CPU; 0: all cores
     device: int = 0  # which GPU
-    bits: int = 16  # of a GPT's weights, keys and values on a GPU: 16 or 8
+    bits: int = 16  # of a GPT's weights on a GPU: 16 or 8
+    kv_bits: int | None = None  # of its keys and values; None: as many
 
     @property
     def is_causal(self) -> bool:
@@ -79,7 +80,15 @@ def open_stage(spec: Spec) -> CausalEngine | FineEngine | CodecEngine:
         open_engine = open_fine if spec.stage == "fine" else open_codec
         return open_engine(spec.engine, spec.path, spec.checkpoint, spec.max_batch, spec.frames, **where)
     return open_causal(
-        spec.engine, spec.stage, spec.path, spec.checkpoint, spec.n_slots, spec.max_batch, **where, bits=spec.bits
+        spec.engine,
+        spec.stage,
+        spec.path,
+        spec.checkpoint,
+        spec.n_slots,
+        spec.max_batch,
+        **where,
+        bits=spec.bits,
+        kv_bits=spec.kv_bits,
     )
 
 
@@ -93,17 +102,20 @@ def open_causal(
     n_threads: int = 0,
     device: int = 0,
     bits: int = 16,
+    kv_bits: int | None = None,
 ) -> CausalEngine:
-    """The semantic or coarse stage. path: its model.onnx. n_threads: of the CPU, 0 for all cores. device: which GPU, bits: there.
+    """The semantic or coarse stage. path: its model.onnx. n_threads: of the CPU, 0 for all cores. device: which GPU; bits, kv_bits: of
+    weights there, and of keys and values (None: as many).
 
     Raises EngineError, FileNotFoundError or ValueError, each with what to do.
     """
     layout = checkpoint.semantic if stage == "semantic" else checkpoint.coarse
     head = Head.semantic(checkpoint.semantic) if stage == "semantic" else Head.coarse(checkpoint.coarse)
     if is_cpu(engine):
-        if bits != 16:
+        if bits != 16 or kv_bits is not None:
+            name, value = ("bits", bits) if bits != 16 else ("kv_bits", kv_bits)
             raise EngineError(
-                f"bits {bits} is the cuda engine's; on a CPU the artifact says it: barkstream export --int8"
+                f"{name} {value} is the cuda engine's; on a CPU the artifact says it: barkstream export --int8"
             )
         from barkstream.engines.onnxruntime import CausalEngine as CpuEngine
 
@@ -116,7 +128,9 @@ def open_causal(
     # No cache for positions that nobody can reach.
     size = replace(layout.size, block_size=n_positions(stage, checkpoint))
     # The semantic stage prefills once a sentence, coarse 2.5 times a second of speech.
-    on_gpu = CudaEngine.load(path, size, head, n_slots, max_batch, one_copy=stage == "semantic", bits=bits)
+    on_gpu = CudaEngine.load(
+        path, size, head, n_slots, max_batch, one_copy=stage == "semantic", bits=bits, kv_bits=kv_bits
+    )
     on_gpu.warm_up(prefix_lengths(stage, checkpoint))
     give_back_memory()
     return on_gpu

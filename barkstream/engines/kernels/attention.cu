@@ -33,7 +33,7 @@ __device__ __forceinline__ void keep(const u8* tile, u8* cache, float* scales, s
         int token = i / 8, eight = i % 8, position = first + token;
         uint4 words = *(const uint4*)(tile + tile_at(token, eight));
         u8* to = cache + head * BLOCK_SIZE * CACHED + cached_at(position, eight);
-        if (!QUANTIZED) {
+        if (!BYTES_CACHED) {
             *(uint4*)to = words;
             continue;
         }

@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         size_t head = ((size_t)(layer * 2 + kind) * n_slots + slots[blockIdx.x / n_tokens]) * H + word / 32;
         u32 pair = qkv[(size_t)blockIdx.x * (3 * W / 2) + W / 2 + i];
         u8* eight = cache + head * BLOCK_SIZE * CACHED + cached_at(position, word % 32 / 4);
-        if (!QUANTIZED) {
+        if (!BYTES_CACHED) {
             ((u32*)eight)[word % 4] = pair;
             continue;
         }
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-#if BITS == 16  // decode steps in 8 bits are the fused kernels'
+#if CACHE_BITS == 16  // what reads 8 bits are the fused kernels
 __device__ __forceinline__ void unpack(float (&v)[8], const uint4& words) {
     v[0] = low_bf16(words.x), v[1] = high_bf16(words.x), v[2] = low_bf16(words.y), v[3] = high_bf16(words.y);
     v[4] = low_bf16(words.z), v[5] = high_bf16(words.z), v[6] = low_bf16(words.w), v[7] = high_bf16(words.w);

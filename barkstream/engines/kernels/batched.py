@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from barkstream.engines import Head
 from barkstream.engines.kernels import Kernel, build
 from barkstream.engines.kernels.attention import Attention
-from barkstream.engines.kernels.fused import KVCache, RowArguments, kernel_constants, pointer
+from barkstream.engines.kernels.fused import Bits, KVCache, RowArguments, kernel_constants, pointer
 from barkstream.engines.kernels.graphs import Graph, capture
 from barkstream.engines.kernels.products import add_product, gelu_of_product, product
 from barkstream.engines.kernels.weights import GPTWeights
@@ -39,7 +39,7 @@ class Layers:
     def __init__(self, weights: GPTWeights, size: GPTSize, head: Head, cache: KVCache):
         self.weights, self.size, self.head, self.cache = weights, size, head, cache
         major, minor = torch.cuda.get_device_capability()
-        constants = kernel_constants(size, head, cache.bits)
+        constants = kernel_constants(size, head, Bits(kv=cache.bits))
         module = build("batched.cu", f"sm_{major}{minor}", **constants)
         names = ["embed", "layer_norm", "store", "sample"] + ["attend"] * (cache.bits == 16)
         self.kernels: dict[str, Kernel] = {name: module.kernel(name) for name in names}

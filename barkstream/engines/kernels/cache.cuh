@@ -6,15 +6,15 @@
 #pragma once
 #include "ptx.cuh"
 
-constexpr bool QUANTIZED = BITS == 8;  // weights, keys and values in 8 bits; what blocks exchange is f16 in place of bf16
-constexpr int CACHED = QUANTIZED ? 64 : 128;  // bytes of a position's keys, or values, of a head
+constexpr bool BYTES_CACHED = CACHE_BITS == 8;
+constexpr int CACHED = BYTES_CACHED ? 64 : 128;  // bytes of a position's keys, or values, of a head
 
 __device__ __forceinline__ int cached_piece(int position, int piece) {
-    return QUANTIZED ? piece ^ (position >> 1 & 3) : piece ^ (position & 7);
+    return BYTES_CACHED ? piece ^ (position >> 1 & 3) : piece ^ (position & 7);
 }
 // Bytes from a head's first position to dimensions 8 * eight ... of this one.
 __device__ __forceinline__ int cached_at(int position, int eight) {
-    if (QUANTIZED) return position * CACHED + cached_piece(position, eight / 2) * 16 + eight % 2 * 8;
+    if (BYTES_CACHED) return position * CACHED + cached_piece(position, eight / 2) * 16 + eight % 2 * 8;
     return position * CACHED + cached_piece(position, eight) * 16;
 }
 

@@ -145,8 +145,8 @@ __device__ void prefetch_cache(const Arguments& a, int layer, int step) {
             for (int i = lane();; i += 32) {
                 int p = ((i / 8) * 8 + rank) * 8 + i % 8;
                 if (p >= length) break;
-                if (!QUANTIZED || i % 2 == 0) prefetch_l2(a.cache + (at + p) * CACHED);
-                if (QUANTIZED && i % 8 == 0) prefetch_l2(a.cache_scales + at + p);
+                if (!BYTES_CACHED || i % 2 == 0) prefetch_l2(a.cache + (at + p) * CACHED);
+                if (BYTES_CACHED && i % 8 == 0) prefetch_l2(a.cache_scales + at + p);
             }
         }
     }
@@ -352,23 +352,23 @@ __device__ __forceinline__ void embed(uint4 (&act)[PAIRS], const Arguments& a, S
 // ---- attention ----
 
 // Attention by tensor cores: lane 4 g + t has 16 dimensions, of the t-th two eights below, of positions g and g + 8.
-__device__ __forceinline__ int eight_of(int half) { return QUANTIZED ? lane() % 4 * 2 + half : lane() % 4 + half * 4; }
+__device__ __forceinline__ int eight_of(int half) { return BYTES_CACHED ? lane() % 4 * 2 + half : lane() % 4 + half * 4; }
 
 // A lane's 16 dimensions of a position's keys, or values, and what they are to be multiplied by. Zeros of one that is not there.
 struct Cached {
-    uint4 words[QUANTIZED ? 1 : 2];
+    uint4 words[BYTES_CACHED ? 1 : 2];
     float scale;
 
     __device__ __forceinline__ void fetch(const Arguments& a, size_t head, int position, bool there) {
 #pragma unroll
-        for (int half = 0; half < (QUANTIZED ? 1 : 2); half++)
+        for (int half = 0; half < (BYTES_CACHED ? 1 : 2); half++)
             words[half] = load_cached_l2(a.cache + head * CACHED + cached_at(position, eight_of(half)), there);
-        scale = QUANTIZED ? load_cached_l2_4(a.cache_scales + head + position, there) : 1;
+        scale = BYTES_CACHED ? load_cached_l2_4(a.cache_scales + head + position, there) : 1;
     }
     __device__ __forceinline__ void pairs(u32 (&v)[8]) const {
-        const uint4& last = words[QUANTIZED ? 0 : 1];
-        uint4 low = QUANTIZED ? as_pairs(make_uint2(words[0].x, words[0].y)) : words[0],
-              high = QUANTIZED ? as_pairs(make_uint2(last.z, last.w)) : last;
+        const uint4& last = words[BYTES_CACHED ? 0 : 1];
+        uint4 low = BYTES_CACHED ? as_pairs(make_uint2(words[0].x, words[0].y)) : words[0],
+              high = BYTES_CACHED ? as_pairs(make_uint2(last.z, last.w)) : last;
         v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
     }
 };
@@ -376,7 +376,7 @@ struct Cached {
 // This lane's 8 dimensions of a position into the cache, if it is one of the first 8; all lanes call it.
 __device__ __forceinline__ void cache_eight(const Arguments& a, size_t head, int position, const float (&v)[8]) {
     u8* to = a.cache + head * CACHED + cached_at(position, lane() % 8);
-    if (QUANTIZED) {
+    if (BYTES_CACHED) {
         float scale = scale_of_eights(v);
         if (lane() < 8) *(uint2*)to = as_bytes(v, scale);
         if (lane() == 0) a.cache_scales[head + position] = scale;
@@ -546,6 +546,9 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int l
     uint4 q[2];
     let_pass<QUERY_DELAY>();
     receive(q, a, b, 0, odd, [&](int i) { return eight_of(i); });
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        q[i] = make_uint4(as_attended(q[i].x), as_attended(q[i].y), as_attended(q[i].z), as_attended(q[i].w));
     float peak = -1e30f, sum = 0, out[8][4] = {};
 #pragma unroll 1
     for (int first = warp() / B;;) {
@@ -553,10 +556,10 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int l
 #pragma unroll
         for (int i = 0; i < 2; i++) key[i].pairs(k[i]), value[i].pairs(v[i]);
         float dots[2][4] = {};
-        multiply_add<QUANTIZED>(dots[0], k[0][0], k[1][0], k[0][1], k[1][1], q[0].x, q[0].y);
-        multiply_add<QUANTIZED>(dots[1], k[0][2], k[1][2], k[0][3], k[1][3], q[0].z, q[0].w);
-        multiply_add<QUANTIZED>(dots[0], k[0][4], k[1][4], k[0][5], k[1][5], q[1].x, q[1].y);
-        multiply_add<QUANTIZED>(dots[1], k[0][6], k[1][6], k[0][7], k[1][7], q[1].z, q[1].w);
+        multiply_add<BYTES_CACHED>(dots[0], k[0][0], k[1][0], k[0][1], k[1][1], q[0].x, q[0].y);
+        multiply_add<BYTES_CACHED>(dots[1], k[0][2], k[1][2], k[0][3], k[1][3], q[0].z, q[0].w);
+        multiply_add<BYTES_CACHED>(dots[0], k[0][4], k[1][4], k[0][5], k[1][5], q[1].x, q[1].y);
+        multiply_add<BYTES_CACHED>(dots[1], k[0][6], k[1][6], k[0][7], k[1][7], q[1].z, q[1].w);
         float score[2], weight[2], highest = peak;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -576,11 +579,11 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, int l
         u32 weights[2];  // of positions 2 t, 2 t + 1 of each chunk
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            weights[i] = pack_pair(__shfl_sync(~0u, weight[i], lane() % 4 * 8), __shfl_sync(~0u, weight[i], lane() % 4 * 8 + 4));
+            weights[i] = pack_attended(__shfl_sync(~0u, weight[i], lane() % 4 * 8), __shfl_sync(~0u, weight[i], lane() % 4 * 8 + 4));
 #pragma unroll
         for (int d = 0; d < 8; d++) {
             out[d][0] *= rescale, out[d][1] *= rescale;
-            multiply_add<QUANTIZED>(out[d], weights[0], 0, weights[1], 0, transposed(v[0][d]), transposed(v[1][d]));
+            multiply_add<BYTES_CACHED>(out[d], weights[0], 0, weights[1], 0, transposed(v[0][d]), transposed(v[1][d]));
         }
         first += 2 * SPLIT;
         if (KEY_CHUNKS <= 2 * SPLIT || first >= KEY_CHUNKS || position(first) - lane() / 4 >= length) break;

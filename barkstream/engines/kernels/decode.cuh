@@ -13,6 +13,9 @@ constexpr int OUT_UNIT = 3, UP_UNIT = 4, DOWN_UNIT = 8, LAYER_UNITS = 12, HEAD_U
 constexpr int ALL_UNITS = N_LAYERS * LAYER_UNITS + N_BOOKS * HEAD_UNITS;
 static_assert(W == 64 * H);
 
+constexpr bool QUANTIZED = BITS == 8;  // weights
+static_assert(BYTES_CACHED || !QUANTIZED);
+
 // What blocks exchange, and multiply, two to a word: bf16, or f16 in a quantized model, whose bytes become f16 in fewer instructions.
 __device__ __forceinline__ u32 pack_pair(float low, float high) {
     return QUANTIZED ? pack_f16(low, high) : pack_bf16(low, high);
@@ -20,6 +23,14 @@ __device__ __forceinline__ u32 pack_pair(float low, float high) {
 __device__ __forceinline__ float low_of(u32 pair) { return QUANTIZED ? low_f16(pair) : low_bf16(pair); }
 __device__ __forceinline__ float high_of(u32 pair) { return QUANTIZED ? high_f16(pair) : high_bf16(pair); }
 constexpr u32 ONES = QUANTIZED ? 0x3c003c00u : 0x3f803f80u;
+// What attention multiplies: as cached bytes become, f16, or bf16 as they are cached. Queries come as what blocks exchange.
+__device__ __forceinline__ u32 as_attended(u32 pair) {
+    return BYTES_CACHED && !QUANTIZED ? pack_f16(low_bf16(pair), high_bf16(pair)) : pair;
+}
+__device__ __forceinline__ u32 pack_attended(float low, float high) {
+    return BYTES_CACHED ? pack_f16(low, high) : pack_bf16(low, high);
+}
+constexpr u32 ATTENDED_ONES = BYTES_CACHED ? 0x3c003c00u : 0x3f803f80u;
 
 __device__ __forceinline__ uint4 as_pairs(uint2 bytes) {
     return make_uint4(bytes_as_f16(bytes.x, BYTES_01), bytes_as_f16(bytes.x, BYTES_23), bytes_as_f16(bytes.y, BYTES_01),

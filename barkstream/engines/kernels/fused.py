@@ -94,10 +94,27 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def kernel_constants(size: GPTSize, head: Head, bits: int) -> dict[str, int]:
-    """What the causal GPTs' kernel files are compiled with. bits: of weights, keys and values."""
+@dataclass(frozen=True)
+class Bits:
+    """Of the numbers that a decode step reads: 16 (bf16), or 8 with scales."""
+
+    weights: int = 16
+    kv: int = 16  # keys and values
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, with what would be right."""
+        for name, bits in (("weights", self.weights), ("keys and values", self.kv)):
+            if bits not in (8, 16):
+                raise ValueError(f"{name} have 16 or 8 bits, not {bits}")
+        if self.weights < self.kv:
+            raise ValueError("weights of 8 bits need keys and values of 8 bits")
+
+
+def kernel_constants(size: GPTSize, head: Head, bits: Bits) -> dict[str, int]:
+    """What the causal GPTs' kernel files are compiled with."""
     return dict(
-        BITS=bits,
+        BITS=bits.weights,
+        CACHE_BITS=bits.kv,
         WIDTH=size.width,
         N_HEADS=size.n_heads,
         BLOCK_SIZE=size.block_size,
@@ -118,7 +135,7 @@ def padded(n_rows: int, row_counts: Sequence[int] = ROW_COUNTS) -> int:
     return next(n for n in row_counts if n >= n_rows)
 
 
-def source(size: GPTSize, head: Head, bits: int, n_rows: int) -> Source:
+def source(size: GPTSize, head: Head, bits: Bits, n_rows: int) -> Source:
     """The kernel for so many rows, of ROW_COUNTS."""
     shape = dict(N_LAYERS=size.n_layers, N_ROWS=n_rows, HEAD_TILES=n_head_tiles(size, head))
     return "decode.cu", shape | kernel_constants(size, head, bits)
@@ -128,9 +145,10 @@ class FusedDecoder:
     """Decodes up to 8 rows on compute capability 9.0 or later, if the GPU can run 8 blocks a head at once."""
 
     def __init__(self, weights: GPTWeights, units: Units, size: GPTSize, head: Head, cache: KVCache, halts: Halts):
-        """units: the weights as `pack_units` orders them, of as many bits as the cache's numbers."""
+        """units: the weights as `pack_units` orders them."""
         self._halts = halts
         self._weights, self._units, self._size, self._head, self._cache = weights, units, size, head, cache
+        self._bits = Bits(units.bits, cache.bits)
         self._n_blocks = 8 * size.n_heads
         self._variants: dict[int, _Variant] = {}
         self._number = 1
@@ -149,7 +167,7 @@ class FusedDecoder:
 
     def source(self, n_rows: int) -> Source:
         """What `decode` of so many rows compiles when it is called first."""
-        return source(self._size, self._head, self._cache.bits, padded(n_rows))
+        return source(self._size, self._head, self._bits, padded(n_rows))
 
     def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Start as many steps as the longest row wants; nothing waits for the GPU.
@@ -203,9 +221,8 @@ class _Variant:
     def __init__(self, decoder: FusedDecoder, n_rows: int):
         size, head, width = decoder._size, decoder._head, decoder._size.width
         head_tiles = n_head_tiles(size, head)
-        bits = decoder._cache.bits
-        stages, partials = 12 * width * bits, N_WARPS * 4 * n_rows * 8 * 4
-        file, constants = source(size, head, bits, n_rows)
+        stages, partials = 12 * width * decoder._bits.weights, N_WARPS * 4 * n_rows * 8 * 4
+        file, constants = source(size, head, decoder._bits, n_rows)
         shared_bytes = stages + 2 * partials + decoder._units.scale_bytes
         self.kernel: Kernel = build(file, ARCHITECTURE, **constants).kernel("decode", shared_bytes, cooperative=True)
         blocks = decoder._n_blocks
@@ -269,6 +286,10 @@ class Units:
 
     words: Tensor  # [blocks, units, width / 32, 32 lanes, 8] bf16; or uint8, 128 + weight / scale
     scales: Tensor | None  # of the latter, [blocks, units, 8 rows] float32
+
+    @property
+    def bits(self) -> int:
+        return 16 if self.scales is None else 8
 
     @property
     def scale_bytes(self) -> int:

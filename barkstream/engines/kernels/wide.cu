@@ -20,7 +20,7 @@
 #include "decode.cuh"
 
 constexpr int POSITIONS = UNIT / (2 * CACHED);           // whose keys and values fill a stage: as much as a unit of weights,
-constexpr int STAGE_BYTES = UNIT + (QUANTIZED ? POSITIONS * 8 : 0);  // and, behind them, their scales
+constexpr int STAGE_BYTES = UNIT + (BYTES_CACHED ? POSITIONS * 8 : 0);  // and, behind them, their scales
 constexpr int PART = B <= (QUANTIZED ? 24 : 8) ? B : B == 24 ? 8 : B / 2;  // rows that go through a phase together
 constexpr int TEAM = 2, TEAMS = WARPS / TEAM;            // warps that take a stage of keys and values together
 constexpr int SHARE = B / 8;                             // rows whose attention a block computes
@@ -107,11 +107,11 @@ struct Copier {
                 int count = min(POSITIONS, length - first), bytes = count * CACHED, of_scales = (count + 3) / 4 * 16;
                 bool nobody_polls = !UNDER_RACECHECK && shared.attending;  // in no order with its writers: nothing but speed hangs on it
                 u32 in_flight = nobody_polls ? MOST_KEYS_IN_FLIGHT : KEYS_IN_FLIGHT;
-                u64* full = next(2 * bytes + (QUANTIZED ? 2 * of_scales : 0), in_flight);
+                u64* full = next(2 * bytes + (BYTES_CACHED ? 2 * of_scales : 0), in_flight);
                 u8* stage = stages + n % STAGES * STAGE_BYTES;
                 copy_once_to_shared(stage, a.cache + (keys + first) * CACHED, bytes, full);
                 copy_once_to_shared(stage + UNIT / 2, a.cache + (values + first) * CACHED, bytes, full);
-                if (QUANTIZED) {
+                if (BYTES_CACHED) {
                     copy_once_to_shared(stage + UNIT, a.cache_scales + keys + first, of_scales, full);
                     copy_once_to_shared(stage + UNIT + POSITIONS * 4, a.cache_scales + values + first, of_scales, full);
                 }
@@ -390,7 +390,7 @@ __device__ __forceinline__ void fetch_newest(const Arguments& a, Place& place, i
     size_t to = head_at(a, layer, row) + (which == 2 ? values_after(a) : 0);
     u8* eight = a.cache + to * CACHED + cached_at(state.length, part);
     bool goes = i < SHARE && which && state.running;
-    if (QUANTIZED) {
+    if (BYTES_CACHED) {
         float v[8];
         unpack(v, packet[0]);
         float scale = scale_of_eights(v);
@@ -405,34 +405,34 @@ __device__ __forceinline__ void fetch_newest(const Arguments& a, Place& place, i
 // 8 positions' scores of this warp, two a lane; all 16 rows of the left operand are the same query. excess: what raised keys add.
 __device__ __forceinline__ float2 scores_of(const u32 (&q)[8], const u8* keys, int row, int position, float excess) {
     float sums[2][4] = {};
-    u32 k[QUANTIZED ? 1 : 2][4];
+    u32 k[BYTES_CACHED ? 1 : 2][4];
 #pragma unroll
-    for (int i = 0; i < (QUANTIZED ? 1 : 2); i++)
+    for (int i = 0; i < (BYTES_CACHED ? 1 : 2); i++)
         load_matrices(k[i], shared_address(keys) + row * CACHED + cached_piece(position, i * 4 + lane() / 8) * 16);
 #pragma unroll
     for (int i = 0; i < 4; i++) {  // of 16 dimensions; bytes 4 t ... of a piece are its columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9
-        u32 first = QUANTIZED ? bytes_raised(k[0][i], BYTES_01) : k[i / 2 % 2][i % 2 * 2],
-            second = QUANTIZED ? bytes_raised(k[0][i], BYTES_23) : k[i / 2 % 2][i % 2 * 2 + 1];
-        multiply_add<QUANTIZED>(sums[i % 2], q[2 * i], q[2 * i], q[2 * i + 1], q[2 * i + 1], first, second);
+        u32 first = BYTES_CACHED ? bytes_raised(k[0][i], BYTES_01) : k[i / 2 % 2][i % 2 * 2],
+            second = BYTES_CACHED ? bytes_raised(k[0][i], BYTES_23) : k[i / 2 % 2][i % 2 * 2 + 1];
+        multiply_add<BYTES_CACHED>(sums[i % 2], q[2 * i], q[2 * i], q[2 * i + 1], q[2 * i + 1], first, second);
     }
     return make_float2((sums[0][0] + sums[1][0] - excess) * SCORE_SCALE, (sums[0][1] + sums[1][1] - excess) * SCORE_SCALE);
 }
 
 // A position's values as the tensor cores want them: of dimensions 8 d ... (or, of bytes, as dimension_of says), d = 0 ... 7.
 __device__ __forceinline__ void load_values(u32 (&v)[8], const u8* values, int row, int position) {
-    u32 pieces[QUANTIZED ? 1 : 2][4];
+    u32 pieces[BYTES_CACHED ? 1 : 2][4];
 #pragma unroll
-    for (int i = 0; i < (QUANTIZED ? 1 : 2); i++)
+    for (int i = 0; i < (BYTES_CACHED ? 1 : 2); i++)
         load_transposed(pieces[i], shared_address(values) + row * CACHED + cached_piece(position, i * 4 + lane() / 8) * 16);
 #pragma unroll
     for (int d = 0; d < 8; d++)
-        v[d] = QUANTIZED ? bytes_raised(pieces[0][d / 2], d % 2 ? BYTES_13 : BYTES_02)
-                         : pieces[d / 4 % (QUANTIZED ? 1 : 2)][d % 4];
+        v[d] = BYTES_CACHED ? bytes_raised(pieces[0][d / 2], d % 2 ? BYTES_13 : BYTES_02)
+                         : pieces[d / 4 % (BYTES_CACHED ? 1 : 2)][d % 4];
 }
 
 // Which dimension out[d][j] of this lane is: the even ones of 16, then the odd ones, if two of them came as one element.
 __device__ __forceinline__ int dimension_of(int d, int j) {
-    return QUANTIZED ? d / 2 * 16 + lane() % 4 * 4 + j * 2 + d % 2 : d * 8 + lane() % 4 * 2 + j;
+    return BYTES_CACHED ? d / 2 * 16 + lane() % 4 * 4 + j * 2 + d % 2 : d * 8 + lane() % 4 * 2 + j;
 }
 
 // Attention of a row over this warp's share of its positions, by tensor cores. Teams of warps take stages in turn, across rows, so
@@ -442,7 +442,9 @@ __device__ __forceinline__ int dimension_of(int d, int j) {
 // A warp waits for its own stages only. A barrier tells a turn of the ring from the next one and no further, so those TEAMS stages on
 // must not be more than a turn ahead of what has surely landed.
 __device__ __forceinline__ void attend_row(Place& place, int i, int length, int turn) {
-    constexpr int TILES = ((POSITIONS + 7) / 8 + TEAM - 1) / TEAM;
+    // A stage of many positions is gone through in halves: a warp has registers for so many tiles.
+    constexpr int TOGETHER = POSITIONS <= 64 ? POSITIONS : (POSITIONS / 2 + 7) / 8 * 8;
+    constexpr int TILES = ((TOGETHER + 7) / 8 + TEAM - 1) / TEAM;
     static_assert(STAGES - MOST_KEYS_IN_FLIGHT >= TEAMS && MOST_KEYS_IN_FLIGHT >= KEYS_IN_FLIGHT);
     // The first team is the one whose turn it is: so a row's sums do not depend on the rows before it.
     int team = (warp() / TEAM + TEAMS - turn) % TEAMS, me = team * TEAM + warp() % TEAM;
@@ -452,12 +454,13 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
     u32 q[8];
 #pragma unroll
     for (int k = 0; k < 8; k++)
-        q[k] = query[QUANTIZED ? k / 2 * 8 + lane() % 4 * 2 + k % 2 : k * 4 + lane() % 4];
+        q[k] = as_attended(query[BYTES_CACHED ? k / 2 * 8 + lane() % 4 * 2 + k % 2 : k * 4 + lane() % 4]);
     // Bytes go in raised. What that adds to scores, and to sums of values: RAISED times the query's sum, and times that of the powers.
     float out[8][4] = {}, peak = -1e30f, sum = 0, of_query[4] = {}, of_powers[4] = {};
-    if (QUANTIZED)
+    if (BYTES_CACHED)
 #pragma unroll
-        for (int k = 0; k < 8; k += 2) multiply_add<QUANTIZED>(of_query, q[k], q[k], q[k + 1], q[k + 1], ONES, ONES);
+        for (int k = 0; k < 8; k += 2)
+            multiply_add<BYTES_CACHED>(of_query, q[k], q[k], q[k + 1], q[k + 1], ATTENDED_ONES, ATTENDED_ONES);
     if (me == WARPS - 1) {  // the newest position is one warp's, always the same
         float eight[2][8];
         unpack(eight[0], newest[0][lane() % 8]), unpack(eight[1], newest[1][lane() % 8]);
@@ -476,49 +479,52 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
         wait_for_stage(place, taken);
         const u8* stage = stage_at(place, taken);
         int first = taken * POSITIONS, n = min(POSITIONS, length - first);
-        auto begin = [&](int tile) { return (tile * TEAM + warp() % TEAM) * 8; };
-        auto row = [&](int tile) { return min(begin(tile) + lane() % 8, n - 1); };  // nothing else may be read
-        float2 score[TILES];
-        float higher = -1e30f;
+#pragma unroll 1
+        for (int half = 0; half < (TOGETHER < POSITIONS ? n : 1); half += TOGETHER) {
+            auto begin = [&](int tile) { return half + (tile * TEAM + warp() % TEAM) * 8; };
+            auto row = [&](int tile) { return min(begin(tile) + lane() % 8, n - 1); };  // nothing else may be read
+            float2 score[TILES];
+            float higher = -1e30f;
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            score[tile] = scores_of(q, stage, row(tile), first + row(tile), RAISED * of_query[0]);
-            int mine = begin(tile) + lane() % 4 * 2;
-            if (QUANTIZED) {
-                float2 by = *(const float2*)(stage + UNIT + mine * 4);
-                score[tile] = make_float2(score[tile].x * by.x, score[tile].y * by.y);
-            }
-            score[tile] = make_float2(mine < n ? score[tile].x : -1e30f, mine + 1 < n ? score[tile].y : -1e30f);
-            higher = fmaxf(higher, fmaxf(score[tile].x, score[tile].y));
-        }
-        if (__any_sync(~0u, higher > peak + HEADROOM)) {
-            higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
-            higher = fmaxf(peak, fmaxf(higher, __shfl_xor_sync(~0u, higher, 2)));
-            float rescale = power_of_2(peak - higher);
-            peak = higher, sum *= rescale;
-#pragma unroll
-            for (int d = 0; d < 8; d++) out[d][0] *= rescale, out[d][1] *= rescale;
-            of_powers[0] *= rescale;
-        }
-#pragma unroll
-        for (int pair = 0; pair < TILES; pair += 2) {  // of tiles: 16 positions are an instruction's
-            u32 powers[2] = {}, v[2][8];
-#pragma unroll
-            for (int t = 0; t < 2; t++) {
-                int tile = min(pair + t, TILES - 1), mine = begin(tile) + lane() % 4 * 2;
-                load_values(v[t], stage + UNIT / 2, row(tile), first + row(tile));
-                if (pair + t == TILES) break;
-                float x = mine < n ? power_of_2(score[tile].x - peak) : 0, y = mine + 1 < n ? power_of_2(score[tile].y - peak) : 0;
-                sum += x + y;
-                if (QUANTIZED) {  // scales of positions that are not there may be anything
-                    float2 by = *(const float2*)(stage + UNIT + (POSITIONS + mine) * 4);
-                    x = mine < n ? x * by.x : 0, y = mine + 1 < n ? y * by.y : 0;
+            for (int tile = 0; tile < TILES; tile++) {
+                score[tile] = scores_of(q, stage, row(tile), first + row(tile), RAISED * of_query[0]);
+                int mine = begin(tile) + lane() % 4 * 2;
+                if (BYTES_CACHED) {
+                    float2 by = *(const float2*)(stage + UNIT + mine * 4);
+                    score[tile] = make_float2(score[tile].x * by.x, score[tile].y * by.y);
                 }
-                powers[t] = pack_pair(x, y);
+                score[tile] = make_float2(mine < n ? score[tile].x : -1e30f, mine + 1 < n ? score[tile].y : -1e30f);
+                higher = fmaxf(higher, fmaxf(score[tile].x, score[tile].y));
             }
-            if (QUANTIZED) multiply_add<QUANTIZED>(of_powers, powers[0], 0, powers[1], 0, ONES, ONES);
+            if (__any_sync(~0u, higher > peak + HEADROOM)) {
+                higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
+                higher = fmaxf(peak, fmaxf(higher, __shfl_xor_sync(~0u, higher, 2)));
+                float rescale = power_of_2(peak - higher);
+                peak = higher, sum *= rescale;
 #pragma unroll
-            for (int d = 0; d < 8; d++) multiply_add<QUANTIZED>(out[d], powers[0], 0, powers[1], 0, v[0][d], v[1][d]);
+                for (int d = 0; d < 8; d++) out[d][0] *= rescale, out[d][1] *= rescale;
+                of_powers[0] *= rescale;
+            }
+#pragma unroll
+            for (int pair = 0; pair < TILES; pair += 2) {  // of tiles: 16 positions are an instruction's
+                u32 powers[2] = {}, v[2][8];
+#pragma unroll
+                for (int t = 0; t < 2; t++) {
+                    int tile = min(pair + t, TILES - 1), mine = begin(tile) + lane() % 4 * 2;
+                    load_values(v[t], stage + UNIT / 2, row(tile), first + row(tile));
+                    if (pair + t == TILES) break;
+                    float x = mine < n ? power_of_2(score[tile].x - peak) : 0, y = mine + 1 < n ? power_of_2(score[tile].y - peak) : 0;
+                    sum += x + y;
+                    if (BYTES_CACHED) {  // scales of positions that are not there may be anything
+                        float2 by = *(const float2*)(stage + UNIT + (POSITIONS + mine) * 4);
+                        x = mine < n ? x * by.x : 0, y = mine + 1 < n ? y * by.y : 0;
+                    }
+                    powers[t] = pack_attended(x, y);
+                }
+                if (BYTES_CACHED) multiply_add<BYTES_CACHED>(of_powers, powers[0], 0, powers[1], 0, ATTENDED_ONES, ATTENDED_ONES);
+#pragma unroll
+                for (int d = 0; d < 8; d++) multiply_add<BYTES_CACHED>(out[d], powers[0], 0, powers[1], 0, v[0][d], v[1][d]);
+            }
         }
         __syncwarp();
         if (lane() < ARRIVING_LANES) barrier_arrive(&place.shared.empty[(place.n_taken + taken) % STAGES], TEAMS);
@@ -526,7 +532,7 @@ __device__ __forceinline__ void attend_row(Place& place, int i, int length, int 
     place.n_taken += (length + POSITIONS - 1) / POSITIONS;
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    if (QUANTIZED)
+    if (BYTES_CACHED)
 #pragma unroll
         for (int i = 0; i < 16; i++) out[i / 2][i % 2] -= RAISED * of_powers[0];
     if (lane() < 4) {

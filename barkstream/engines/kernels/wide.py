@@ -16,6 +16,7 @@ from barkstream.engines.kernels import Kernel, Source, build, quickest_place
 from barkstream.engines.kernels.fused import (
     ARCHITECTURE,
     UNITS,
+    Bits,
     Halts,
     KVCache,
     RowArguments,
@@ -46,27 +47,28 @@ class _SharedMemory:
     dynamic_bytes: int
 
     @classmethod
-    def of(cls, size: GPTSize, bits: int, n_rows: int, scale_bytes: int) -> _SharedMemory:
+    def of(cls, size: GPTSize, bits: Bits, n_rows: int, scale_bytes: int) -> _SharedMemory:
         """As many stages as there is room for. scale_bytes: of the weights' scales."""
-        unit_bytes, sums_bytes = size.width * bits, N_WARPS * 4 * 8 * n_rows * 4
-        stage_bytes = unit_bytes + (size.width // 2 if bits == 8 else 0)  # a unit, or keys, values and their scales
+        unit_bytes, sums_bytes = size.width * bits.weights, N_WARPS * 4 * 8 * n_rows * 4
+        # A unit, or as many bytes of keys and values, and their scales: 2 of 4 bytes for each 128
+        stage_bytes = unit_bytes + (unit_bytes // 16 if bits.kv == 8 else 0)
         static_bytes = 1024 + 180 * n_rows  # `Shared` of wide.cu is no larger
         n_stages = min((MAX_SHARED_BYTES - static_bytes - sums_bytes - scale_bytes) // stage_bytes, MAX_STAGES)
         return cls(unit_bytes, n_stages, n_stages * stage_bytes + sums_bytes + scale_bytes)
 
 
-def source(size: GPTSize, head: Head, bits: int, n_rows: int) -> Source:
+def source(size: GPTSize, head: Head, bits: Bits, n_rows: int) -> Source:
     """The kernel for so many rows, of ROW_COUNTS."""
     tiles = n_head_tiles(size, head)
     n_units = sum(UNITS) * size.n_layers + 2 * tiles * head.n_codebooks
-    shared = _SharedMemory.of(size, bits, n_rows, n_units * 8 * 4 if bits == 8 else 0)
+    shared = _SharedMemory.of(size, bits, n_rows, n_units * 8 * 4 if bits.weights == 8 else 0)
     shape = dict(
         N_LAYERS=size.n_layers,
         N_ROWS=n_rows,
         HEAD_TILES=tiles,
         STAGES=shared.n_stages,
         WEIGHTS_IN_FLIGHT=min(max(WEIGHTS_IN_FLIGHT // shared.unit_bytes, 1), shared.n_stages - 1),
-        KEYS_IN_FLIGHT=_n_stages(_keys_in_flight(bits, n_rows), shared),
+        KEYS_IN_FLIGHT=_n_stages(_keys_in_flight(bits.kv, n_rows), shared),
         MOST_KEYS_IN_FLIGHT=_n_stages(MOST_KEYS_IN_FLIGHT, shared),
     )
     return "wide.cu", shape | kernel_constants(size, head, bits)
@@ -79,11 +81,12 @@ class WideDecoder:
         """As FusedDecoder."""
         self._halts = halts
         self._weights, self._units, self._size, self._head, self._cache = weights, units, size, head, cache
+        self._bits = Bits(units.bits, cache.bits)
         self._variants: dict[int, _Variant] = {}
 
     def source(self, n_rows: int) -> Source:
         """As FusedDecoder.source."""
-        return source(self._size, self._head, self._cache.bits, padded(n_rows, ROW_COUNTS))
+        return source(self._size, self._head, self._bits, padded(n_rows, ROW_COUNTS))
 
     def decode(self, rows: Sequence[RowArguments], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As FusedDecoder.decode."""
@@ -110,9 +113,9 @@ class _Variant:
     def __init__(self, decoder: WideDecoder, n_rows: int):
         size, head = decoder._size, decoder._head
         self._n_rows, self._n_codebooks, self._n_blocks = n_rows, head.n_codebooks, 8 * size.n_heads
-        tiles, bits = n_head_tiles(size, head), decoder._cache.bits
-        shared = _SharedMemory.of(size, bits, n_rows, decoder._units.scale_bytes)
-        file, constants = source(size, head, bits, n_rows)
+        tiles = n_head_tiles(size, head)
+        shared = _SharedMemory.of(size, decoder._bits, n_rows, decoder._units.scale_bytes)
+        file, constants = source(size, head, decoder._bits, n_rows)
         module = build(file, ARCHITECTURE, **constants)
         self._kernel: Kernel = module.kernel("decode", shared.dynamic_bytes, cooperative=True)
 
@@ -177,9 +180,9 @@ def _n_stages(n_bytes: int, shared: _SharedMemory) -> int:
     return min(max(n_bytes // shared.unit_bytes, 1), shared.n_stages - N_TEAMS)
 
 
-def _keys_in_flight(bits: int, n_rows: int) -> int:
+def _keys_in_flight(kv_bits: int, n_rows: int) -> int:
     """Bytes of keys and values that are on their way at once while a block polls (found by trying)."""
-    if bits == 8:
+    if kv_bits == 8:
         return 8 << 10
     return 32 << 10 if n_rows <= 16 else 16 << 10
 
