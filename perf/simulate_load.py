@@ -2,6 +2,7 @@
 
     python perf/simulate_load.py --clients 32 --duration 30
     python perf/simulate_load.py --costs h100 --rate 4 --duration 40 --set pace_lead_s=inf tight_batch_s=.06
+    python perf/simulate_load.py --costs h100-kv8 --arrivals load-01-open-6.8rps-seed1.csv --set slower=1.12 max_streams=64
 
 Streams, Triton's instances, the shared process with its turns and batches, and playback, as docs/architecture.md describes them, on a
 clock that jumps from event to event. Kernels, and the way through Triton, take what they were measured to take. It knows less than
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import csv
 import json
 import math
 import random
 import selectors
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -62,7 +64,7 @@ STAGES = "codec", "fine", "semantic", "coarse"
 @dataclass(frozen=True)
 class Costs:
     """Milliseconds, Bark large, measured on an H100 (docs/performance.md). Semantic ones between those measured there are estimates: steps
-    of 5, 9, 17, 24, 25 and 32 rows, prefills of two to four."""
+    of 5, 9, 17, 24, 25 and 32 rows, prefills of two to four; of h100-kv8 all but steps of 1, 4, 8, 16, 32 and, coarse, 24 rows."""
 
     semantic_step: dict[int, float]  # by rows, between which it grows in proportion
     coarse_step: dict[int, float]
@@ -75,6 +77,14 @@ class Costs:
     def step(self, stage: str, n_rows: int) -> float:
         steps = self.semantic_step if stage == "semantic" else self.coarse_step
         return float(np.interp(n_rows, list(steps), list(steps.values())))
+
+    def times(self, factor: float) -> Costs:
+        def longer(cost: Any) -> Any:
+            if isinstance(cost, dict):
+                return {n_rows: ms * factor for n_rows, ms in cost.items()}
+            return tuple(ms * factor for ms in cost) if isinstance(cost, tuple) else cost * factor
+
+        return Costs(**{each.name: longer(getattr(self, each.name)) for each in fields(self)})
 
     def prefill(self, stage: str, n_rows: int) -> float:
         fours = self.semantic_prefill if stage == "semantic" else self.coarse_prefill
@@ -99,6 +109,11 @@ COSTS = {
         by_rows(0.255, 0.33, 0.405, 0.41, 0.44, 0.49, 0.586, 0.68, 0.8, 0.85, 0.97),
         by_rows(0.265, 0.37, 0.495, 0.456, 0.515, 0.608, 0.775, 0.903, 1.078, 1.136, 1.301),
         0.029,
+    ),
+    "h100-kv8": Costs(
+        by_rows(0.258, 0.32, 0.385, 0.39, 0.411, 0.47, 0.528, 0.58, 0.62, 0.67, 0.717),
+        by_rows(0.258, 0.32, 0.398, 0.4, 0.435, 0.53, 0.584, 0.69, 0.777, 0.81, 0.893),
+        0.0155,
     ),
 }
 
@@ -126,6 +141,9 @@ class Policy:
     busy_first_batch: int = POLICIES["coarse"].busy_first_batch
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
+    slower: float = (
+        1.0  # kernels take so many times as long as alone: 1.08 to 1.16 under load, by the underruns (docs/load.md)
+    )
     crowd: int = 24  # of `Hold`
     hold_until_s: float = 0.235
     semantic_instances: int = 32
@@ -647,10 +665,10 @@ class Stream:
 
 
 async def listen(
-    policy: Policy, costs: Costs, clients: int, rate: float, duration_s: float, ramp_s: float, seed: int
+    policy: Policy, costs: Costs, clients: int, due_s: Sequence[float], duration_s: float, ramp_s: float
 ) -> dict[str, Any]:
     loop, heard = asyncio.get_running_loop(), list[Stream]()
-    server = Server(policy, costs)
+    server = Server(policy, costs.times(policy.slower))
 
     n_refused = 0
 
@@ -672,14 +690,8 @@ async def listen(
         await asyncio.sleep(start_s)
         await one()
 
-    if clients:
-        work = [spawn(client(ramp_s * i / clients)) for i in range(clients)]
-    else:
-        chance, due_s = random.Random(seed), list[float]()
-        while (next_s := (due_s[-1] if due_s else 0.0) + chance.expovariate(rate)) < duration_s:
-            due_s.append(next_s)
-        work = [spawn(stranger(start_s)) for start_s in due_s]
-    await asyncio.gather(*work)
+    listeners = [client(ramp_s * i / clients) for i in range(clients)] or [stranger(start_s) for start_s in due_s]
+    await asyncio.gather(*map(spawn, listeners))
     audio_s = len(heard) * N_SEMANTIC / SEMANTIC_HZ
     return {
         "requests": len(heard),
@@ -696,6 +708,23 @@ async def listen(
     }
 
 
+def arrivals(rate: float, duration_s: float, seed: int) -> list[float]:
+    """Of strangers, s."""
+    chance, due_s = random.Random(seed), list[float]()
+    while (next_s := (due_s[-1] if due_s else 0.0) + chance.expovariate(rate)) < duration_s:
+        due_s.append(next_s)
+    return due_s
+
+
+def recorded(path: Path) -> list[float]:
+    """When the requests of load_test.py's CSV were due, s. Raises SystemExit for another file."""
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if "due_s" not in (rows.fieldnames or ()):
+            raise SystemExit(f"{path} is no CSV of load_test.py: it has no column due_s")
+        return [float(row["due_s"]) for row in rows]
+
+
 def simulate(
     policy: Policy,
     costs: Costs,
@@ -704,11 +733,14 @@ def simulate(
     duration_s: float = 30.0,
     ramp_s: float = 4.0,
     seed: int = 0,
+    due_s: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """A row of load_test.py's kind, and what the stages did. clients: in a closed loop; 0: strangers at a rate a second."""
+    """A row of load_test.py's kind, and what the stages did. clients: in a closed loop; 0: strangers, who come when they are due, or at a
+    rate a second."""
     loop = VirtualLoop()
     try:
-        return loop.run_until_complete(listen(policy, costs, clients, rate, duration_s, ramp_s, seed))
+        due_s = due_s or arrivals(rate, duration_s, seed)
+        return loop.run_until_complete(listen(policy, costs, clients, due_s, duration_s, ramp_s))
     finally:
         for task in (left := asyncio.all_tasks(loop)):
             task.cancel()
@@ -735,6 +767,7 @@ def main() -> int:
     load = parser.add_mutually_exclusive_group(required=True)
     load.add_argument("--clients", type=int, default=0, help="in a closed loop")
     load.add_argument("--rate", type=float, default=1.0, help="requests a second, open loop")
+    load.add_argument("--arrivals", type=Path, metavar="CSV", help="open loop, as recorded by load_test.py")
     parser.add_argument("--duration", type=float, default=30.0, help="s; no request is sent later")
     parser.add_argument("--ramp", type=float, default=4.0, help="s; clients come in turn over so long")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
@@ -749,6 +782,7 @@ def main() -> int:
         options.duration,
         options.ramp,
         options.seed,
+        recorded(options.arrivals) if options.arrivals else (),
     )
     print(json.dumps(found))
     return 0

@@ -13,7 +13,7 @@ import pytest
 PERF = Path(__file__).resolve().parents[1] / "perf"
 sys.path.insert(0, str(PERF))
 
-from simulate_load import COSTS, Policy, policy_of, simulate  # noqa: E402
+from simulate_load import COSTS, Policy, policy_of, recorded, simulate  # noqa: E402
 
 INT8 = COSTS["h100-int8"]
 AT_ONCE = Policy(hop_s=0.0)  # calls of several streams don't wait for one another on their way
@@ -51,6 +51,17 @@ def test_dearer_steps_make_less_audio_and_the_same_arrivals_the_same_figures():
     cheap, again, dear = (simulate(Policy(), COSTS[name], **ask) for name in ("h100-int8", "h100-int8", "h100"))
     assert cheap == again and cheap["requests"] == dear["requests"]
     assert cheap["ttfa_ms_p50"] < dear["ttfa_ms_p50"]
+
+
+def test_recorded_arrivals_are_played_again_and_slower_kernels_are_heard(tmp_path):
+    path = tmp_path / "load.csv"
+    path.write_text("index,due_s,sent_s\n" + "".join(f"{i},{0.5 * i},9\n" for i in range(6)))
+    found = [simulate(Policy(slower=k), INT8, due_s=recorded(path)) for k in (1.0, 1.3)]
+    assert [row["requests"] for row in found] == [6, 6]
+    assert found[1]["ttfa_ms_p50"] > found[0]["ttfa_ms_p50"]
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match="no column due_s"):
+        recorded(path)
 
 
 def test_first_audio_comes_sooner_where_work_is_halted_for_it():
