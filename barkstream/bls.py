@@ -27,7 +27,7 @@ from barkstream.engines.open import CausalStageName, Spec, StageName
 from barkstream.export.codec_state import state_size
 from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
-from barkstream.pacing import Hold, Pacer, Player
+from barkstream.pacing import CANCEL_CHECK_S, Hold, Pacer, Player
 from barkstream.peers import Peers
 from barkstream.pipeline import NothingSaid, Pipeline, Speech, choose_voice
 from barkstream.sampling import Floats, Ints, Sampling
@@ -421,7 +421,7 @@ class Speaker:
             chunks = pipeline.stream(text, options, voice, key, speech, speakers)
             for index, chunk in enumerate(chunks):
                 if index == 0 and options.streaming:  # meanwhile the second chunk's coarse tokens are on their way
-                    time.sleep(self._hold.left_s(self._admission.n_live, time.monotonic() - admitted_at))
+                    self._hold_back(admitted_at, sender.is_cancelled)
                 if sender.is_cancelled():
                     raise Cancelled
                 sender.send(_speech_response(options.seed, chunk))
@@ -430,6 +430,13 @@ class Speaker:
                     self._metrics.first_chunk_s.observe(time.monotonic() - admitted_at)
         if options.return_prompt:
             sender.send(_speech_response(options.seed, np.zeros(0, np.float32), speech))
+
+    def _hold_back(self, admitted_at: float, is_cancelled: Callable[[], bool]) -> None:
+        """Before a first chunk, in a crowd; not for who has left."""
+        while left_s := self._hold.left_s(self._admission.n_live, time.monotonic() - admitted_at):
+            if is_cancelled():
+                return
+            time.sleep(min(left_s, CANCEL_CHECK_S))
 
     def _schedule_among(self, n_live: int) -> Schedule:
         """For a request that comes while so many are under way, itself included."""
