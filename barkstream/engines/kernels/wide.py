@@ -50,7 +50,7 @@ class _SharedMemory:
     def of(cls, size: GPTSize, bits: Bits, n_rows: int, scale_bytes: int) -> _SharedMemory:
         """As many stages as there is room for. scale_bytes: of the weights' scales."""
         unit_bytes, sums_bytes = size.width * bits.weights, N_WARPS * 4 * 8 * n_rows * 4
-        # A unit, or as many bytes of keys and values, and their scales: 2 of 4 bytes for each 128
+        # A unit; or as many bytes of keys and values, and behind them their scales: 4 bytes for each 64.
         stage_bytes = unit_bytes + (unit_bytes // 16 if bits.kv == 8 else 0)
         static_bytes = 1024 + 180 * n_rows  # `Shared` of wide.cu is no larger
         n_stages = min((MAX_SHARED_BYTES - static_bytes - sums_bytes - scale_bytes) // stage_bytes, MAX_STAGES)
