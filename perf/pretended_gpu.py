@@ -6,7 +6,7 @@
 tritonserver, the stages' models, the shared process with its workers and turns, and the load test are the real ones; only the
 engines sleep, for as long as a GPU took for Bark large, and say nothing (`pretended/pretended_engines.py`). So nothing here says
 how fast anything is: it says what a change in scheduling does at costs that were measured once, and how far it can be believed
-is in docs/load.md. Clips of 10 s with a preset, as on the GPU. Other options are load_test.py's. Table first; then, by stage,
+is in docs/load-history.md. Clips of 10 s with a preset, as on the GPU. Other options are load_test.py's. Table first; then, by stage,
 rows a batch and GPU milliseconds a second of audio; last line JSON.
 """
 

@@ -142,7 +142,7 @@ class Policy:
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
     slower: float = (
-        1.0  # kernels take so many times as long as alone: 1.08 to 1.16 under load, by the underruns (docs/load.md)
+        1.0  # kernels take so many times as long as alone; under load 1.08 to 1.16, by the underruns (docs/load.md)
     )
     crowd: int = 24  # of `Hold`
     hold_until_s: float = 0.235
