@@ -141,9 +141,7 @@ class Policy:
     busy_first_batch: int = POLICIES["coarse"].busy_first_batch
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
-    slower: float = (
-        1.0  # kernels take so many times as long as alone; under load 1.08 to 1.16, by the underruns (docs/load.md)
-    )
+    slower: float = 1.0  # under load kernels take 1.08 to 1.16 times as long as alone, by the underruns (docs/load.md)
     crowd: int = 24  # of `Hold`
     hold_until_s: float = 0.235
     semantic_instances: int = 32
