@@ -51,8 +51,10 @@ class Hold:
     """In a crowd a first chunk is sent no sooner than so long after its request, while the second is being made already. Whoever was
     served quickly has that much more in hand when the next come; whoever was not waits no longer."""
 
-    crowd: int  # streams live; with more
-    until_s: float  # with half as many again, or more; with fewer of them, so much less
+    crowd: int  # streams live, up to which nothing is held
+    until_s: (
+        float  # after its request, with half as many streams again, or more; with fewer, so much less in proportion
+    )
 
     def left_s(self, n_live: int, since_s: float) -> float:
         """Seconds for which a first chunk is to be held on, whose request came since_s ago."""

@@ -28,7 +28,7 @@ from barkstream.server import MODEL_REPOSITORY, Server  # noqa: E402
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="large")
-    parser.add_argument("--profile", default="cuda", help="cuda, cuda-int8, or default: the one for CPUs")
+    parser.add_argument("--profile", default="cuda", help="cuda, cuda-kv8, cuda-int8, or default: the one for CPUs")
     parser.add_argument(
         "--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="parameters of bark's profile"
     )

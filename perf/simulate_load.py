@@ -79,6 +79,8 @@ class Costs:
         return float(np.interp(n_rows, list(steps), list(steps.values())))
 
     def times(self, factor: float) -> Costs:
+        """All of them so many times as long."""
+
         def longer(cost: Any) -> Any:
             if isinstance(cost, dict):
                 return {n_rows: ms * factor for n_rows, ms in cost.items()}
