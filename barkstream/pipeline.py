@@ -11,7 +11,7 @@ from threading import Event
 
 import numpy as np
 
-from barkstream.ahead import Workers, ahead
+from barkstream.ahead import Ahead, Workers
 from barkstream.coarse import generate_coarse
 from barkstream.codec import decode_audio
 from barkstream.fine import Draws, fill_offline, generate_fine
@@ -193,12 +193,12 @@ class Pipeline:
                 semantic.ensure(layouts.semantic.max_new_tokens)  # a guard looks at all of it before any is said
                 if guard and guard.is_hopeless:
                     return
-            coarse = generate_coarse(
+            windows = generate_coarse(
                 semantic, voice, layouts.coarse, sampling, options.lookahead, schedule, stages, stream,
                 may_chain=nobody_waits.is_set, meanwhile=begin_draws,
             )  # fmt: skip
-            coarse = ahead(coarse, workers.coarse, schedule.coarse_ahead, may_go_ahead)
-            coarse = _collect(coarse, said.coarse)
+            upcoming = Ahead(windows, workers.coarse, schedule.coarse_ahead, may_go_ahead)
+            coarse = _collect(upcoming, said.coarse)
             if asked.is_last:
                 coarse = _then(coarse, partial(asked.slots.free_soon, workers.coarse))
             if options.streaming:
@@ -208,7 +208,9 @@ class Pipeline:
             else:
                 codes = self._offline(coarse, voice, asked.seed, options.fine_temperature, schedule)
             for chunk in decode_audio(_collect(codes, said.fine), stages):
-                nobody_waits.set()
+                if not nobody_waits.is_set():
+                    nobody_waits.set()
+                    upcoming.begin()  # before this chunk is sent, for it may be held
                 yield chunk
         said.semantic.append(semantic.tokens)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_stages import FakeStages
 
 from barkstream.coarse import generate_coarse
 from barkstream.engines import Row
@@ -135,6 +136,32 @@ def test_a_chunk_sees_the_same_however_much_has_come(pipeline, voices, n_piece):
     expected, expected_windows, _ = fill(pipeline, schedule, coarse, n_piece=7)
     assert windows == expected_windows
     np.testing.assert_array_equal(codes, expected)
+
+
+def test_the_second_window_is_under_way_while_the_first_chunk_is_held(pipeline, voices):
+    """Not before that chunk is made, and not only when somebody asks for the next one."""
+    positions, is_second = [], threading.Event()
+
+    class Watched(FakeStages):
+        def coarse(self, prefix, n_tokens, position, *more):
+            positions.append(position)
+            if position == 60:
+                is_second.set()
+            return super().coarse(prefix, n_tokens, position, *more)
+
+        def codec(self, codes, state):
+            if positions == [0]:
+                assert not is_second.wait(0.1)
+            return super().codec(codes, state)
+
+    schedule = replace(
+        pipeline.schedule, ahead_at_once=False, coarse_ahead=1, chunk_frames=(29, 60), fine_lookahead=(1,)
+    )
+    cut = replace(pipeline, stages=Watched(pipeline.checkpoint), schedule=schedule)
+    chunks = cut.stream(TEXT, SpeechOptions.parse({"seed": 5}), voices["heart_0"])
+    next(chunks)
+    assert is_second.wait(10)
+    chunks.close()
 
 
 def test_chunks_grow_as_scheduled(pipeline, voices):
