@@ -39,6 +39,7 @@ from barkstream.engines.turns import HURRIED as MOST_HURRIED  # noqa: E402
 from barkstream.engines.workers import (  # noqa: E402
     BUSY,
     COMFORTABLE_S,
+    CROWDED,
     FEW,
     FIRST,
     HURRIED,
@@ -133,6 +134,7 @@ class Policy:
     company: int = POLICIES["coarse"].company  # of the causal stages
     semantic_patience_s: float = POLICIES["semantic"].patience_s
     coarse_patience_s: float = POLICIES["coarse"].patience_s
+    semantic_old_s: float = POLICIES["semantic"].old_s
     # Work that runs is halted for listeners without audio: 1 when they call, 2 when what they call for is launched, 0 never.
     halts: int = 2
     halt_lead_s: float = 0.0005  # so long before it is launched, as prefills make it
@@ -141,6 +143,7 @@ class Policy:
     first_batch: int = POLICIES["coarse"].first_batch
     busy: int = BUSY  # streams live
     busy_first_batch: int = POLICIES["coarse"].busy_first_batch
+    crowded: int = CROWDED  # the same: second windows rank as first ones
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
     slower: float = 1.0  # under load kernels take 1.08 to 1.16 times as long as alone, by the underruns (docs/load.md)
@@ -171,6 +174,9 @@ class Policy:
 
     def instances(self, stage: str) -> int:
         return getattr(self, f"{stage}_instances")
+
+    def old_s(self, stage: str) -> float:
+        return self.semantic_old_s if stage == "semantic" else POLICIES[stage].old_s
 
     def patience_s(self, stage: str) -> float:
         return getattr(self, f"{stage}_patience_s", POLICIES[stage].patience_s)
@@ -388,7 +394,13 @@ class Gpu:
             early_s = max(early_s, self._kept_until_s - now_s)
         return max(0.0, early_s)
 
+    def _hurry_old(self, stage: str) -> None:
+        for call in self._waiting[stage]:
+            if call.rank == REST and self._loop.time() - call.since_s >= self._policy.old_s(stage):
+                call.rank = HURRIED
+
     def _urgency(self, stage: str) -> int:
+        self._hurry_old(stage)
         calls, policy = self._waiting[stage], POLICIES[stage]
         if (rank := min(call.rank for call in calls)) < REST:
             return AT_ONCE if rank <= FIRST else policy.hurried
@@ -455,6 +467,7 @@ class Gpu:
         run.end = self._loop.call_at(run.over_s, self._end, run)
 
     def _batch(self, stage: str) -> list[Call]:
+        self._hurry_old(stage)
         calls = self._waiting[stage]
         if stage in ("codec", "fine"):
             return sorted(calls, key=lambda call: (call.rank, call.since_s))[: MAX_BATCH[stage]]
@@ -658,6 +671,9 @@ class Stream:
         if stage in self._server.gpu.known:
             self._server.gpu.known[stage].add(self)
         rank = POLICIES[stage].first if not self.is_heard else HURRIED if is_hurried else REST
+        is_crowded = stage in self._server.gpu.known and len(self._server.gpu.known[stage]) >= self._policy.crowded
+        if rank == HURRIED and POLICIES[stage].is_second_first and is_crowded:
+            rank = FIRST
         await self._server.infer(Call(stage, self, n_tokens, position, rank, is_new, n_windows))
 
     def _is_anybody_needy(self) -> bool:

@@ -11,7 +11,18 @@ import pytest
 
 from barkstream.engines import Chain, Generation, Row, Window
 from barkstream.engines.turns import AT_ONCE, FOLLOW_S, HEAD_START_S, LONE, Launch, Turns
-from barkstream.engines.workers import BUSY, COMFORTABLE_S, FIRST, HURRIED, LAST, POLICIES, REST, CausalWorker, Worker
+from barkstream.engines.workers import (
+    BUSY,
+    COMFORTABLE_S,
+    CROWDED,
+    FIRST,
+    HURRIED,
+    LAST,
+    POLICIES,
+    REST,
+    CausalWorker,
+    Worker,
+)
 from barkstream.sampling import Sampling
 
 LONG_S = 5.0
@@ -295,6 +306,21 @@ def test_who_is_hurried_goes_along_with_a_first_semantic_call_and_nobody_else(st
     engine.let()
 
 
+def test_a_semantic_call_that_has_waited_for_long_is_hurried_and_an_offline_one_is_not(stage):
+    """Newcomers one after the other would have all turns, and semantic rows do not go along with their first calls."""
+    engine, worker = stage(Turns(), "semantic")
+    with worker._turns.turn(lambda: 0):
+        answers = worker.submit([row(stream=2), row(768, stream=3), row(stream=4)])
+        for each in worker._waiting[:2]:
+            each.since_s -= POLICIES["semantic"].old_s
+        assert worker._lowest_rank() == HURRIED
+        worker.submit([row(46, stream=1, position=0)])
+    engine.begun(1)
+    assert [stream for stream, _ in engine.batches[0]] == [1, 2]
+    engine.let()
+    assert len(answers[0].result(LONG_S).tokens) == 60
+
+
 def test_a_later_sentence_halts_nobody_who_is_hurried(stage):
     turns = Turns()
     engine, worker = stage(turns)
@@ -313,6 +339,22 @@ def test_a_later_sentence_halts_nobody_who_is_hurried(stage):
     engine.begun(3)
     assert engine.n_halts == 1
     engine.let()
+
+
+@pytest.mark.parametrize("n_others", [CROWDED - 2, CROWDED - 1])
+def test_in_a_crowd_a_second_window_is_as_urgent_as_a_first_but_not_a_later_sentences(stage, n_others):
+    _, worker = stage(Turns())
+    for stream in range(2, 2 + n_others):
+        worker._began_s[stream] = time.monotonic()
+    worker.submit([row(stream=1, position=0)])
+    is_crowded = n_others + 1 >= CROWDED
+    assert worker._rank(row(stream=1, position=60)) == (FIRST if is_crowded else HURRIED)
+    assert worker._rank(row(stream=1, position=120)) == REST
+    worker.submit([row(stream=1, position=0)])
+    assert [worker._rank(row(stream=1, position=position)) for position in (0, 60)] == [HURRIED, HURRIED]
+    worker.drop(1)
+    assert worker._rank(row(stream=1, position=0)) == FIRST
+    assert not worker._later
 
 
 def test_semantic_rows_of_others_do_not_go_along_with_a_first_call(stage):

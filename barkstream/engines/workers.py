@@ -31,6 +31,7 @@ PIECES = 60, 30, 15, 10
 LAST, FIRST, HURRIED, REST = range(4)
 COMFORTABLE_S = 1.5  # who has more made that has not been played does not go along with those
 BUSY = 24  # with so many streams known everybody does, and more rows
+CROWDED = 28  # with so many a second window is as urgent as a first: first chunks are held (pacing.py), and it is the second that is late
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
 TIGHT_BATCH_S = 0.1  # than what takes so long for half a window, or this many rows:
 FEW = 4
@@ -76,8 +77,10 @@ class Policy(Generic[Call]):
     busy_first_batch: int = 12  # the same with BUSY streams: first audio comes later, and more is made
     # Whether only hurried rows go along. (None did, and where newcomers came one after the other, those before them ran dry.)
     is_first_for_hurried: bool = False
+    is_second_first: bool = False  # whether a sentence's second call ranks as FIRST while CROWDED streams are known
     company: int = 1  # calls that need wait no longer
     patience_s: float = 0.0  # nor does one that has waited so long
+    old_s: float = math.inf  # one of a listener that has waited so long is hurried
     is_followed: bool = True  # a hurried call's listener calls another stage next
     # Who does not wait for company either: whom somebody will soon wait for, and, behind all who are hurried, who is longer than any
     # call that is listened to.
@@ -131,6 +134,7 @@ POLICIES: dict[str, Policy[Any]] = {
         is_first_for_hurried=True,
         company=16,
         patience_s=0.15,
+        old_s=0.2,
         is_long=lambda row: row.n_tokens > LISTENED_TO,
     ),
     "coarse": Policy(
@@ -139,6 +143,7 @@ POLICIES: dict[str, Policy[Any]] = {
         hurried=2,
         urgency=4,
         busy_first_batch=16,
+        is_second_first=True,
         company=16,
         patience_s=0.3,
         is_soon=lambda row: row.position <= SOON or row.chain is not None,
@@ -271,6 +276,7 @@ class Worker(Generic[Call, Result]):
         with self._changed:
             if not self._waiting:
                 return LONE
+            self._hurry_old()
             rank = min(each.rank for each in self._waiting)
             if rank < REST:
                 return AT_ONCE if rank <= FIRST else policy.hurried
@@ -282,9 +288,17 @@ class Worker(Generic[Call, Result]):
             is_long = any(policy.is_long(each.call) for each in self._waiting)
         return max(policy.urgency, UNHURRIED) if is_long else LONE
 
+    def _hurry_old(self) -> None:
+        """Where newcomers come one after the other, calls that are in no hurry would wait for as long as they do."""
+        old_s, now_s = self._policy.old_s, time.monotonic()
+        for each in self._waiting:
+            if each.rank == REST and now_s - each.since_s >= old_s and not self._policy.is_long(each.call):
+                each.rank = HURRIED
+
     def _lowest_rank(self) -> int:
         """Of those who wait."""
         with self._changed:
+            self._hurry_old()
             return min((each.rank for each in self._waiting), default=REST)
 
     def _company(self) -> int:
@@ -360,6 +374,7 @@ class CausalWorker(Worker[Row, Generation]):
         self._step_s, self._prefill_s = functools.cache(step_s), functools.cache(prefill_s)
         self._rate_hz, self._has_begun = rate_hz, has_begun
         self._began_s: dict[int, float] = {}  # when a stream's latest sentence did
+        self._later: set[int] = set()  # streams whose latest sentence is not their first
         # A stream's ids when its latest piece was over: a call that goes on from there needs no prefill.
         self._held: dict[int, int] = {}
         self._n_piece = 0  # tokens of the piece under way
@@ -374,17 +389,23 @@ class CausalWorker(Worker[Row, Generation]):
         with self._changed:
             ranks = [self._rank(row) for row in rows]
             for row in rows:
-                if (
-                    row.position == 0 or row.stream not in self._began_s
-                ):  # the latter: this process is younger than the sentence
+                is_known = row.stream in self._began_s
+                if row.position == 0 or not is_known:  # the latter: this process is younger than the sentence
                     self._began_s[row.stream] = now_s - row.position / self._rate_hz
+                if row.position == 0 and is_known:
+                    self._later.add(row.stream)
         return self._submit(rows, ranks)
 
     def _rank(self, row: Row) -> int:
         rank = self._policy.rank(row)
         if row.n_tokens <= LISTENED_TO and not self._has_begun(row.stream):
             rank = min(rank, HURRIED)  # without a preset the first window waits for four calls
-        return max(rank, HURRIED) if row.stream in self._began_s else rank
+        if row.stream not in self._began_s:
+            return rank
+        is_crowded = self._policy.is_second_first and len(self._began_s) >= CROWDED
+        if rank == HURRIED and is_crowded and row.position and row.stream not in self._later:
+            return FIRST
+        return max(rank, HURRIED)
 
     def knows(self, stream: int) -> bool:
         """Whether calls of the stream have come, and it is not over."""
@@ -424,9 +445,11 @@ class CausalWorker(Worker[Row, Generation]):
         for stream in streams:
             self._held.pop(stream, None)
             self._began_s.pop(stream, None)
+            self._later.discard(stream)
 
     def _next_batch(self) -> list[_Pending[Row, Generation]]:
         with self._changed:
+            self._hurry_old()
             self._under_way = self._together(self._waiting)
             chosen = set(self._under_way)
             self._waiting = [each for each in self._waiting if each not in chosen]
