@@ -606,7 +606,7 @@ class Stream:
                     room.release()
             n_chunk = min(n_chunk, total - n_done)
             await self._call("fine", is_hurried=n_seen <= 96)
-            await self._call("codec", is_hurried=n_chunk <= 60)
+            await self._call("codec", is_hurried=n_chunk <= 60, is_second=n_chunk <= 30)
             if not index:
                 self.is_heard = True
                 room.release()
@@ -665,6 +665,7 @@ class Stream:
         is_hurried: bool = False,
         is_new: bool = False,
         n_windows: int = 1,
+        is_second: bool = False,
     ) -> None:
         while (excess_s := self.lead_s - self._policy.pace_lead_s) > 0 and self._is_anybody_needy():
             await asyncio.sleep(min(max(excess_s, 1e-6), 0.01))
@@ -672,7 +673,7 @@ class Stream:
             self._server.gpu.known[stage].add(self)
         rank = POLICIES[stage].first if not self.is_heard else HURRIED if is_hurried else REST
         is_crowded = stage in self._server.gpu.known and len(self._server.gpu.known[stage]) >= self._policy.crowded
-        if rank == HURRIED and POLICIES[stage].is_second_first and is_crowded:
+        if rank == HURRIED and (is_second or (POLICIES[stage].is_second_first and is_crowded)):
             rank = FIRST
         await self._server.infer(Call(stage, self, n_tokens, position, rank, is_new, n_windows))
 

@@ -222,7 +222,7 @@ def window(n_frames, n_before, n_asked=None):
 def test_ranks():
     chain = Chain(np.zeros((1, 257), np.int32), np.array([[60, 630]], np.int32))
     chunks = [(np.zeros((8, n), np.int32), np.full(9, state, np.float32)) for n, state in CHUNKS]
-    assert [POLICIES["codec"].rank(chunk) for chunk in chunks] == [LAST, HURRIED, HURRIED, HURRIED, REST, REST]
+    assert [POLICIES["codec"].rank(chunk) for chunk in chunks] == [LAST, FIRST, HURRIED, HURRIED, REST, REST]
     ranks = [POLICIES["fine"].rank(window(256, 256 - n)) for n in (30, 33, 66, 126)]
     assert ranks == [FIRST, HURRIED, HURRIED, REST]
     without_preset = [window(256, n_before, n_asked) for n_before, n_asked in ((0, 30), (27, 33), (54, 66), (114, 66))]

@@ -31,7 +31,7 @@ PIECES = 60, 30, 15, 10
 LAST, FIRST, HURRIED, REST = range(4)
 COMFORTABLE_S = 1.5  # who has more made that has not been played does not go along with those
 BUSY = 24  # with so many streams known everybody does, and more rows
-CROWDED = 28  # with so many a second window is as urgent as a first: first chunks are held (pacing.py), and it is the second that is late
+CROWDED = 36  # with so many a second window is as urgent as a first: first chunks are held (pacing.py), and it is the second that is late
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
 TIGHT_BATCH_S = 0.1  # than what takes so long for half a window, or this many rows:
 FEW = 4
@@ -73,6 +73,8 @@ class Policy(Generic[Call]):
     hurried: int  # urgency with such a call
     urgency: int  # without, but with company
     first: int = FIRST  # or LAST: rank of those
+    # The last call before a listener's second chunk, which is due soon, takes next to nothing and ranks as FIRST.
+    is_second: Callable[[Call], bool] = lambda call: False
     first_batch: int = 12  # rows of a batch with such a call, others that are such aside: with more it takes longer
     busy_first_batch: int = 12  # the same with BUSY streams: first audio comes later, and more is made
     # Whether only hurried rows go along. (None did, and where newcomers came one after the other, those before them ran dry.)
@@ -89,7 +91,9 @@ class Policy(Generic[Call]):
 
     def rank(self, call: Call) -> int:
         """LAST, FIRST, HURRIED or REST."""
-        return self.first if self.is_first(call) else HURRIED if self.is_hurried(call) else REST
+        if self.is_first(call):
+            return self.first
+        return FIRST if self.is_second(call) else HURRIED if self.is_hurried(call) else REST
 
 
 def n_asked(window: Window | Windows) -> int:
@@ -110,6 +114,7 @@ POLICIES: dict[str, Policy[Any]] = {
         hurried=0,
         urgency=1,
         first=LAST,
+        is_second=lambda chunk: chunk[0].shape[1] <= 30,
         company=4,
         patience_s=0.03,
         is_followed=False,
