@@ -146,7 +146,7 @@ class Policy:
     crowded: int = CROWDED  # the same: second windows rank as first ones
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
-    slower: float = 1.0  # under load kernels take 1.04 to 1.09 times as long as alone, by what H100s said (docs/load.md)
+    slower: float = 1.0  # under load kernels take 1.04 to 1.09 times as long as alone, to say what H100s do
     crowd: int = 24  # of `Hold`
     hold_until_s: float = 0.235
     semantic_instances: int = 32
