@@ -143,7 +143,7 @@ class Policy:
     first_batch: int = POLICIES["coarse"].first_batch
     busy: int = BUSY  # streams live
     busy_first_batch: int = POLICIES["coarse"].busy_first_batch
-    crowded: int = CROWDED  # the same: second windows rank as first ones
+    crowded: int = CROWDED  # streams live; with as many second windows rank as first ones
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
     slower: float = 1.0  # under load kernels take 1.04 to 1.09 times as long as alone, to say what H100s do

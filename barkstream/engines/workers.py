@@ -73,7 +73,7 @@ class Policy(Generic[Call]):
     hurried: int  # urgency with such a call
     urgency: int  # without, but with company
     first: int = FIRST  # or LAST: rank of those
-    # The last call before a listener's second chunk, which is due soon, takes next to nothing and ranks as FIRST.
+    # The last call before a listener's second chunk, which is due soon: it takes next to nothing, and ranks as FIRST.
     is_second: Callable[[Call], bool] = lambda call: False
     first_batch: int = 12  # rows of a batch with such a call, others that are such aside: with more it takes longer
     busy_first_batch: int = 12  # the same with BUSY streams: first audio comes later, and more is made
@@ -103,10 +103,10 @@ def n_asked(window: Window | Windows) -> int:
 
 
 # Short work goes first, then what a sentence begins with, then the rest. Chunks and their look-ahead grow, so short ones belong to a
-# listener who has little in hand (in the cuda profile: the first three of a sentence, and its end), the shortest windows, and chunks
-# with nothing before them, to one who has no audio yet. Semantic calls are made 60 tokens (1.2 s of speech) ahead; whoever asks for
-# more at once does not stream. Two windows are a beginning: the first chunk, which takes one, plays for .4 s, and by then the second
-# must be there.
+# listener who has little in hand (in the cuda profile: the first three of a sentence, and its end; of up to 30 frames the first two, and
+# perhaps its end), the shortest windows, and chunks with nothing before them, to one who has no audio yet. Semantic calls are made 60
+# tokens (1.2 s of speech) ahead; whoever asks for more at once does not stream. Two windows are a beginning: the first chunk, which takes
+# one, plays for .4 s, and by then the second must be there.
 POLICIES: dict[str, Policy[Any]] = {
     "codec": Policy(
         lambda chunk: chunk[0].shape[1] <= 30 and not chunk[1].any(),
