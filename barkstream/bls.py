@@ -25,6 +25,7 @@ from barkstream.engines import Chain, Chunk, Generation, Row, Window, Windows, c
 from barkstream.engines.hosted import HostedStage, OwnStage, sockets_folder
 from barkstream.engines.open import CausalStageName, Spec, StageName
 from barkstream.export.codec_state import state_size
+from barkstream.garbage import spare_what_is_here
 from barkstream.metrics import REQUEST, SPEAKER, SpeakerMetrics, StageMetrics
 from barkstream.options import BadRequest, Schedule, SpeechOptions
 from barkstream.pacing import CANCEL_CHECK_S, Hold, Pacer, Player
@@ -350,6 +351,7 @@ class Speaker:
         lead_s = _opened(_seconds, "pace_lead_s", parameters.get("pace_lead_s", "inf"))
         self._pacers = [Pacer(lead_s, peers=self._peers, gpu=gpu) for gpu in range(n)]
         self._metrics = SpeakerMetrics(pb_utils.MetricFamily)
+        spare_what_is_here()
 
     def submit(self, request: Any) -> None:
         """Start on a request, or refuse it at once when max_streams are under way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from math import prod
 
@@ -38,6 +39,7 @@ def state_parts(layout: CodecLayout) -> list[Part]:
     return [part for part in parts if part.size]
 
 
+@functools.cache
 def state_size(layout: CodecLayout) -> int:
     """N of the graph's `state` [B, N]. All zeros start a stream."""
     return sum(part.size for part in state_parts(layout))

@@ -13,7 +13,7 @@ from barkstream.engines.cuda_codec import CodecEngine, Decoder  # noqa: E402
 from barkstream.engines.cuda_fine import FineEngine  # noqa: E402
 from barkstream.engines.kernels.graphs import capture  # noqa: E402
 from barkstream.engines.kernels.lstm import Lstm  # noqa: E402
-from barkstream.engines.transfers import clear, download, download_all, upload  # noqa: E402
+from barkstream.engines.transfers import Inputs, clear, download, download_all, upload  # noqa: E402
 from barkstream.export.codec_state import state_size  # noqa: E402
 from barkstream.tokens import CodecLayout, FineLayout, GPTSize  # noqa: E402
 
@@ -153,6 +153,23 @@ def test_what_is_laid_out_otherwise_or_of_another_type_arrives_too():
     tensor = upload(array)
     clear(tensor)
     assert not tensor.any()
+
+
+def test_inputs_that_lie_together_are_sent_by_one_copy():
+    inputs = Inputs(ids=((3, 5), torch.int32), draws=((7,), torch.float32), mask=((2, 1, 1, 9), torch.bool))
+    random = np.random.default_rng()
+    sent = dict(
+        ids=random.integers(0, 99, (3, 5)), draws=random.random(7, np.float32), mask=random.random((2, 1, 1, 9)) < 0.5
+    )
+
+    def fill(arrays):
+        for name, array in sent.items():
+            arrays[name][...] = array
+
+    assert not any(inputs[name].any() for name in sent)
+    inputs.send(fill)
+    for name, array in sent.items():
+        assert np.array_equal(inputs[name].cpu().numpy(), array)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ class Row:
         n_positions = len(self.ids) + self.n_whole - 1
         if not len(self.ids) or n_positions > size.block_size:
             raise ValueError(f"prefix and new tokens must take 1 to {size.block_size} positions, got {n_positions}")
-        if self.ids.min() < 0 or self.ids.max() > size.n_input_ids:
+        if int(self.ids.view(np.uint32).max()) > size.n_input_ids:  # one below 0 is a large one
             raise ValueError(
                 f"prefix ids must be 0 to {size.n_input_ids - 1}, got {self.ids.min()} to {self.ids.max()}"
             )
@@ -102,13 +102,14 @@ class Row:
 
     def piece(self, n: int) -> Row:
         """At most n tokens of it, and none of another window: what an engine is given."""
-        return replace(self, n_tokens=min(n, self.n_whole), chain=None)
+        return Row(self.ids, min(n, self.n_whole), self.position, self.sampling, self.stream)
 
     def ids_with(self, tokens: Ints) -> Ints:
         """The prefix [S + n, C] that this row and n tokens drawn after it make."""
-        drawn = np.repeat(self.ids[-1:], len(tokens), axis=0)
-        drawn[:, 0] = tokens
-        return np.concatenate([self.ids, drawn])
+        n = len(self.ids)
+        ids = np.empty((n + len(tokens), self.ids.shape[1]), self.ids.dtype)
+        ids[:n], ids[n:], ids[n:, 0] = self.ids, self.ids[-1], tokens
+        return ids
 
     def after(self, tokens: Ints) -> Row:
         """What is left of the row's call once these tokens [n] are drawn: the next window, where one is whole."""
@@ -117,7 +118,7 @@ class Row:
         n, ids, chain = len(tokens), self.ids_with(tokens), self.chain
         if chain and n == self.n_whole:
             ids, chain = chain.next_ids(ids), chain.behind
-        return replace(self, ids=ids, n_tokens=self.n_tokens - n, position=self.position + n, chain=chain)
+        return Row(ids, self.n_tokens - n, self.position + n, self.sampling, self.stream, chain)
 
 
 @dataclass(frozen=True)

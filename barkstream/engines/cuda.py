@@ -272,13 +272,12 @@ class CudaEngine:
         return lambda: (tokens(), results())
 
     def _arguments(self, row: Row, slot: GpuSlot) -> RowArguments:
-        ids = [*row.ids[-1], self.size.n_input_ids][:2]
         return RowArguments(
             seed=row.sampling.seed % (1 << 64),
             slot=slot.index,
             length=len(row.ids) - 1,
             position=row.position,
-            ids=tuple(int(i) for i in ids),
+            ids=tuple([*row.ids[-1].tolist(), self.size.n_input_ids][:2]),
             n_tokens=row.n_tokens,
             top_k=row.sampling.top_k,
             temperature=row.sampling.temperature,
@@ -291,7 +290,7 @@ class CudaEngine:
         positions = np.array([[row.position] for row in rows]) + np.arange(max(row.n_tokens for row in rows))
         books = positions % self.head.n_codebooks
         ids = (self.head.first_id + books * self.head.size + tokens[:, : books.shape[1]]).astype(np.int32)
-        return [Generation(ids[i, :n], reason == ENDED) for i, (n, reason) in enumerate(results)]
+        return [Generation(ids[i, :n], reason == ENDED) for i, (n, reason) in enumerate(results.tolist())]
 
 
 class _Pieces:

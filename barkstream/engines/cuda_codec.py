@@ -15,10 +15,12 @@ from barkstream.engines import Chunk, check_chunk
 from barkstream.engines.kernels.graphs import capture
 from barkstream.engines.kernels.lstm import Lstm
 from barkstream.engines.kernels.weights import read_initializers
-from barkstream.engines.transfers import download, download_all, upload
+from barkstream.engines.transfers import Inputs, download, download_all, upload
 from barkstream.export.codec_state import state_parts, state_size
 from barkstream.sampling import Floats, Ints
 from barkstream.tokens import CodecLayout
+
+Decoded = Callable[[], list[tuple[Floats, Floats]]]  # waits for each chunk's samples and next state
 
 
 class CodecEngine:
@@ -54,23 +56,32 @@ class CodecEngine:
         """
         return self.start(chunks)()
 
-    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[tuple[Floats, Floats]]]:
+    def start(self, chunks: Sequence[Chunk]) -> Decoded:
         """`decode`: launches, and returns what waits for the results. Raises ValueError for a chunk that does not fit."""
         for chunk in chunks:
             check_chunk(chunk, self.layout)
-        states = np.stack([state for _, state in chunks])
-        if batch := self._batch_of([codes for codes, _ in chunks]):
-            return batch.start(np.stack([codes for codes, _ in chunks]), states)
-        return self._start_in_pieces(chunks, list(upload(states)))
+        of_length: dict[int, list[int]] = defaultdict(list)
+        for i, (codes, _) in enumerate(chunks):
+            of_length[codes.shape[1]].append(i)
+        launched: list[tuple[list[int], Decoded]] = []
+        others: list[int] = []
+        for n_frames, members in of_length.items():
+            if batch := self._batches.get(_shape(len(members), n_frames)):
+                launched.append((members, batch.start([chunks[i] for i in members])))
+            else:
+                others += members
+        if others:
+            launched.append((others, self._start_in_pieces([chunks[i] for i in others])))
 
-    def _batch_of(self, codes: Sequence[Ints]) -> _Batch | None:
-        """For codes that go at once: of one length for which there is a graph. All but a sentence's last chunk usually are."""
-        is_of_one_length = len({each.shape[1] for each in codes}) == 1
-        return self._batches.get(_shape(len(codes), codes[0].shape[1])) if is_of_one_length else None
+        def finish() -> list[tuple[Floats, Floats]]:
+            decoded = {i: each for members, wait in launched for i, each in zip(members, wait(), strict=True)}
+            return [decoded[i] for i in range(len(chunks))]
 
-    def _start_in_pieces(
-        self, chunks: Sequence[Chunk], states: list[Tensor]
-    ) -> Callable[[], list[tuple[Floats, Floats]]]:
+        return finish
+
+    def _start_in_pieces(self, chunks: Sequence[Chunk]) -> Decoded:
+        """Chunks of lengths that there are no graphs for: usually a sentence's last."""
+        states = list(upload(np.stack([state for _, state in chunks])))
         # Of each chunk's pieces: what waits for a batch's samples, and which of its rows is the piece's
         heard: list[list[tuple[Callable[[], Floats], int]]] = [[] for _ in chunks]
         left = {i: self._pieces(codes) for i, (codes, _) in enumerate(chunks)}
@@ -219,22 +230,30 @@ class _Batch:
 
     def __init__(self, decoder: Decoder, n_rows: int, n_frames: int):
         layout = decoder.layout
-        self.codes = torch.zeros(n_rows, layout.n_codebooks, n_frames, dtype=torch.int32, device="cuda")
-        self.states = torch.zeros(n_rows, state_size(layout), device="cuda")
+        self._inputs = Inputs(
+            codes=((n_rows, layout.n_codebooks, n_frames), torch.int32),
+            states=((n_rows, state_size(layout)), torch.float32),
+        )
+        self.codes, self.states = self._inputs["codes"], self._inputs["states"]
         with torch.inference_mode():
             self.graph = capture(lambda: self._decode(decoder))
 
     def _decode(self, decoder: Decoder) -> None:
         self.audio, self.next_states = decoder(self.codes, self.states)
 
-    def start(self, codes: Ints, states: Floats) -> Callable[[], list[tuple[Floats, Floats]]]:
-        """What is returned waits for each row's samples and next state. Rows beyond those given decode what lies there from before.
+    def start(self, chunks: Sequence[Chunk]) -> Decoded:
+        """What is returned waits for each row's samples and next state. Rows beyond those given decode zeros.
 
         No copy on the GPU, each of which would let go of Python: the other stages wait for it.
         """
-        n_rows = len(codes)
-        upload(codes, self.codes[:n_rows])
-        upload(states, self.states[:n_rows])
+        n_rows = len(chunks)
+
+        def fill(inputs: dict[str, np.ndarray]) -> None:
+            for i, (codes, state) in enumerate(chunks):
+                inputs["codes"][i], inputs["states"][i] = codes, state
+            inputs["codes"][n_rows:], inputs["states"][n_rows:] = 0, 0.0
+
+        self._inputs.send(fill)
         self.graph.replay()
         samples, next_states = download_all(self.audio[:n_rows], self.next_states[:n_rows])
         return lambda: list(zip(samples(), next_states(), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_int, c_void_p
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from barkstream.engines import Window
-from barkstream.engines.kernels import build
+from barkstream.engines.kernels import build, current_stream
 from barkstream.engines.kernels.attention import Attention
 from barkstream.engines.kernels.batched import NORM_ROWS
 from barkstream.engines.kernels.graphs import capture
 from barkstream.engines.kernels.products import add_product, gelu_of_product, product
 from barkstream.engines.kernels.weights import read_onnx
-from barkstream.engines.transfers import download, upload
+from barkstream.engines.transfers import Inputs, download
 from barkstream.sampling import Ints
 from barkstream.tokens import FineLayout
 
@@ -162,7 +163,7 @@ class FineEngine:
 
     def _launch(self, name: str, n_blocks: int, *arguments: Tensor | int, block: int = THREADS) -> None:
         passed = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int(a) for a in arguments]
-        self._kernels[name].launch((n_blocks, 1, 1), block, passed, torch.cuda.current_stream().cuda_stream)
+        self._kernels[name].launch((n_blocks, 1, 1), block, passed, current_stream())
 
 
 class _Batch:
@@ -171,36 +172,39 @@ class _Batch:
     def __init__(self, layout: FineLayout, n_rows: int, n_frames: int, are_whole: bool):
         """are_whole: every window has n_frames frames. Attention is faster without a mask."""
         self.layout, self.n_rows, self.n_frames, self.n_tokens = layout, n_rows, n_frames, n_rows * n_frames
-        self.codes = torch.zeros(n_rows, layout.n_codebooks, n_frames, dtype=torch.int32, device="cuda")
-        self.uniforms = torch.zeros(n_rows, layout.n_codebooks - layout.n_given, n_frames, device="cuda")
-        self.temperatures = torch.ones(n_rows, device="cuda")
-        self.fill_from = torch.zeros(n_rows, dtype=torch.int32, device="cuda")
-        self.n_valid = torch.full((n_rows,), n_frames, dtype=torch.int32, device="cuda")
+        self._inputs = Inputs(
+            codes=((n_rows, layout.n_codebooks, n_frames), torch.int32),
+            uniforms=((n_rows, layout.n_codebooks - layout.n_given, n_frames), torch.float32),
+            temperatures=((n_rows,), torch.float32),
+            fill_from=((n_rows,), torch.int32),
+            n_valid=((n_rows,), torch.int32),
+            **({} if are_whole else {"mask": ((n_rows, 1, 1, n_frames), torch.bool)}),
+        )
+        self.codes, self.uniforms = self._inputs["codes"], self._inputs["uniforms"]
+        self.temperatures = self._inputs["temperatures"]
+        self.fill_from, self.n_valid = self._inputs["fill_from"], self._inputs["n_valid"]
+        self.mask = None if are_whole else self._inputs["mask"]
         self.work: Callable[[], None] = lambda: None
-        self.mask = None if are_whole else torch.ones(n_rows, 1, 1, n_frames, dtype=torch.bool, device="cuda")
+        self._inputs.send(partial(self._fill, []))
 
     def start(self, windows: Sequence[Window]) -> Callable[[], Ints]:
         """What is returned waits for filled codes [B, K, T], padding included."""
-        codes = np.full(tuple(self.codes.shape), self.layout.unknown, np.int32)
-        uniforms = np.zeros(tuple(self.uniforms.shape), np.float32)
-        n_valid = np.full(self.n_rows, 1, np.int32)
-        fill_from, temperatures = np.full(self.n_rows, self.n_frames, np.int32), np.ones(self.n_rows, np.float32)
+        self._inputs.send(partial(self._fill, windows))
+        self.work()
+        return download(self.codes)
+
+    def _fill(self, windows: Sequence[Window], inputs: dict[str, np.ndarray]) -> None:
+        """Rows without a window have one frame that is known, and none to fill."""
+        codes, uniforms, n_valid = inputs["codes"], inputs["uniforms"], inputs["n_valid"]
+        n_valid[:], inputs["fill_from"][:], inputs["temperatures"][:] = 1, self.n_frames, 1.0
         for i, window in enumerate(windows):
             n = n_valid[i] = window.n_frames
             codes[i, :, :n], uniforms[i, :, :n] = window.codes, window.uniforms
-            fill_from[i], temperatures[i] = window.fill_from, window.temperature
-        for place, array in (
-            (self.codes, codes),
-            (self.uniforms, uniforms),
-            (self.n_valid, n_valid),
-            (self.fill_from, fill_from),
-            (self.temperatures, temperatures),
-        ):
-            upload(array, place)
-        if self.mask is not None:
-            upload((np.arange(self.n_frames) < n_valid[:, None])[:, None, None], self.mask)
-        self.work()
-        return download(self.codes)
+            codes[i, :, n:], uniforms[i, :, n:] = self.layout.unknown, 0.0
+            inputs["fill_from"][i], inputs["temperatures"][i] = window.fill_from, window.temperature
+        codes[len(windows) :], uniforms[len(windows) :] = self.layout.unknown, 0.0
+        if "mask" in inputs:
+            inputs["mask"][:] = (np.arange(self.n_frames) < n_valid[:, None])[:, None, None]
 
 
 class _Named:

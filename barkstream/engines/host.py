@@ -43,6 +43,7 @@ from barkstream.engines.open import (
 )
 from barkstream.engines.turns import Turns
 from barkstream.engines.workers import POLICIES, CausalWorker, FineWorker, Work, Worker, at_once, measure
+from barkstream.garbage import spare_what_is_here
 
 SWITCH_S = 0.0001  # threads hand Python over after so long: the one that has the next piece to launch must not wait
 LISTENING = "listening"
@@ -94,6 +95,7 @@ class Stage:
                 )
         except Exception as error:
             return opened.set_exception(error)
+        spare_what_is_here()
         opened.set_result(None)
         self._worker.work()
         return None

@@ -7,6 +7,7 @@ thread then keeps it for a while, with the next batch not launched yet.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -16,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from barkstream.engines.kernels import check, driver, use_context
+from barkstream.engines.kernels import check, current_stream, driver, use_context
 
-SMALL_BYTES = 256 << 10  # larger ones are PyTorch's
-RING_BYTES = 16 << 20  # of a thread: more than its small copies take that are under way at once
+SMALL_BYTES = 1 << 20  # larger ones are PyTorch's
+RING_BYTES = 32 << 20  # of a thread: more than its small copies take that are under way at once
 ALIGNED = 256
 NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.int32: np.dtype(np.int32),
@@ -40,10 +41,20 @@ class _Ring:
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray, int]:
         """An array there, and its address."""
-        n_bytes = int(np.prod(shape)) * dtype.itemsize
-        start = 0 if self._next + n_bytes > RING_BYTES else self._next
-        self._next = start + -(-n_bytes // ALIGNED) * ALIGNED
-        return self._bytes[start : start + n_bytes].view(dtype).reshape(shape), self._address + start
+        found, address = self.take_bytes(math.prod(shape) * dtype.itemsize)
+        return found.view(dtype).reshape(shape), address
+
+    def take_bytes(self, n: int) -> tuple[np.ndarray, int]:
+        """n of them [n] uint8, and their address. Raises ValueError for more than there are."""
+        if n > RING_BYTES:
+            raise ValueError(f"{n} bytes at once are more than a thread's {RING_BYTES} of pinned memory")
+        start = 0 if self._next + n > RING_BYTES else self._next
+        self._next = start + _aligned(n)
+        return self._bytes[start : start + n], self._address + start
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNED) * ALIGNED
 
 
 _thread = threading.local()
@@ -64,8 +75,34 @@ def upload(array: np.ndarray, into: Tensor | None = None) -> Tensor:
         into = torch.empty(array.shape, dtype=TORCH[array.dtype], device="cuda")
     on_host, address = _ring().take(array.shape, array.dtype)
     np.copyto(on_host, array)
-    check(driver().cuMemcpyHtoDAsync_v2(into.data_ptr(), address, array.nbytes, _stream()))
+    check(driver().cuMemcpyHtoDAsync_v2(into.data_ptr(), address, array.nbytes, current_stream()))
     return into
+
+
+class Inputs:
+    """Tensors on the GPU that lie one behind the other: one copy fills them all, where each would take as long to be asked for."""
+
+    def __init__(self, **shapes: tuple[tuple[int, ...], torch.dtype]):
+        """All zeros."""
+        self._places: dict[str, tuple[slice, tuple[int, ...], np.dtype[Any]]] = {}
+        n_bytes = 0
+        for name, (shape, dtype) in shapes.items():
+            end = n_bytes + math.prod(shape) * NUMPY[dtype].itemsize
+            self._places[name], n_bytes = (slice(n_bytes, end), shape, NUMPY[dtype]), _aligned(end)
+        self._memory = torch.zeros(n_bytes, dtype=torch.uint8, device="cuda")
+        self._tensors = {
+            name: self._memory[place].view(TORCH[dtype]).view(shape)
+            for name, (place, shape, dtype) in self._places.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def send(self, fill: Callable[[dict[str, np.ndarray]], None]) -> None:
+        """What `fill` writes into arrays like the tensors, all of which it has to fill; used by what is launched after it."""
+        on_host, address = _ring().take_bytes(self._memory.nbytes)
+        fill({name: on_host[place].view(dtype).reshape(shape) for name, (place, shape, dtype) in self._places.items()})
+        check(driver().cuMemcpyHtoDAsync_v2(self._memory.data_ptr(), address, self._memory.nbytes, current_stream()))
 
 
 def _is_alike(array: np.ndarray, tensor: Tensor) -> bool:
@@ -98,15 +135,10 @@ def _start_download(tensor: Tensor) -> Callable[[], np.ndarray]:
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return pinned.copy_(tensor, non_blocking=True).numpy
     on_host, address = _ring().take(tuple(tensor.shape), NUMPY[tensor.dtype])
-    check(driver().cuMemcpyDtoHAsync_v2(address, tensor.data_ptr(), tensor.nbytes, _stream()))
+    check(driver().cuMemcpyDtoHAsync_v2(address, tensor.data_ptr(), tensor.nbytes, current_stream()))
     return on_host.copy  # the ring goes round
 
 
 def clear(tensor: Tensor) -> None:
     """Its bytes become 0 for what is launched after it."""
-    check(driver().cuMemsetD8Async(tensor.data_ptr(), 0, tensor.nbytes, _stream()))
-
-
-def _stream() -> int:
-    use_context()
-    return torch.cuda.current_stream().cuda_stream
+    check(driver().cuMemsetD8Async(tensor.data_ptr(), 0, tensor.nbytes, current_stream()))

@@ -296,6 +296,8 @@ class Worker(Generic[Call, Result]):
     def _hurry_old(self) -> None:
         """Where newcomers come one after the other, calls that are in no hurry would wait for as long as they do."""
         old_s, now_s = self._policy.old_s, time.monotonic()
+        if old_s == math.inf:
+            return
         for each in self._waiting:
             if each.rank == REST and now_s - each.since_s >= old_s and not self._policy.is_long(each.call):
                 each.rank = HURRIED

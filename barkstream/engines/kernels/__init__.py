@@ -231,6 +231,19 @@ def use_context() -> None:
         _thread.has_context = True
 
 
+def current_stream() -> int:
+    """The handle of the stream that work goes to. PyTorch's own way to it takes 8 us, and 70 in a thread that has slept."""
+    use_context()
+    return _raw_stream()(torch.cuda.current_device())
+
+
+@functools.cache
+def _raw_stream() -> Callable[[int], int]:
+    """By device. What PyTorch's compiler uses; a PyTorch that has it no more has the other."""
+    by_hand = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return by_hand or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+
+
 @functools.cache
 def _cuda() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
@@ -303,5 +316,6 @@ __all__ = [
     "c_void_p",
     "compile_all",
     "compile_source",
+    "current_stream",
     "quickest_place",
 ]

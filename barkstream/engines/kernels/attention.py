@@ -8,7 +8,7 @@ from ctypes import c_int, c_void_p
 import torch
 from torch import Tensor
 
-from barkstream.engines.kernels import Kernel, Source, build
+from barkstream.engines.kernels import Kernel, Source, build, current_stream
 from barkstream.engines.kernels.fused import KVCache, pointer
 
 TILE = 64  # queries of a block, and keys that it looks at together
@@ -51,5 +51,5 @@ class Attention:
             arguments += [c_int(cache.n_slots), c_int(layer)]
         grid = self._width // 64, n_tokens // TILE, n_rows
         n_groups = 2 if math.prod(grid) <= FEW_BLOCKS else 1
-        self._kernels[n_groups].launch(grid, n_groups * GROUP, arguments, torch.cuda.current_stream().cuda_stream)
+        self._kernels[n_groups].launch(grid, n_groups * GROUP, arguments, current_stream())
         return out

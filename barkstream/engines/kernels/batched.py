@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from barkstream.engines import Head
-from barkstream.engines.kernels import Kernel, build
+from barkstream.engines.kernels import Kernel, build, current_stream
 from barkstream.engines.kernels.attention import Attention
 from barkstream.engines.kernels.fused import Bits, KVCache, RowArguments, kernel_constants, pointer
 from barkstream.engines.kernels.graphs import Graph, capture
 from barkstream.engines.kernels.products import add_product, gelu_of_product, product
 from barkstream.engines.kernels.weights import GPTWeights
-from barkstream.engines.transfers import upload
+from barkstream.engines.transfers import Inputs, upload
 from barkstream.sampling import Ints
 from barkstream.tokens import GPTSize
 
@@ -67,7 +67,7 @@ class Layers:
     def launch(self, name: str, grid: tuple[int, int, int], *arguments: Tensor | int | None, block: int = 256) -> None:
         """None: no such tensor."""
         passed = [c_int(a) if isinstance(a, int) else c_void_p(pointer(a)) for a in arguments]
-        self.kernels[name].launch(grid, block, passed, torch.cuda.current_stream().cuda_stream)
+        self.kernels[name].launch(grid, block, passed, current_stream())
 
     def _norm(self, x: Tensor, normed: Tensor) -> None:
         self.launch("layer_norm", (-(-len(x) // NORM_ROWS), 1, 1), x, normed, len(x), block=32 * NORM_ROWS)
@@ -78,7 +78,7 @@ class Prefill:
 
     def __init__(self, layers: Layers):
         self._layers = layers
-        self._graphs: dict[tuple[int, int], tuple[Graph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[Graph, Inputs]] = {}
 
     def __call__(
         self, ids: Sequence[Ints], slots: Sequence[int], amend: Callable[[Tensor], None] = lambda ids: None
@@ -88,28 +88,35 @@ class Prefill:
         size = self._layers.size
         n_rows = len(ids)
         n_tokens = min(-(-max(map(len, ids)) // PREFILL_STEP) * PREFILL_STEP, size.block_size)
-        states = np.zeros((n_rows, n_tokens, STATE_FIELDS), np.int32)
-        states[:, :, 0], states[:, :, 1:3] = np.arange(n_tokens), size.n_input_ids
-        for i, row in enumerate(ids):
-            states[i, : len(row), 1 : 1 + row.shape[1]] = row
-        arrays = states.reshape(-1, STATE_FIELDS), np.array(slots, np.int32)
+
+        def fill(inputs: dict[str, np.ndarray]) -> None:
+            states = inputs["states"].reshape(n_rows, n_tokens, STATE_FIELDS)
+            states[:, :, 0], states[:, :, 1:3], states[:, :, 3:] = np.arange(n_tokens), size.n_input_ids, 0
+            for i, row in enumerate(ids):
+                states[i, : len(row), 1 : 1 + row.shape[1]] = row
+            inputs["slots"][:] = slots
+
         if n_rows * n_tokens > GRAPH_TOKENS:
-            on_gpu, slots_on_gpu = map(upload, arrays)
-            amend(on_gpu[:, 1])
-            self._forward(on_gpu, slots_on_gpu)
+            inputs = self._inputs(n_rows, n_tokens)
+            inputs.send(fill)
+            amend(inputs["states"][:, 1])
+            self._forward(inputs["states"], inputs["slots"])
             return
-        graph, *inputs = self._graphs.get((n_rows, n_tokens)) or self._capture(n_rows, n_tokens)
-        for place, array in zip(inputs, arrays, strict=True):
-            upload(array, place)
-        amend(inputs[0][:, 1])
+        graph, inputs = self._graphs.get((n_rows, n_tokens)) or self._capture(n_rows, n_tokens)
+        inputs.send(fill)
+        amend(inputs["states"][:, 1])
         graph.replay()
 
-    def _capture(self, n_rows: int, n_tokens: int) -> tuple[Graph, Tensor, Tensor]:
-        states = torch.zeros(n_rows * n_tokens, STATE_FIELDS, dtype=torch.int32, device="cuda")
-        slots = torch.full((n_rows,), self._layers.cache.n_slots - 1, dtype=torch.int32, device="cuda")
-        graph = capture(lambda: self._forward(states, slots))
-        self._graphs[n_rows, n_tokens] = graph, states, slots
+    def _capture(self, n_rows: int, n_tokens: int) -> tuple[Graph, Inputs]:
+        inputs = self._inputs(n_rows, n_tokens)
+        inputs["slots"].fill_(self._layers.cache.n_slots - 1)
+        graph = capture(lambda: self._forward(inputs["states"], inputs["slots"]))
+        self._graphs[n_rows, n_tokens] = graph, inputs
         return self._graphs[n_rows, n_tokens]
+
+    @staticmethod
+    def _inputs(n_rows: int, n_tokens: int) -> Inputs:
+        return Inputs(states=((n_rows * n_tokens, STATE_FIELDS), torch.int32), slots=((n_rows,), torch.int32))
 
     def _forward(self, states: Tensor, slots: Tensor) -> None:
         layers, size = self._layers, self._layers.size

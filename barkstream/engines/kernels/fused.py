@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from barkstream.engines import Head
-from barkstream.engines.kernels import Kernel, Source, build, quickest_place
+from barkstream.engines.kernels import Kernel, Source, build, current_stream, quickest_place
 from barkstream.engines.kernels.weights import GPTWeights, LayerWeights
 from barkstream.tokens import GPTSize
 
@@ -191,9 +191,7 @@ class FusedDecoder:
         for i in range(n_rows):
             arguments.rows[i] = rows[i] if i < len(rows) else idle
         self._number = (self._number + arguments.n_steps) % (1 << 32)
-        variant.kernel.launch(
-            (self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], torch.cuda.current_stream().cuda_stream
-        )
+        variant.kernel.launch((self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], current_stream())
         if logits is not None and last_logits is not None:
             logits.copy_(last_logits[: len(rows)])
         return variant.tokens, variant.result

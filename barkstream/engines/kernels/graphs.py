@@ -10,7 +10,7 @@ from ctypes import byref, c_void_p
 
 import torch
 
-from barkstream.engines.kernels import check, driver, use_context
+from barkstream.engines.kernels import check, current_stream, driver, use_context
 from barkstream.engines.kernels.products import choose_algorithms
 
 
@@ -23,12 +23,11 @@ class Graph:
         self._launchable = c_void_p()
         use_context()
         check(driver().cuGraphInstantiateWithFlags(byref(self._launchable), captured.raw_cuda_graph(), 0))
-        check(driver().cuGraphUpload(self._launchable, torch.cuda.current_stream().cuda_stream))
+        check(driver().cuGraphUpload(self._launchable, current_stream()))
 
     def replay(self) -> None:
         """On the current stream. Asynchronous."""
-        use_context()
-        check(driver().cuGraphLaunch(self._launchable, torch.cuda.current_stream().cuda_stream))
+        check(driver().cuGraphLaunch(self._launchable, current_stream()))
 
     def __del__(self) -> None:
         driver().cuGraphExecDestroy(self._launchable)

@@ -9,7 +9,7 @@ from ctypes import c_int, c_void_p
 import torch
 from torch import Tensor
 
-from barkstream.engines.kernels import Kernel, Source, build
+from barkstream.engines.kernels import Kernel, Source, build, current_stream
 from barkstream.engines.kernels.fused import padded
 
 WIDTH, N_LAYERS, N_GATES = 512, 2, 4
@@ -76,7 +76,7 @@ class Lstm:
         tensors = (self._weights, self._bias_1, given, h, c, y, last_h, last_c, packets)
         pointers = [tensor.data_ptr() for tensor in tensors]
         arguments = _Arguments(*pointers, len(y), len(h), y.stride(0) // WIDTH, h.stride(0), c.stride(0))
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = current_stream()
         self._kernels[n_padded].launch((N_BLOCKS, 1, 1), N_THREADS, [arguments], stream)
 
 

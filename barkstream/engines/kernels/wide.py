@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from barkstream.engines import Head
-from barkstream.engines.kernels import Kernel, Source, build, quickest_place
+from barkstream.engines.kernels import Kernel, Source, build, current_stream, quickest_place
 from barkstream.engines.kernels.fused import (
     ARCHITECTURE,
     UNITS,
@@ -171,8 +171,7 @@ class _Variant:
         arguments.order[:] = deal_rows([row.length if row.n_tokens else 0 for row in rows])
         arguments.rows[:] = rows
         clear(self.news)
-        stream = torch.cuda.current_stream().cuda_stream
-        self._kernel.launch((self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], stream)
+        self._kernel.launch((self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], current_stream())
 
 
 def _n_stages(n_bytes: int, shared: _SharedMemory) -> int:
