@@ -73,7 +73,7 @@ class Costs:
     semantic_prefill: tuple[float, ...] = (0.95, 1.2, 1.4, 1.6)  # of one to four rows
     coarse_prefill: tuple[float, ...] = (1.65, 2.7, 3.7, 4.7)
     fine: tuple[float, ...] = (5.9, 7.0, 8.3, 9.7, 13.0, 13.1, 16.8, 16.8)  # of one to eight windows
-    codec: tuple[float, ...] = (1.7, 1.9, 2.1, 2.3)
+    codec: tuple[float, ...] = (1.7, 1.9, 2.1, 2.3, 2.6, 2.8, 3.0, 3.2)  # beyond four an estimate
 
     def step(self, stage: str, n_rows: int) -> float:
         steps = self.semantic_step if stage == "semantic" else self.coarse_step
@@ -209,7 +209,7 @@ class Policy:
         return float(np.mean(padded)) / -(-(HEAD - 1 + SPAN - WINDOW) // 128)
 
 
-MAX_BATCH = {"codec": 4, "fine": 8, "semantic": 32, "coarse": 32}
+MAX_BATCH = {"codec": 8, "fine": 8, "semantic": 32, "coarse": 32}
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):

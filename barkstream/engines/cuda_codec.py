@@ -15,11 +15,13 @@ from barkstream.engines import Chunk, check_chunk
 from barkstream.engines.kernels.graphs import capture
 from barkstream.engines.kernels.lstm import Lstm
 from barkstream.engines.kernels.weights import read_initializers
-from barkstream.engines.transfers import Inputs, download, download_all, upload
+from barkstream.engines.transfers import Inputs, copy, download, upload
 from barkstream.export.codec_state import state_parts, state_size
 from barkstream.sampling import Floats, Ints
 from barkstream.tokens import CodecLayout
 
+NO_STATE = np.zeros((), np.float32)
+MOST_FRAMES = 960  # rows times frames of a graph: more would take memory, and save no launches worth it
 Decoded = Callable[[], list[tuple[Floats, Floats]]]  # waits for each chunk's samples and next state
 
 
@@ -41,12 +43,17 @@ class CodecEngine:
         return cls(read_initializers(path), layout, max_batch)
 
     def warm_up(self, frames: Sequence[int]) -> None:
-        """Capture the graphs of chunks of these many frames, for every size of batch."""
+        """Capture the graphs of chunks of these many frames, for every size of batch that has no more than MOST_FRAMES."""
         n_rows = 1
         while n_rows <= self.max_batch:
             for n_frames in sorted(set(frames)):
-                self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames)
+                if n_rows == 1 or n_rows * n_frames <= MOST_FRAMES:
+                    self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames)
             n_rows *= 2
+
+    def _most_rows(self, n_frames: int) -> int:
+        """Of a graph for chunks of so many frames; 0: there is none."""
+        return max((n_rows for n_rows, n in self._batches if n == n_frames), default=0)
 
     def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
         """(samples [samples_per_frame n], next state [N]) of each chunk.
@@ -66,12 +73,14 @@ class CodecEngine:
         launched: list[tuple[list[int], Decoded]] = []
         others: list[int] = []
         for n_frames, members in of_length.items():
-            if batch := self._batches.get(_shape(len(members), n_frames)):
-                launched.append((members, batch.start([chunks[i] for i in members])))
+            sizes = self._sizes(n_frames)
+            if most := min(map(self._most_rows, sizes)):
+                for together in _parts(members, most):
+                    launched.append((together, self._start_alike([chunks[i] for i in together], sizes)))
             else:
                 others += members
         if others:
-            launched.append((others, self._start_in_pieces([chunks[i] for i in others])))
+            launched.append((others, self._start_without_graphs([chunks[i] for i in others])))
 
         def finish() -> list[tuple[Floats, Floats]]:
             decoded = {i: each for members, wait in launched for i, each in zip(members, wait(), strict=True)}
@@ -79,8 +88,24 @@ class CodecEngine:
 
         return finish
 
-    def _start_in_pieces(self, chunks: Sequence[Chunk]) -> Decoded:
-        """Chunks of lengths that there are no graphs for: usually a sentence's last."""
+    def _start_alike(self, chunks: Sequence[Chunk], sizes: Sequence[int]) -> Decoded:
+        """Chunks of one length, in pieces of these frames, for which there are graphs: each finds on the GPU what the one before left."""
+        n_rows, last = len(chunks), None
+        states = [state for _, state in chunks]
+        heard: list[Callable[[], Floats]] = []
+        for size, end in zip(sizes, np.cumsum(sizes), strict=True):
+            batch = self._batches[_shape(n_rows, size)]
+            codes = [codes[:, end - size : end] for codes, _ in chunks]
+            batch.send(codes, states) if last is None else batch.send_behind(codes, last)
+            batch.graph.replay()
+            heard.append(download(batch.audio[:n_rows]))  # before the next one, whose memory it is, too
+            last = batch
+        assert last is not None, "a chunk has a frame"
+        next_states = download(last.next_states[:n_rows])
+        return lambda: list(zip(np.concatenate([wait() for wait in heard], axis=1), next_states(), strict=True))
+
+    def _start_without_graphs(self, chunks: Sequence[Chunk]) -> Decoded:
+        """Chunks some of whose pieces have none."""
         states = list(upload(np.stack([state for _, state in chunks])))
         # Of each chunk's pieces: what waits for a batch's samples, and which of its rows is the piece's
         heard: list[list[tuple[Callable[[], Floats], int]]] = [[] for _ in chunks]
@@ -89,9 +114,8 @@ class CodecEngine:
             alike: dict[int, list[int]] = defaultdict(list)
             for i, pieces in left.items():
                 alike[pieces[0].shape[1]].append(i)
-            for members in alike.values():
-                for start in range(0, len(members), self.max_batch):
-                    batch = members[start : start + self.max_batch]
+            for n_frames, members in alike.items():
+                for batch in _parts(members, self._most_rows(n_frames) or self.max_batch):
                     codes = np.stack([left[i].pop(0) for i in batch])
                     samples, next_states = self._launch(codes, torch.stack([states[i] for i in batch]))
                     for row, i in enumerate(batch):
@@ -108,22 +132,24 @@ class CodecEngine:
         return finish
 
     def _pieces(self, codes: Ints) -> list[Ints]:
-        """codes [K, n] cut into the longest pieces that there are graphs for. What is left over is a piece of its own, with all that is
-        shorter than the longest graph: without one a piece takes as long as it takes to launch, whatever its length. A stream that
+        """codes [K, n] cut as `_sizes` says."""
+        sizes = self._sizes(codes.shape[1])
+        return [codes[:, end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+
+    def _sizes(self, n: int) -> list[int]:
+        """Frames of the longest pieces of a chunk of n for which there are graphs. What is left over is a piece of its own, with all that
+        is shorter than the longest graph: without one a piece takes as long as it takes to launch, whatever its length. A stream that
         begins with less than the first convolution sees mirrored is one piece too."""
-        lengths, n = sorted({n_frames for _, n_frames in self._batches}, reverse=True), codes.shape[1]
+        lengths = sorted({n_frames for _, n_frames in self._batches}, reverse=True)
         if not lengths:
-            return [codes]
+            return [n]
         sizes, rest = [lengths[0]] * (n // lengths[0]), n % lengths[0]
         parts, left = [], rest
         for length in lengths:
             parts += [length] * (left // length)
             left %= length
         sizes += [rest] if left else parts
-        if sizes and sizes[0] < min(n, self.layout.kernel_size):
-            return [codes]
-        ends = np.cumsum(sizes)
-        return [codes[:, end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        return [n] if sizes and sizes[0] < min(n, self.layout.kernel_size) else sizes
 
     def _launch(self, codes: Ints, states: Tensor) -> tuple[Callable[[], Floats], Tensor]:
         """codes [B, K, n], states [B, N] -> what waits for samples [B, samples_per_frame n]; next states [B, N]."""
@@ -131,6 +157,11 @@ class CodecEngine:
         with torch.inference_mode():
             samples, next_states = batch.run(codes, states) if batch else self._decoder(upload(codes), states)
             return download(samples[:n_rows]), next_states[:n_rows].clone()  # a graph's memory is its next run's, too
+
+
+def _parts(members: list[int], most: int) -> list[list[int]]:
+    """At most so many together."""
+    return [members[i : i + most] for i in range(0, len(members), most)]
 
 
 def _shape(n_rows: int, n_frames: int) -> tuple[int, int]:
@@ -241,22 +272,20 @@ class _Batch:
     def _decode(self, decoder: Decoder) -> None:
         self.audio, self.next_states = decoder(self.codes, self.states)
 
-    def start(self, chunks: Sequence[Chunk]) -> Decoded:
-        """What is returned waits for each row's samples and next state. Rows beyond those given decode zeros.
-
-        No copy on the GPU, each of which would let go of Python: the other stages wait for it.
-        """
-        n_rows = len(chunks)
+    def send(self, codes: Sequence[Ints], states: Sequence[Floats]) -> None:
+        """What the graph decodes next. Rows beyond those given are zeros."""
 
         def fill(inputs: dict[str, np.ndarray]) -> None:
-            for i, (codes, state) in enumerate(chunks):
-                inputs["codes"][i], inputs["states"][i] = codes, state
-            inputs["codes"][n_rows:], inputs["states"][n_rows:] = 0, 0.0
+            inputs["codes"][len(codes) :], inputs["states"][len(codes) :] = 0, 0.0
+            for i, (ids, state) in enumerate(zip(codes, states, strict=True)):
+                inputs["codes"][i], inputs["states"][i] = ids, state
 
         self._inputs.send(fill)
-        self.graph.replay()
-        samples, next_states = download_all(self.audio[:n_rows], self.next_states[:n_rows])
-        return lambda: list(zip(samples(), next_states(), strict=True))
+
+    def send_behind(self, codes: Sequence[Ints], last: _Batch) -> None:
+        """The same where the states are those that a batch of as many rows, which was launched last, leaves."""
+        self.send(codes, [NO_STATE] * len(codes))
+        copy(last.next_states, self.states)
 
     def run(self, codes: Ints, states: Tensor) -> tuple[Tensor, Tensor]:
         """The same for states that are on the GPU: samples and next states, until the next run."""

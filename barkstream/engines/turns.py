@@ -179,8 +179,9 @@ class Turns:
         if len(self._running) > 1:
             self._make_room(rank)
             return None
-        next_up = min(self._waiting, key=lambda turn: turn.urgency())
-        urgency = next_up.urgency()
+        urgencies = [turn.urgency() for turn in self._waiting]
+        urgency = min(urgencies)
+        next_up = self._waiting[urgencies.index(urgency)]
         if self._running and (urgency >= LONE or self._is_kept_from(urgency)):
             return PATIENCE_S
         if (early_s := self._due_s(urgency, rank) - time.monotonic()) > 0:

@@ -259,6 +259,7 @@ def driver() -> ctypes.PyDLL:
     library.cuLaunchKernelEx.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
     library.cuMemcpyHtoDAsync_v2.argtypes = [c_uint64, c_void_p, c_size_t, c_void_p]
     library.cuMemcpyDtoHAsync_v2.argtypes = [c_void_p, c_uint64, c_size_t, c_void_p]
+    library.cuMemcpyDtoDAsync_v2.argtypes = [c_uint64, c_uint64, c_size_t, c_void_p]
     library.cuMemsetD8Async.argtypes = [c_uint64, c_ubyte, c_size_t, c_void_p]
     library.cuGraphInstantiateWithFlags.argtypes = [c_void_p, c_void_p, c_ulonglong]
     library.cuGraphUpload.argtypes = library.cuGraphLaunch.argtypes = [c_void_p, c_void_p]
