@@ -72,8 +72,8 @@ class Costs:
     row_keys: float  # of a coarse step: a row's keys and values behind 917 positions
     semantic_prefill: tuple[float, ...] = (0.95, 1.2, 1.4, 1.6)  # of one to four rows
     coarse_prefill: tuple[float, ...] = (1.65, 2.7, 3.7, 4.7)
-    fine: tuple[float, ...] = (5.9, 7.0, 8.3, 9.7, 13.0, 13.1, 16.8, 16.8)  # of one to eight windows
-    codec: tuple[float, ...] = (1.7, 1.9, 2.1, 2.3, 2.6, 2.8, 3.0, 3.2)  # beyond four an estimate
+    fine: tuple[float, ...] = (5.85, 6.9, 8.3, 9.6, 12.8, 12.8, 16.0, 16.0)  # of one to eight windows
+    codec: tuple[float, ...] = (0.55, 1.1, 1.35, 1.65, 2.0, 2.3, 2.55, 2.75)  # of one to eight chunks of any lengths
 
     def step(self, stage: str, n_rows: int) -> float:
         steps = self.semantic_step if stage == "semantic" else self.coarse_step
@@ -146,7 +146,7 @@ class Policy:
     crowded: int = CROWDED  # streams live; with as many second windows rank as first ones
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
-    slower: float = 1.0  # under load kernels take 1.04 to 1.09 times as long as alone, to say what H100s do
+    slower: float = 1.0  # kernels take so many times as long
     crowd: int = 24  # of `Hold`
     hold_until_s: float = 0.235
     semantic_instances: int = 32
@@ -155,12 +155,13 @@ class Policy:
     codec_instances: int = 16
     # Through Triton, one way; and of it, what calls and answers of all streams take one after the other (docs/load.md). Both found by
     # trying, so that the whole says what an H100 said.
-    way_s: float = 0.0014
-    hop_s: float = 0.0003
-    prepare_s: float = 0.0015  # a batch, by Python: until it is on its way
-    settle_s: float = 0.0003  # one that is over: until its calls are answered, or wait for the rest
+    way_s: float = 0.002
+    hop_s: float = 0.0004
+    # Python's share of a batch, by a trace of an H100 with 50 listeners (docs/performance.md).
+    prepare_s: float = 0.001  # until it is on its way
+    settle_s: float = 0.0004  # one that is over: until its calls are answered, or wait for the rest
     row_s: float = 0.00006  # more for each row, of both
-    gap_s: float = 0.0003  # between two that were launched one behind the other
+    gap_s: float = 0.0005  # between two that were launched one behind the other
     chunks: tuple[int, ...] = field(default=(29, 28, 60, 60, 60, 90))  # frames
     lookahead: tuple[int, ...] = field(default=(1, 3, 3, 33, 63, 33))
     coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # WINDOW tokens of a call, at most
