@@ -130,7 +130,7 @@ class StageMetrics(Metrics):
         super().__init__(family)
         self._calls = self.counter(f"{stage}_calls_total", "Batches run")
         self._rows = self.counter(f"{stage}_rows_total", "Rows of those batches")
-        self._busy_s = self.counter(f"{stage}_busy_seconds_total", "Seconds that those batches took")
+        self._busy_s = self.counter(f"{stage}_busy_seconds_total", "Seconds that those batches took, Python included")
         self._kv_slots = None
         if stage in ("semantic", "coarse"):
             self._kv_slots = self.gauge(f"{stage}_kv_slots", "KV slots held by live streams")

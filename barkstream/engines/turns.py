@@ -224,7 +224,9 @@ class Turn:
         self.launch = Launch(0.0)
         self.wanted_by = NOBODY  # the lowest rank of the calls that came meanwhile and would have it over
         self.is_halted = False
-        self.busy_s = 0.0  # once it is over: the GPU's time that it took, as far as the host can tell
+        self.busy_s = (
+            0.0  # once it is over: the GPU's time that it took, as far as the host can tell, and Python's beside it
+        )
 
     def launching(self, rank: int) -> None:
         """Work of this rank is about to be launched: what is halted for it stands by then. Need not be said."""

@@ -163,7 +163,7 @@ class Work:
 
     n_batches: int = 0
     n_rows: int = 0  # of those batches
-    busy_s: float = 0.0  # the GPU's time, as far as the host can tell
+    busy_s: float = 0.0  # the GPU's time, as far as the host can tell, and what it takes to prepare them
     n_slots: int = 0  # KV slots that streams hold
 
     def __add__(self, other: Work) -> Work:
