@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -22,6 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from random_checkpoint import SIZES, write_repository  # noqa: E402
 from served_load import drive, setting, with_parameters  # noqa: E402
 
+from barkstream.awake import keep_awake  # noqa: E402
 from barkstream.server import MODEL_REPOSITORY, Server  # noqa: E402
 
 
@@ -32,6 +34,7 @@ def main() -> int:
     parser.add_argument(
         "--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="parameters of bark's profile"
     )
+    parser.add_argument("--busy-cpus", action="store_true", help="as `barkstream serve --busy-cpus`")
     parser.add_argument("--repository", type=Path, help="default: build/bark-MODEL-random, made if it is not there")
     own, runs = runs_of(sys.argv[1:])
     arguments = parser.parse_args(own)
@@ -42,9 +45,15 @@ def main() -> int:
     write_repository(arguments.model, repository)
     refresh_configs(repository, profile, dict(arguments.set))
     began = time.monotonic()
-    with Server(repository, profile=profile) as server:
+    with keep_awake() if arguments.busy_cpus else nullcontext(), Server(repository, profile=profile) as server:
         print(f"{arguments.model}, {arguments.profile}: ready after {time.monotonic() - began:.1f} s", flush=True)
-        note = " ".join([arguments.profile, *(f"{name}={value}" for name, value in arguments.set)])
+        note = " ".join(
+            [
+                arguments.profile,
+                *(f"{name}={value}" for name, value in arguments.set),
+                *["busy CPUs"] * arguments.busy_cpus,
+            ]
+        )
         found = [drive(server, ["--model", arguments.model, "--note", note, *run]) for run in runs]
     print(json.dumps(found))
     return 0
