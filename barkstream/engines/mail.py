@@ -22,6 +22,7 @@ from typing import Any
 READ_BYTES = 1 << 18
 SEND_BUFFER_BYTES = 1 << 20  # asked for: whoever sends does not wait, the rest is sent by another thread
 BACKLOG = 128
+PROTOCOL = 5  # of pickle: the other end's Python may be another one
 _LENGTH = struct.Struct("!i")  # before a message; -1: a longer one, whose length follows
 _LONG_LENGTH = struct.Struct("!Q")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -50,7 +51,7 @@ class Line:
 
     def send(self, message: Any) -> bool:
         """Whether all of it could be sent at once: else `flush` has to be called, by somebody who may wait."""
-        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)  # multiprocessing's own takes several times as long
+        data = pickle.dumps(message, PROTOCOL)  # multiprocessing's own takes up to twice as long
         length = _LENGTH.pack(len(data)) if len(data) < 1 << 31 else _LENGTH.pack(-1) + _LONG_LENGTH.pack(len(data))
         with self._sending:
             if self._unsent:

@@ -59,8 +59,8 @@ COSTS = {
         prefill={"semantic": (2.3, 2.6, 2.8, 3.0), "coarse": (1.82, 2.94, 4.27, 5.3)},
         fine=(6.63, 7.4, 10.0, 10.3),
         long_fine=11.1,
-        codec=1.7,
-        codec_a_chunk=0.5,
+        codec=0.25,  # chunks of any lengths, 8720638
+        codec_a_chunk=0.32,
     ),
     "h100-int8": Costs(  # the profile cuda-int8
         step={
@@ -70,8 +70,8 @@ COSTS = {
         prefill={"semantic": (1.16, 1.4, 1.6, 1.83), "coarse": (1.82, 2.94, 4.27, 5.3)},
         fine=(6.63, 7.4, 10.0, 10.3),
         long_fine=11.1,
-        codec=1.7,
-        codec_a_chunk=0.5,
+        codec=0.25,  # chunks of any lengths, 8720638
+        codec_a_chunk=0.32,
     ),
 }
 LAUNCH_S = 0.0008  # Python's own time, before anything is on its way
