@@ -21,7 +21,7 @@ from barkstream.sampling import Floats, Ints
 from barkstream.tokens import CodecLayout
 
 NO_STATE = np.zeros((), np.float32)
-MOST_FRAMES = 960  # rows times frames of a graph: more would take memory, and save no launches worth it
+MOST_FRAMES = 960  # rows times frames of a graph, each of which takes memory: larger batches go in parts
 Decoded = Callable[[], list[tuple[Floats, Floats]]]  # waits for each chunk's samples and next state
 
 
@@ -36,6 +36,7 @@ class CodecEngine:
         self.layout, self.max_batch = layout, max_batch
         self._decoder = Decoder(weights, layout)
         self._batches: dict[tuple[int, int], _Batch] = {}
+        self._most_rows: dict[int, int] = {}  # of the graphs for chunks of so many frames
 
     @classmethod
     def load(cls, path: Path, layout: CodecLayout, max_batch: int = 8) -> CodecEngine:
@@ -49,11 +50,8 @@ class CodecEngine:
             for n_frames in sorted(set(frames)):
                 if n_rows == 1 or n_rows * n_frames <= MOST_FRAMES:
                     self._batches[n_rows, n_frames] = _Batch(self._decoder, n_rows, n_frames)
+                    self._most_rows[n_frames] = n_rows
             n_rows *= 2
-
-    def _most_rows(self, n_frames: int) -> int:
-        """Of a graph for chunks of so many frames; 0: there is none."""
-        return max((n_rows for n_rows, n in self._batches if n == n_frames), default=0)
 
     def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
         """(samples [samples_per_frame n], next state [N]) of each chunk.
@@ -74,7 +72,7 @@ class CodecEngine:
         others: list[int] = []
         for n_frames, members in of_length.items():
             sizes = self._sizes(n_frames)
-            if most := min(map(self._most_rows, sizes)):
+            if most := min(self._most_rows.get(size, 0) for size in sizes):
                 for together in _parts(members, most):
                     launched.append((together, self._start_alike([chunks[i] for i in together], sizes)))
             else:
@@ -115,7 +113,7 @@ class CodecEngine:
             for i, pieces in left.items():
                 alike[pieces[0].shape[1]].append(i)
             for n_frames, members in alike.items():
-                for batch in _parts(members, self._most_rows(n_frames) or self.max_batch):
+                for batch in _parts(members, self._most_rows.get(n_frames, self.max_batch)):
                     codes = np.stack([left[i].pop(0) for i in batch])
                     samples, next_states = self._launch(codes, torch.stack([states[i] for i in batch]))
                     for row, i in enumerate(batch):
@@ -140,7 +138,7 @@ class CodecEngine:
         """Frames of the longest pieces of a chunk of n for which there are graphs. What is left over is a piece of its own, with all that
         is shorter than the longest graph: without one a piece takes as long as it takes to launch, whatever its length. A stream that
         begins with less than the first convolution sees mirrored is one piece too."""
-        lengths = sorted({n_frames for _, n_frames in self._batches}, reverse=True)
+        lengths = sorted(self._most_rows, reverse=True)
         if not lengths:
             return [n]
         sizes, rest = [lengths[0]] * (n // lengths[0]), n % lengths[0]

@@ -224,6 +224,8 @@ class Host:
             if not stage.n_users:  # its model was unloaded
                 del self._stages[stage.spec.stage]
                 stage.close()
+                del stage
+                spare_what_is_here()
 
 
 def end_if_gpu_is_lost(stage: Stage | None) -> None:

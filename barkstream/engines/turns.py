@@ -225,7 +225,7 @@ class Turn:
         self.wanted_by = NOBODY  # the lowest rank of the calls that came meanwhile and would have it over
         self.is_halted = False
         self.busy_s = (
-            0.0  # once it is over: the GPU's time that it took, as far as the host can tell, and Python's with it
+            0.0  # once it is over: the GPU's time that it took, Python's included, as far as the host can tell
         )
 
     def launching(self, rank: int) -> None:
