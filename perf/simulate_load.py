@@ -143,6 +143,7 @@ class Policy:
     first_batch: int = POLICIES["coarse"].first_batch
     busy: int = BUSY  # streams live
     busy_first_batch: int = POLICIES["coarse"].busy_first_batch
+    first_batch_share: float = POLICIES["coarse"].first_batch_share
     crowded: int = CROWDED  # streams live; with as many second windows rank as first ones
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
@@ -167,11 +168,15 @@ class Policy:
     coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # WINDOW tokens of a call, at most
     sliding_window_len: tuple[int, ...] = field(default=(WINDOW,))  # coarse tokens behind one prefix
 
-    def most_with_first(self, stage: str, is_busy: bool) -> int:
-        """Rows of a batch with a first call."""
+    def most_with_first(self, stage: str, n_known: int) -> int:
+        """Rows of a batch with a first call, while the stage knows so many streams."""
         if stage == "semantic":
             return self.semantic_first_batch
-        return self.busy_first_batch if is_busy else self.first_batch
+        return (
+            max(self.busy_first_batch, int(n_known * self.first_batch_share))
+            if n_known >= self.busy
+            else self.first_batch
+        )
 
     def instances(self, stage: str) -> int:
         return getattr(self, f"{stage}_instances")
@@ -482,7 +487,7 @@ class Gpu:
                 is_comfortable = call.slack_s > self._policy.comfortable_s and not is_busy
                 if call.rank == REST and (is_comfortable or POLICIES[stage].is_first_for_hurried):
                     break
-                if len(batch) >= self._policy.most_with_first(stage, is_busy):
+                if len(batch) >= self._policy.most_with_first(stage, len(self.known[stage])):
                     break
             is_late = PIECES[0] * step_ms + prefills_ms > self._policy.hurried_batch_s * 1e3
             if len(batch) >= FEW and batch[0].rank == HURRIED < call.rank and is_late:

@@ -76,7 +76,8 @@ class Policy(Generic[Call]):
     # The last call before a listener's second chunk, which is due soon: it takes next to nothing, and ranks as FIRST.
     is_second: Callable[[Call], bool] = lambda call: False
     first_batch: int = 12  # rows of a batch with such a call, others that are such aside: with more it takes longer
-    busy_first_batch: int = 12  # the same with BUSY streams: first audio comes later, and more is made
+    busy_first_batch: int = 12  # the same with BUSY streams, or
+    first_batch_share: float = 0.0  # so many of them, if that is more: first audio comes later, and more is made
     # Whether only hurried rows go along. (None did, and where newcomers came one after the other, those before them ran dry.)
     is_first_for_hurried: bool = False
     is_second_first: bool = False  # whether a sentence's second call ranks as FIRST while CROWDED streams are known
@@ -94,6 +95,12 @@ class Policy(Generic[Call]):
         if self.is_first(call):
             return self.first
         return FIRST if self.is_second(call) else HURRIED if self.is_hurried(call) else REST
+
+    def most_with_first(self, n_streams: int) -> int:
+        """Rows of a batch with a first call while so many streams are known."""
+        if n_streams < BUSY:
+            return self.first_batch
+        return max(self.busy_first_batch, int(self.first_batch_share * n_streams))
 
 
 def n_asked(window: Window | Windows) -> int:
@@ -148,6 +155,7 @@ POLICIES: dict[str, Policy[Any]] = {
         hurried=2,
         urgency=4,
         busy_first_batch=16,
+        first_batch_share=0.5,
         is_second_first=True,
         company=16,
         patience_s=0.3,
@@ -495,7 +503,7 @@ class CausalWorker(Worker[Row, Generation]):
             is_comfortable = slack_s > COMFORTABLE_S and not is_busy
             if each.rank == REST and (is_comfortable or self._policy.is_first_for_hurried):
                 return False
-            return len(batch) < (self._policy.busy_first_batch if is_busy else self._policy.first_batch)
+            return len(batch) < self._policy.most_with_first(len(self._began_s))
         if batch[0].is_hurried and not each.is_hurried:
             return len(batch) < FEW or window_s <= HURRIED_BATCH_S
         return True
