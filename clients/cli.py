@@ -1,4 +1,4 @@
-"""The `barkstream` command: say, voices, serve, gateway, export, completion.
+"""The `barkstream` command: say, voices, serve, gateway, profile, export, completion.
 
 Exit codes: 0 done, 1 failed (one sentence on standard error), 2 wrong usage, 130 interrupted.
 """
@@ -22,6 +22,7 @@ from barkstream.clients.protocol import BarkstreamError
 from barkstream.clients.say import say
 from barkstream.languages import LANGUAGES, language_of_voice
 from barkstream.options import BadRequest
+from barkstream.profiles import ProfileError, at_least_one, setting, write_profile
 from barkstream.tokens import Checkpoint
 from barkstream.voices import SUNO, HistoryPrompt, list_voices, load_voices, suno_presets
 
@@ -29,6 +30,7 @@ EXPECTED = (
     BarkstreamError,
     BadRequest,
     server.ServerError,
+    ProfileError,
     PlotUnavailable,
     SoundUnavailable,
     FormatUnavailable,
@@ -100,6 +102,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_voices(commands.add_parser("voices", help="list the voices of the model repository, or add some"))
     _add_serve(commands.add_parser("serve", help="run the server until Ctrl-C"))
     add_gateway(commands.add_parser("gateway", help="serve OpenAI's speech API and a web page over HTTP"))
+    _add_own_profile(
+        commands.add_parser(
+            "profile",
+            help="write a profile of your own: for so many streams, say",
+            description="Write configs/NAME.pbtxt for every model that has the profile it is to be like.",
+            epilog="example: barkstream profile many --like cuda-int8 --streams 52 --set pace_lead_s=3; "
+            "barkstream serve --model-config-name many",
+        )
+    )
     exporter = commands.add_parser("export", help="write a checkpoint into the model repository", add_help=False)
     exporter.set_defaults(command=export)
     completer = commands.add_parser(
@@ -123,6 +134,16 @@ def serve(arguments: argparse.Namespace) -> int:
         metrics_port=arguments.metrics_port,
         busy_cpus=arguments.busy_cpus,
     )
+
+
+def profile(arguments: argparse.Namespace) -> int:
+    """Write a profile, and say where."""
+    parameters = dict(arguments.set)
+    for path in write_profile(
+        arguments.model_repository, arguments.name, arguments.like, arguments.streams, parameters
+    ):
+        print(path)
+    return 0
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -234,6 +255,17 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add_repository(parser)
     _add_profile(parser)
     parser.set_defaults(command=serve)
+
+
+def _add_own_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of the new profile")
+    parser.add_argument("--like", required=True, metavar="PROFILE", help="what it takes all else from, such as cuda")
+    parser.add_argument(
+        "--streams", type=at_least_one, help="under way at once, for each GPU: bark's limit, and each GPT's slots and instances"
+    )
+    parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="parameters of bark")
+    _add_repository(parser)
+    parser.set_defaults(command=profile)
 
 
 def _add_repository(parser: argparse._ActionsContainer) -> None:

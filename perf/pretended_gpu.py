@@ -24,8 +24,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "pretended")]
 
 from pretended_engines import COSTS, GPU, SAID  # noqa: E402
 from random_checkpoint import write_repository  # noqa: E402
-from served_load import drive, setting, with_parameters  # noqa: E402
+from served_load import drive  # noqa: E402
 
+from barkstream.profiles import ProfileError, at_least_one, changed, setting  # noqa: E402
 from barkstream.server import MODEL_REPOSITORY, Server, prepend  # noqa: E402
 
 
@@ -34,10 +35,14 @@ def main() -> int:
     parser.add_argument(
         "--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="parameters of bark's cuda profile"
     )
+    parser.add_argument("--streams", type=at_least_one, help="as `barkstream profile --streams`")
     parser.add_argument("--costs", choices=COSTS, default="h100", help="of which GPU, in which profile")
     parser.add_argument("--repository", type=Path, default=HERE.parent / "build" / "pretended")
     arguments, load = parser.parse_known_args()
-    prepare(arguments.repository, dict(arguments.set))
+    try:
+        prepare(arguments.repository, dict(arguments.set), arguments.streams)
+    except ProfileError as error:
+        parser.error(str(error))
     prepend(os.environ, "PYTHONPATH", HERE / "pretended")
     os.environ[GPU] = arguments.costs
     with Server(arguments.repository) as server:
@@ -48,13 +53,11 @@ def main() -> int:
     return 0
 
 
-def prepare(repository: Path, parameters: dict[str, str]) -> None:
-    """A repository of a tiny Bark whose default profile is the cuda one, on no GPU. Raises SystemExit for an unknown parameter."""
+def prepare(repository: Path, parameters: dict[str, str], n_streams: int | None = None) -> None:
+    """A repository of a tiny Bark whose default profile is the cuda one, on no GPU. Raises ProfileError for an unknown parameter."""
     write_repository("tiny", repository)
     for profile in MODEL_REPOSITORY.glob("*/configs/cuda.pbtxt"):
-        config = profile.read_text().replace("KIND_GPU", "KIND_CPU")
-        if profile.parents[1].name == "bark":
-            config = with_parameters(config, parameters)
+        config = changed(profile, n_streams, parameters).replace("KIND_GPU", "KIND_CPU")
         model = repository / profile.parents[1].name
         shutil.rmtree(model / "configs", ignore_errors=True)
         (model / "config.pbtxt").write_text(config)

@@ -21,21 +21,6 @@ STAGES = "semantic", "coarse", "fine", "codec"
 REQUESTS = ["--text", "medium", "--max-seconds", "10", "--voice", "random", "--warmup", "2"]
 
 
-def setting(text: str) -> tuple[str, str]:
-    """Raises ValueError for what is no NAME=VALUE."""
-    name, value = text.split("=", 1)
-    return name, value
-
-
-def with_parameters(config: str, parameters: Mapping[str, str]) -> str:
-    """A config.pbtxt whose parameters have these values. Raises SystemExit for one that it does not have."""
-    for name, value in parameters.items():
-        config, n = re.subn(rf'(key: "{re.escape(name)}" value: {{ string_value: ")[^"]*', rf"\g<1>{value}", config)
-        if n != 1:
-            raise SystemExit(f"bark's profile has no parameter {name!r}")
-    return config
-
-
 def drive(server: Server, options: Sequence[str]) -> dict[str, Any]:
     """Run load_test.py with these options, print its table and what the stages did. Returns rows, and stages as (rows a batch,
     milliseconds a second of audio). Raises SystemExit if it fails: it has said why."""

@@ -202,7 +202,7 @@ def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_p
     assert 6.82 * n_fine / 10 < ms[2] < 3 * 6.82 * n_fine / 10
     unknown = [sys.executable, PERF / "pretended_gpu.py", "--repository", tmp_path, "--set", "pace=1"]
     ran = subprocess.run(unknown, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 1 and "no parameter 'pace'" in ran.stderr
+    assert ran.returncode == 2 and "no parameter 'pace'" in ran.stderr
 
 
 @pytest.mark.server

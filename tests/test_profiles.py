@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from barkstream.clients.cli import main
 from barkstream.coarse import n_coarse_tokens
 from barkstream.export.checkpoint import open_huggingface
 from barkstream.options import Schedule
@@ -155,3 +157,79 @@ def test_the_cuda_profiles_fine_windows_have_their_graphs():
     assert widest <= given.fine_window  # so all are equally long, and need no mask
     assert given.fine_window in warm and 1024 in warm  # the latter: offline
     assert 4 * given.fine_window <= 1024  # four go together (cuda_fine.FREE_FRAMES)
+
+
+def parameter(model: str, profile: str, name: str, repository: Path = MODEL_REPOSITORY) -> str:
+    return config(repository / model / "configs" / f"{profile}.pbtxt").parameters[name].string_value
+
+
+def n_instances(model: str, profile: str, repository: Path = MODEL_REPOSITORY) -> int:
+    (group,) = config(repository / model / "configs" / f"{profile}.pbtxt").instance_group
+    return group.count
+
+
+@pytest.mark.parametrize("profile", ["cuda", "cuda-int8", "cuda-kv8"])
+@pytest.mark.parametrize("stage", ["bark_semantic", "bark_coarse"])
+def test_the_cuda_profiles_have_a_slot_and_an_instance_for_each_stream(stage, profile):
+    """Calls for which there is no instance wait in Triton's queue, first come, first served."""
+    n_streams = int(parameter("bark", profile, "max_streams"))
+    assert int(parameter(stage, profile, "kv_slots")) >= n_streams and n_instances(stage, profile) >= n_streams
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """The configurations alone."""
+    for path in PROFILES:
+        copy = tmp_path / path.relative_to(MODEL_REPOSITORY)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    return tmp_path
+
+
+def write(repository: Path, *arguments: str) -> int:
+    return main(["profile", *arguments, "--model-repository", str(repository)])
+
+
+def test_a_profile_of_ones_own_differs_in_what_was_asked_for_alone(repository):
+    assert not write(repository, "many", "--like", "cuda-int8", "--streams", "52", "--set", "pace_lead_s=3")
+    for model in KNOWN:
+        path = repository / model / "configs"
+        ours, base = config(path / "many.pbtxt"), config(path / "cuda-int8.pbtxt")
+        if model == "bark":
+            base.parameters["max_streams"].string_value, base.parameters["pace_lead_s"].string_value = "52", "3"
+        elif "kv_slots" in KNOWN[model]:
+            base.parameters["kv_slots"].string_value, base.instance_group[0].count = "52", 52
+        assert ours == base
+
+
+def test_a_profile_of_ones_own_may_be_like_another(repository):
+    assert not write(repository, "many", "--like", "cuda-kv8", "--streams", "52")
+    assert not write(repository, "more", "--like", "many", "--set", "sliding_window_len=0, 0, 120")
+    assert (
+        parameter("bark", "more", "max_streams", repository) == "52"
+        and n_instances("bark_coarse", "more", repository) == 52
+    )
+    assert parameter("bark", "more", "sliding_window_len", repository) == "0, 0, 120"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["many", "--like", "cuda-int9"], "no profile 'cuda-int9'"),
+        (["many", "--like", "cuda", "--set", "max_stream=4"], "no parameter 'max_stream': there are sample_rate, max_streams"),
+        (["cuda-int8", "--like", "cuda"], "there is a profile 'cuda-int8': choose another name, or delete"),
+        (["../many", "--like", "cuda"], "a profile's name has letters, digits"),
+    ],
+)  # fmt: skip
+def test_a_profile_that_cannot_be_written_is_refused_and_nothing_is_written(repository, capsys, arguments, said):
+    before = {path: path.read_text() for path in repository.rglob("*.pbtxt")}
+    assert write(repository, *arguments) == 1
+    assert said in capsys.readouterr().err
+    assert {path: path.read_text() for path in repository.rglob("*.pbtxt")} == before
+
+
+@pytest.mark.parametrize("wrong", [["--streams", "0"], ["--streams", "many"], ["--set", "pace_lead_s"]])
+def test_numbers_and_settings_that_are_none_are_wrong_usage(repository, wrong):
+    with pytest.raises(SystemExit) as exit_:
+        write(repository, "many", "--like", "cuda", *wrong)
+    assert exit_.value.code == 2
