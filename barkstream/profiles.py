@@ -55,6 +55,29 @@ def changed(path: Path, n_streams: int | None, parameters: Mapping[str, str]) ->
     return config
 
 
+def shortages(repository: Path, profile: str | None) -> list[str]:
+    """A sentence for each GPT's stage of the repository that has fewer instances than `bark` takes streams, where one takes a call at a
+    time: those whose instances hand calls on to the process that a GPU's stages share."""
+
+    def config_of(model: str) -> str:
+        own = repository / model / "configs" / f"{profile}.pbtxt"
+        path = own if own.exists() else repository / model / "config.pbtxt"
+        return path.read_text() if path.exists() else ""
+
+    limit = re.search(r'key: "max_streams" value: { string_value: "(\d+)"', config_of(SPEAKER))
+    found = []
+    for model in STAGES:
+        config = config_of(model)
+        shares = re.search(r'key: "shares_process" value: { string_value: "true"', config)
+        count = re.search(r"instance_group .*count: (\d+)", config)
+        if limit and shares and count and int(count[1]) < int(limit[1]):
+            found.append(
+                f"{model} has {count[1]} instances for {limit[1]} streams (max_streams): calls beyond wait in Triton's queue, first come, "
+                "first served. `barkstream profile NAME --like PROFILE --streams N` writes a profile with as many"
+            )
+    return found
+
+
 def with_parameters(config: str, parameters: Mapping[str, str]) -> str:
     """A config.pbtxt whose parameters have these values. Raises ProfileError for one that it does not have."""
     for name, value in parameters.items():

@@ -39,6 +39,7 @@ from types import TracebackType
 from typing import TextIO
 
 from barkstream.awake import keep_awake
+from barkstream.profiles import shortages
 from barkstream.spread import usable_gpus
 
 PACKAGE = Path(__file__).resolve().parent
@@ -237,6 +238,8 @@ class Server:
         installation = find_tritonserver()
         check_stub(installation)
         check_repository(self.repository, self.profile)
+        for shortage in shortages(self.repository, self.profile):
+            print(f"warning: {shortage}", file=self._echo or sys.stderr, flush=True)
         for tries_left in reversed(range(N_PORT_TRIES)):
             try:
                 self._launch(installation)

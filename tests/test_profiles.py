@@ -14,7 +14,8 @@ from barkstream.clients.cli import main
 from barkstream.coarse import n_coarse_tokens
 from barkstream.export.checkpoint import open_huggingface
 from barkstream.options import Schedule
-from barkstream.server import MODEL_REPOSITORY
+from barkstream.profiles import shortages
+from barkstream.server import MODEL_REPOSITORY, Server, ServerError
 
 NANO_BARK = Path(__file__).resolve().parents[1] / "checkpoints" / "nano-bark"
 PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
@@ -233,3 +234,21 @@ def test_numbers_and_settings_that_are_none_are_wrong_usage(repository, wrong):
     with pytest.raises(SystemExit) as exit_:
         write(repository, "many", "--like", "cuda", *wrong)
     assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("profile", [None, "cuda", "cuda-int8", "cuda-kv8"])
+def test_no_profile_of_ours_has_fewer_instances_than_streams(profile):
+    assert not shortages(MODEL_REPOSITORY, profile)
+
+
+def test_fewer_instances_than_streams_are_warned_of_when_the_server_starts(repository, tmp_path, capsys):
+    write(repository, "many", "--like", "cuda", "--set", "max_streams=50")
+    write(repository, "enough", "--like", "many", "--streams", "50")
+    assert not shortages(repository, "enough")
+    semantic, coarse = shortages(repository, "many")
+    assert semantic.startswith("bark_semantic has 32 instances for 50 streams")
+    for model in KNOWN:
+        shutil.copy(MODEL_REPOSITORY / model / "config.pbtxt", repository / model)
+    with pytest.raises(ServerError):  # there are no weights, nor a GPU
+        Server(repository, profile="many").start()
+    assert f"warning: {coarse}" in capsys.readouterr().err
