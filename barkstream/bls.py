@@ -342,6 +342,8 @@ class Speaker:
         self._peers = _opened(Peers, n, sockets_folder() / PEERS if _n_instances(args) > 1 else None)
         self._keys = StreamKeys(n, self._peers)
         hold_until_s = _opened(_seconds, "hold_until_s", parameters.get("hold_until_s", "0"))
+        if math.isinf(hold_until_s):  # no first chunk would ever be sent
+            raise pb_utils.TritonModelException("hold_until_s must be seconds that end: 0 or more, got 'inf'")
         self._hold = Hold(n * int(parameters.get("crowd", 0)), hold_until_s)
         self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
         self._admission = Admission(n * int(parameters["max_streams"]), self._peers)

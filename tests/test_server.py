@@ -358,6 +358,18 @@ def test_a_lead_that_is_no_time_stops_the_server_with_what_would_be_right(reposi
         Server(tmp_path).start()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"), [("soon", "hold_until_s must be seconds, 0 or more, got 'soon'"), ("inf", "hold_until_s must be seconds that end")]
+)  # fmt: skip
+def test_a_hold_that_never_ends_stops_the_server(repository, tmp_path, wrong, said):
+    shutil.copytree(repository / "bark", tmp_path / "bark")
+    config = tmp_path / "bark" / "config.pbtxt"
+    own = f'parameters [ {{ key: "hold_until_s" value: {{ string_value: "{wrong}" }} }} ]'
+    config.write_text(f"{config.read_text()}\n{own}\n")
+    with pytest.raises(ServerError, match=f"(?s)failed to load 'bark'.*{said}"):
+        Server(tmp_path).start()
+
+
 def test_onnx_runtime_reports_to_nobody(small):
     files = [os.readlink(file) for pid in descendants(small.pid) for file in Path(f"/proc/{pid}/fd").iterdir()]
     assert files
