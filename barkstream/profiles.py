@@ -31,8 +31,7 @@ def write_profile(
         raise ProfileError(f"a profile's name has letters, digits, '-', '_' and '.', unlike {name!r}")
     there = sorted(repository.glob(f"*/configs/{like}.pbtxt"))
     if not there:
-        known = sorted({path.stem for path in repository.glob("*/configs/*.pbtxt")})
-        raise ProfileError(f"no profile {like!r}: {repository} has {', '.join(known) or 'none'}")
+        raise ProfileError(f"no profile {like!r}: {repository} has {', '.join(known_profiles(repository)) or 'none'}")
     written = {path.with_name(f"{name}.pbtxt"): changed(path, n_streams, parameters or {}) for path in there}
     if taken := [str(path) for path in written if path.exists()]:
         raise ProfileError(f"there is a profile {name!r}: choose another name, or delete {', '.join(taken)}")
@@ -41,8 +40,20 @@ def write_profile(
     return list(written)
 
 
+def known_profiles(repository: Path) -> list[str]:
+    """Names of all that a model of the repository has."""
+    return sorted({path.stem for path in repository.glob("*/configs/*.pbtxt")})
+
+
+def chosen_config(model: Path, profile: str | None) -> str:
+    """The configuration that Triton takes for the model in this folder: the profile's if it has one."""
+    own = model / "configs" / f"{profile}.pbtxt"
+    return (own if profile and own.exists() else model / "config.pbtxt").read_text()
+
+
 def changed(path: Path, n_streams: int | None, parameters: Mapping[str, str]) -> str:
-    """The configuration at `path` for so many streams and, of bark, with these parameters."""
+    """The configuration at `path` for so many streams and, of bark, with these parameters. Raises ProfileError for a parameter that it
+    does not have, and for instances that are not written as ours are."""
     config = path.read_text()
     named = re.search(r'^name: "(\w+)"', config, re.MULTILINE)
     model = named[1] if named else ""
@@ -51,23 +62,22 @@ def changed(path: Path, n_streams: int | None, parameters: Mapping[str, str]) ->
         return with_parameters(config, {**limit, **parameters})
     if model in STAGES and n_streams is not None:
         config = with_parameters(config, {"kv_slots": str(n_streams)})
-        return re.sub(r"(instance_group .*count: )\d+", rf"\g<1>{n_streams}", config)
+        config, n = re.subn(r"(instance_group .*count: )\d+", rf"\g<1>{n_streams}", config)
+        if n != 1:
+            raise ProfileError(
+                f"{path}: write the instances on one line, instance_group [ {{ kind: KIND_GPU count: 32 }} ]"
+            )
     return config
 
 
 def shortages(repository: Path, profile: str | None) -> list[str]:
     """A sentence for each GPT's stage of the repository that has fewer instances than `bark` takes streams, where one takes a call at a
     time: those whose instances hand calls on to the process that a GPU's stages share."""
-
-    def config_of(model: str) -> str:
-        own = repository / model / "configs" / f"{profile}.pbtxt"
-        path = own if own.exists() else repository / model / "config.pbtxt"
-        return path.read_text() if path.exists() else ""
-
-    limit = re.search(r'key: "max_streams" value: { string_value: "(\d+)"', config_of(SPEAKER))
+    configs = {path.parent.name: chosen_config(path.parent, profile) for path in repository.glob("*/config.pbtxt")}
+    limit = re.search(r'key: "max_streams" value: { string_value: "(\d+)"', configs.get(SPEAKER, ""))
     found = []
     for model in STAGES:
-        config = config_of(model)
+        config = configs.get(model, "")
         shares = re.search(r'key: "shares_process" value: { string_value: "true"', config)
         count = re.search(r"instance_group .*count: (\d+)", config)
         if limit and shares and count and int(count[1]) < int(limit[1]):

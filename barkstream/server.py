@@ -39,7 +39,7 @@ from types import TracebackType
 from typing import TextIO
 
 from barkstream.awake import keep_awake
-from barkstream.profiles import shortages
+from barkstream.profiles import chosen_config, known_profiles, shortages
 from barkstream.spread import usable_gpus
 
 PACKAGE = Path(__file__).resolve().parent
@@ -384,8 +384,7 @@ def n_instances(repository: Path, profile: str | None) -> int:
     """Of all models that a server of this repository and profile loads, written as our configurations write them: kind, then count."""
     n = 0
     for default in repository.glob("*/config.pbtxt"):
-        chosen = default.parent / "configs" / f"{profile}.pbtxt"
-        config = (chosen if profile and chosen.exists() else default).read_text()
+        config = chosen_config(default.parent, profile)
         for kind, count in re.findall(r"kind:\s*KIND_(\w+)\s+count:\s*(\d+)", config):
             n += int(count) * (usable_gpus() if kind == "GPU" else 1)
     return n
@@ -428,7 +427,7 @@ def check_repository(repository: Path, profile: str | None) -> None:
     models = [path.parent for path in sorted(repository.glob("*/config.pbtxt"))]
     if not models:
         raise ServerError(f"no models in {repository}: not one */config.pbtxt")
-    profiles = sorted({path.stem for model in models for path in model.glob("configs/*.pbtxt")})
+    profiles = known_profiles(repository)
     if profile and profile not in profiles:
         raise ServerError(f"no profile {profile!r}: {repository} has {', '.join(profiles) or 'none'}")
 

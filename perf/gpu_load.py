@@ -45,6 +45,8 @@ def main() -> int:
     repository = arguments.repository or HERE.parent / "build" / f"bark-{arguments.model}-random"
     profile = None if arguments.profile == "default" else arguments.profile
     write_repository(arguments.model, repository)
+    if arguments.streams and not profile:
+        parser.error("--streams needs a cuda profile: elsewhere an instance takes many calls at once")
     try:
         refresh_configs(repository, profile, dict(arguments.set), arguments.streams)
     except ProfileError as error:

@@ -180,7 +180,7 @@ def test_the_cuda_profiles_have_a_slot_and_an_instance_for_each_stream(stage, pr
 @pytest.fixture
 def repository(tmp_path):
     """The configurations alone."""
-    for path in PROFILES:
+    for path in [*PROFILES, *MODEL_REPOSITORY.glob("*/config.pbtxt")]:
         copy = tmp_path / path.relative_to(MODEL_REPOSITORY)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
@@ -229,6 +229,14 @@ def test_a_profile_that_cannot_be_written_is_refused_and_nothing_is_written(repo
     assert {path: path.read_text() for path in repository.rglob("*.pbtxt")} == before
 
 
+def test_instances_that_would_stay_as_they_are_are_refused(repository, capsys):
+    stage = repository / "bark_coarse" / "configs" / "cuda.pbtxt"
+    stage.write_text(stage.read_text().replace("instance_group [ {", "instance_group [ {\n"))
+    assert write(repository, "many", "--like", "cuda", "--streams", "52") == 1
+    assert f"{stage}: write the instances on one line" in capsys.readouterr().err
+    assert not list(repository.rglob("many.pbtxt"))
+
+
 @pytest.mark.parametrize("wrong", [["--streams", "0"], ["--streams", "many"], ["--set", "pace_lead_s"]])
 def test_numbers_and_settings_that_are_none_are_wrong_usage(repository, wrong):
     with pytest.raises(SystemExit) as exit_:
@@ -247,8 +255,6 @@ def test_fewer_instances_than_streams_are_warned_of_when_the_server_starts(repos
     assert not shortages(repository, "enough")
     semantic, coarse = shortages(repository, "many")
     assert semantic.startswith("bark_semantic has 32 instances for 50 streams")
-    for model in KNOWN:
-        shutil.copy(MODEL_REPOSITORY / model / "config.pbtxt", repository / model)
     with pytest.raises(ServerError):  # there are no weights, nor a GPU
         Server(repository, profile="many").start()
     assert f"warning: {coarse}" in capsys.readouterr().err
