@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from barkstream.admission import Admission
+from barkstream.admission import Admission, Backlog
 from barkstream.engines import Chain, Chunk, Generation, Row, Window, Windows, check_chunk
 from barkstream.engines.hosted import HostedStage, OwnStage, sockets_folder
 from barkstream.engines.open import CausalStageName, Spec, StageName
@@ -346,23 +346,33 @@ class Speaker:
             raise pb_utils.TritonModelException("hold_until_s must be seconds that end: 0 or more, got 'inf'")
         self._hold = Hold(n * int(parameters.get("crowd", 0)), hold_until_s)
         self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
-        self._admission = Admission(n * int(parameters["max_streams"]), self._peers)
-        self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
-        self._watch = Watch(self._admission.n_most)
         # A GPU's streams give way to one another, and to nobody else's.
         lead_s = _opened(_seconds, "pace_lead_s", parameters.get("pace_lead_s", "inf"))
         self._pacers = [Pacer(lead_s, peers=self._peers, gpu=gpu) for gpu in range(n)]
+        most_s = n * _opened(_seconds, "max_backlog_s", parameters.get("max_backlog_s", "inf"))
+        if math.isfinite(most_s) and math.isinf(lead_s):
+            raise pb_utils.TritonModelException(
+                "max_backlog_s counts what streams lack of pace_lead_s, which is 'inf': set both"
+            )
+        backlog = Backlog(most_s, lead_s, self._in_hand_s)
+        self._admission = Admission(n * int(parameters["max_streams"]), self._peers, backlog)
+        self._workers = ThreadPoolExecutor(self._admission.n_most, thread_name_prefix="stream")
+        self._watch = Watch(self._admission.n_most)
         self._metrics = SpeakerMetrics(pb_utils.MetricFamily)
         spare_what_is_here()
 
     def submit(self, request: Any) -> None:
-        """Start on a request, or refuse it at once when max_streams are under way."""
+        """Start on a request, or refuse it at once when max_streams are under way, or max_backlog_s is owed."""
         sender = request.get_response_sender()
-        if not self._admission.enter():
+        if refusal := self._admission.enter():
             self._metrics.refused.increment()
-            return sender.send(_stream_error("UNAVAILABLE", self._admission.refusal()), flags=FINAL)
+            return sender.send(_stream_error("UNAVAILABLE", refusal), flags=FINAL)
         self._workers.submit(self._work, request, sender, time.monotonic())
         return None
+
+    def _in_hand_s(self) -> float:
+        """Of all processes' streams."""
+        return sum(pacer.in_hand_s for pacer in self._pacers) + self._peers.in_hand_elsewhere_s
 
     def close(self) -> None:
         self._workers.shutdown(wait=True)

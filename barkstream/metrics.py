@@ -106,7 +106,7 @@ class SpeakerMetrics(Metrics):
         self.audio_s = self.counter("audio_seconds_total", "Seconds of audio sent")
         self.underruns = self.counter("underruns_total", "Chunks sent after their listener's playback had run dry")
         self.paced_s = self.counter("paced_seconds_total", "Seconds that streams ahead of playback let others go first")
-        self.refused = self.counter("refused_total", "Requests refused because all streams were busy")
+        self.refused = self.counter("refused_total", "Requests refused at once because the server was full")
         self.cancelled = self.counter("cancelled_total", "Requests whose listener left")
         self.failed = self.counters(
             "failed_total", "Requests answered with an error, by whose it was", "stage", (REQUEST, *STAGES, SPEAKER)

@@ -95,6 +95,12 @@ class Pacer:
                 self._tell()
                 self._changed.notify_all()
 
+    @property
+    def in_hand_s(self) -> float:
+        """What its streams' players have in hand, s, of each no more than the lead."""
+        with self._changed:
+            return self._in_hand_s()
+
     def take(self, player: Player, audio_s: float) -> bool:
         """`player` was sent a chunk; whether that was too late. Those who waited for it may go on."""
         with self._changed:
@@ -124,6 +130,11 @@ class Pacer:
         is_anybody_needy = any(other.needy_from_s < now_s for other in self._players - {player})
         return excess_s if is_anybody_needy or self._peers.is_needy_elsewhere(self._gpu, now_s) else 0.0
 
+    def _in_hand_s(self) -> float:
+        return sum(min(max(player.lead_s, 0.0), self._lead_s) for player in self._players)
+
     def _tell(self) -> None:
         """The peers."""
         self._peers.tell_need(self._gpu, min((player.needy_from_s for player in self._players), default=math.inf))
+        if not self._peers.is_alone:
+            self._peers.tell_in_hand(self._gpu, self._in_hand_s())

@@ -1,9 +1,9 @@
 """What the processes of `bark` know of one another.
 
 Triton gives each instance of `bark` a process, and deals requests out to them in turn. Limits, GPUs and pacing are all streams': so
-each process says in a table how many requests it has under way, and, for each GPU, how many streams and from when on one of them is in
-need. The table is a file that all of them map; a process writes its own row and no other. What one that was killed had under way counts
-until Triton starts another in its place.
+each process says in a table how many requests it has under way, and, for each GPU, how many streams, from when on one of them is in
+need and how much their listeners have in hand. The table is a file that all of them map; a process writes its own row and no other.
+What one that was killed had under way counts until Triton starts another in its place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 N_ROWS = 64  # processes at most
-# Columns: the process and when it was born, requests under way; then the streams on each GPU, then from when on one of them is in need.
+# Columns: the process and when it was born, requests under way; then the streams on each GPU, then from when on one of them is in need,
+# then the audio that they have in hand.
 PID, BORN, LIVE, FIRST_GPU = range(4)
 
 
@@ -31,7 +32,8 @@ class Peers:
         """path: of the table, which is made if need be; None: this process is the only one. Raises RuntimeError if N_ROWS others use it."""
         self._streams = slice(FIRST_GPU, FIRST_GPU + n_gpus)
         self._needy_from = slice(FIRST_GPU + n_gpus, FIRST_GPU + 2 * n_gpus)
-        n_bytes = 8 * N_ROWS * (FIRST_GPU + 2 * n_gpus)
+        self._in_hand = slice(FIRST_GPU + 2 * n_gpus, FIRST_GPU + 3 * n_gpus)
+        n_bytes = 8 * N_ROWS * (FIRST_GPU + 3 * n_gpus)
         self._file = path and path.open("a+b")
         if self._file:
             self._file.truncate(n_bytes)
@@ -97,6 +99,17 @@ class Peers:
         others = self._table[:, PID] != 0
         others[self._index] = False
         return bool((column[others] <= now_s).any())
+
+    def tell_in_hand(self, gpu: int, in_hand_s: float) -> None:
+        """The audio that this process's streams on a GPU have in hand now, s."""
+        self._row[self._in_hand][gpu] = in_hand_s
+
+    @property
+    def in_hand_elsewhere_s(self) -> float:
+        """What the other processes' streams had in hand, on all GPUs, when each of them last sent a chunk."""
+        others = self._table[:, PID] != 0
+        others[self._index] = False
+        return float(self._table[others, self._in_hand].sum())
 
     def close(self) -> None:
         """The row is free."""

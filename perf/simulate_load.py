@@ -34,6 +34,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from load_report import percentiles  # noqa: E402
 
+from barkstream.admission import Backlog  # noqa: E402
 from barkstream.engines.turns import AT_ONCE, FOLLOW_S, GRACE_S, HEAD_START_S, LONE  # noqa: E402
 from barkstream.engines.turns import HURRIED as MOST_HURRIED  # noqa: E402
 from barkstream.engines.workers import (  # noqa: E402
@@ -147,6 +148,7 @@ class Policy:
     crowded: int = CROWDED  # streams live; with as many second windows rank as first ones
     semantic_first_batch: int = POLICIES["semantic"].first_batch
     max_streams: int = 1000
+    max_backlog_s: float = math.inf  # of `Backlog`
     slower: float = 1.0  # kernels take so many times as long
     crowd: int = 24  # of `Hold`
     hold_until_s: float = 0.235
@@ -542,6 +544,9 @@ class Server:
         self._free = {stage: policy.instances(stage) for stage in STAGES}
         self._busy_until_s = 0.0  # with those on their way
 
+    def in_hand_s(self) -> float:
+        return sum(min(max(stream.lead_s, 0.0), self.policy.pace_lead_s) for stream in self.streams)
+
     async def _hop(self) -> None:
         """One way through Triton."""
         now_s = asyncio.get_running_loop().time()
@@ -697,7 +702,8 @@ async def listen(
 
     async def one() -> None:
         nonlocal n_refused
-        if len(server.streams) >= policy.max_streams:
+        backlog = Backlog(policy.max_backlog_s, policy.pace_lead_s, server.in_hand_s)
+        if len(server.streams) >= policy.max_streams or backlog.owed_s(len(server.streams)) > backlog.most_s:
             n_refused += 1
             return
         stream = Stream(server)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 import time
 import urllib.request
@@ -19,6 +20,7 @@ from tritonclient.grpc import service_pb2_grpc
 from barkstream.clients import BarkstreamError, Client
 from barkstream.clients.protocol import build_request
 from barkstream.options import SpeechOptions
+from barkstream.profiles import with_parameters
 from barkstream.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -240,6 +242,24 @@ def test_above_the_limit_a_request_is_refused_at_once(server, client):
         for future in work:
             future.exception()
     wait_until(lambda: metrics(server)["barkstream_live_streams"] == 0)
+
+
+def test_a_server_that_owes_too_much_audio_refuses_until_it_has_caught_up(repository, tmp_path):
+    shutil.copytree(repository, tmp_path, dirs_exist_ok=True, symlinks=True)
+    config = tmp_path / "bark" / "config.pbtxt"
+    config.write_text(
+        with_parameters(config.read_text(), {"max_backlog_s": "3.9"})
+    )  # below a lead: that of one without audio
+    with Server(tmp_path) as owing, Client(owing.grpc_url) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.speak, "This one takes its time to be spoken to the end.", voice="heart_0")
+        wait_until(lambda: metrics(owing)["barkstream_live_streams"] == 1)
+        with pytest.raises(BarkstreamError, match="this server's streams lack 4 s of audio, 3.9 at most") as refused:
+            client.speak(TEXT)
+        assert refused.value.status == "UNAVAILABLE"
+        assert refused.value.retry_after_s
+        assert len(first.result())
+        assert len(client.speak(TEXT, voice="heart_0"))
+        assert metrics(owing)["barkstream_refused_total"] == 1
 
 
 def test_a_stage_is_a_pure_function_that_anyone_may_call(server, pipeline):

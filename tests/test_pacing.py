@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from barkstream.admission import Admission
+from barkstream.admission import Admission, Backlog
 from barkstream.pacing import NEEDY_S, Hold, Pacer, Player
 
 LEAD_S = 4.0
@@ -134,18 +134,44 @@ def test_a_listener_who_leaves_does_not_wait():
 
 def test_room_is_taken_and_given_back():
     admission = Admission(2)
-    assert [admission.enter() for _ in range(3)] == [True, True, False]
+    assert [admission.enter() is None for _ in range(3)] == [True, True, False]
     admission.leave(1.0)
-    assert [admission.enter() for _ in range(2)] == [True, False]
+    assert [admission.enter() is None for _ in range(2)] == [True, False]
 
 
 def test_the_refusal_says_the_limit_and_when_to_come_back():
     admission = Admission(4)
-    assert admission.refusal() == "all 4 streams of this server are busy; retry after 1 s"
-    for _ in range(100):
+    for _ in range(4):
         admission.enter()
+    assert admission.enter() == "all 4 streams of this server are busy; retry after 1 s"
+    for _ in range(100):
         admission.leave(20.0)
-    assert admission.refusal().endswith("retry after 5 s")
+        admission.enter()
+    assert str(admission.enter()).endswith("retry after 5 s")
+
+
+def test_a_server_that_owes_too_much_audio_refuses_until_it_has_caught_up(clock):
+    pacer = Pacer(LEAD_S, clock)
+    admission = Admission(9, backlog=Backlog(1.5 * LEAD_S, LEAD_S, lambda: pacer.in_hand_s))
+    with pacer.player() as one, pacer.player():
+        assert [admission.enter() for _ in range(2)] == [None, None]  # the second one: the first lacks a whole lead
+        assert admission.enter() == "this server's streams lack 8 s of audio, 6 at most; retry after 1 s"
+        pacer.take(one, 60.0)  # counts as no more than the lead
+        assert admission.enter() is None
+        assert admission.enter()  # the third has no player yet, and lacks as much
+        clock.now_s += 57.0  # one has 3 s left
+        admission.leave(1.0)
+        assert pacer.in_hand_s == 3.0
+        assert admission.enter() is None
+        clock.now_s += 30.0  # one has run dry, which counts as nothing in hand
+        assert pacer.in_hand_s == 0.0
+        admission.leave(1.0)
+        assert admission.enter()
+
+
+def test_a_backlog_without_bound_refuses_nobody():
+    admission = Admission(9)
+    assert [admission.enter() for _ in range(9)] == [None] * 9
 
 
 N_AHEAD = 8  # streams that have all the audio they need

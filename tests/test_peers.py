@@ -104,13 +104,24 @@ def test_a_limit_is_for_all_and_holds_when_all_come_at_once(table):
 
     def enter(admission):
         together.wait(5)
-        return sum(admission.enter() for _ in range(20))
+        return sum(admission.enter() is None for _ in range(20))
 
     with ThreadPoolExecutor(4) as pool:
         admitted = list(pool.map(enter, admissions))
     assert sum(admitted) == 20
     admissions[admitted.index(max(admitted))].leave(1.0)
-    assert [admission.enter() for admission in admissions] == [True, False, False, False]
+    assert [admission.enter() is None for admission in admissions] == [True, False, False, False]
+
+
+def test_what_other_processes_listeners_have_in_hand_is_seen(table):
+    here, there = Peers(2, table), Peers(2, table)
+    pacers = [Pacer(4.0, peers=there, gpu=gpu) for gpu in range(2)]
+    with pacers[0].player() as near, pacers[1].player() as far:
+        pacers[0].take(near, 1.0)
+        pacers[1].take(far, 60.0)
+        assert here.in_hand_elsewhere_s == pytest.approx(5.0, abs=0.1)
+        assert there.in_hand_elsewhere_s == 0.0
+    assert here.in_hand_elsewhere_s == 0.0
 
 
 def test_streams_of_all_are_spread_evenly_and_no_key_is_given_out_twice(table):

@@ -19,9 +19,16 @@ from barkstream.server import MODEL_REPOSITORY, Server, ServerError
 
 NANO_BARK = Path(__file__).resolve().parents[1] / "checkpoints" / "nano-bark"
 PROFILES = sorted(MODEL_REPOSITORY.glob("*/configs/*.pbtxt"))
-SPEAKER = {"sample_rate", "max_streams", "spread_streams", "pace_lead_s", "crowd", "hold_until_s", "quiet"} | {
-    field.name for field in fields(Schedule)
-}
+SPEAKER = {
+    "sample_rate",
+    "max_streams",
+    "spread_streams",
+    "pace_lead_s",
+    "max_backlog_s",
+    "crowd",
+    "hold_until_s",
+    "quiet",
+} | {field.name for field in fields(Schedule)}
 KNOWN = {
     "bark": SPEAKER,
     "bark_semantic": {"engine", "shares_process", "kv_slots", "n_threads", "bits", "kv_bits"},

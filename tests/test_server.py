@@ -23,6 +23,7 @@ import tritonclient.grpc as triton
 from onnx import TensorProto, helper
 
 from barkstream import server as launcher
+from barkstream.profiles import with_parameters
 from barkstream.server import Server, ServerError
 
 pytestmark = pytest.mark.server
@@ -367,6 +368,16 @@ def test_a_hold_that_never_ends_stops_the_server(repository, tmp_path, wrong, sa
     own = f'parameters [ {{ key: "hold_until_s" value: {{ string_value: "{wrong}" }} }} ]'
     config.write_text(f"{config.read_text()}\n{own}\n")
     with pytest.raises(ServerError, match=f"(?s)failed to load 'bark'.*{said}"):
+        Server(tmp_path).start()
+
+
+def test_a_backlog_without_a_lead_to_measure_it_by_stops_the_server(repository, tmp_path):
+    shutil.copytree(repository / "bark", tmp_path / "bark")
+    config = tmp_path / "bark" / "config.pbtxt"
+    config.write_text(with_parameters(config.read_text(), {"pace_lead_s": "inf", "max_backlog_s": "60"}))
+    with pytest.raises(
+        ServerError, match="(?s)failed to load 'bark'.*max_backlog_s counts what streams lack of pace_lead_s"
+    ):
         Server(tmp_path).start()
 
 
