@@ -47,8 +47,8 @@ class Admission:
             n_live = self._peers.n_live
             if n_live >= self.n_most:
                 return f"all {self.n_most} streams of this server are busy; {self._hint()}"
-            if math.isfinite(most_s := self._backlog.most_s) and (owed_s := self._backlog.owed_s(n_live)) > most_s:
-                return f"this server's streams lack {owed_s:.0f} s of audio, {most_s:g} at most; {self._hint()}"
+            if math.isfinite(most_s := self._backlog.most_s) and self._backlog.owed_s(n_live) > most_s:
+                return f"this server's streams lack more than {most_s:g} s of audio; {self._hint()}"
             self._peers.count_live(1)
             return None
 
