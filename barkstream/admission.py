@@ -19,7 +19,7 @@ class Backlog:
     in_hand_s: Callable[[], float] = lambda: 0.0  # of all streams, of each no more than lead_s
 
     def owed_s(self, n_live: int) -> float:
-        """With so many requests under way: one without a player, who may still be read, has nothing in hand."""
+        """With so many requests under way: one that has no player, for it is being read or does not stream, has nothing in hand."""
         return n_live * self.lead_s - self.in_hand_s()
 
 
