@@ -83,6 +83,13 @@ def test_what_python_takes_between_two_batches_is_idle_time():
     assert free < 3 and dear > free + 4
 
 
+def test_a_bounded_backlog_refuses_those_whom_the_gpu_would_not_keep_up_with():
+    ask = dict(rate=12, duration_s=15, seed=1)
+    all_of_them, bounded = (simulate(Policy(max_backlog_s=most_s), INT8, **ask) for most_s in (float("inf"), 20.0))
+    assert all_of_them["refused"] == 0 < bounded["refused"]
+    assert bounded["underruns"] < all_of_them["underruns"]
+
+
 def test_as_a_command():
     command = [
         sys.executable,
