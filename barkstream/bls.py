@@ -189,9 +189,7 @@ class CausalStage:
             else call["prefix"][:, None]
         )
         row = Row(ids, one["n_tokens"], one["position"], sampling, one["stream"], chain)
-        if row.n_tokens:
-            row.check(self._size)
-        return row
+        return row.checked(self._size) if row.n_tokens else row
 
     def _response(self, generation: Generation) -> Any:
         outputs = [pb_utils.Tensor("tokens", generation.tokens[None])]

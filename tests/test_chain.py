@@ -427,7 +427,7 @@ def test_a_long_call_that_is_left_ends_with_the_piece_under_way(alone):
     engine.gate.release(100)
     said = answer.result(timeout=5).tokens
     assert len(said) == 20 and engine.n_pieces == [2]
-    assert not alone._drawn and not alone._held
+    assert not alone._held
 
 
 def test_a_chain_that_is_left_ends_after_its_piece(worker):
@@ -444,7 +444,7 @@ def test_a_chain_that_is_left_ends_after_its_piece(worker):
         said = answer.result(timeout=5).tokens
         assert 10 < len(said) < 40
         np.testing.assert_array_equal(said, whole[: len(said)])
-    assert not worker._drawn and not worker._held
+    assert not worker._held
     assert worker.submit([chain_of(5)])[0].result(timeout=5).tokens.tolist() == whole.tolist()
 
 

@@ -700,7 +700,6 @@ def test_rows_of_a_listener_who_left_are_answered_at_once(start):
     assert 15 <= len(under_way.result(timeout=5).tokens) <= 30  # not the piece after
     assert len(other.result(timeout=5).tokens) == 16
     assert all(stream != 2 for batch in gpt.batches for stream, _, _ in batch)
-    assert not worker._drawn
 
 
 def test_a_worker_whose_only_row_left_waits_for_the_next(start):

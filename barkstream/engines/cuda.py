@@ -166,17 +166,21 @@ class CudaEngine:
         """
         for row in rows:
             row.check(self.size)
-        with ExitStack() as undo:
-            slots = undo.enter_context(self._slots.lease(rows))
+        slots = self._slots.take(rows)
+        try:
             wait = self._launch(rows, slots)
-            leased = undo.pop_all()
+        except BaseException:
+            self._slots.give_back(rows, slots)
+            raise
 
         def finish() -> list[Generation]:
-            with leased:
+            try:
                 tokens, results = wait()
                 generations = self._take(rows, tokens, results)
-                for row, slot, generation in zip(rows, slots, generations, strict=True):
-                    slot.ids = _held(row, generation)
+                for slot, generation in zip(slots, generations, strict=True):
+                    slot.ids = _held(generation)
+            finally:
+                self._slots.give_back(rows, slots)
             return generations
 
         return finish
@@ -204,7 +208,7 @@ class CudaEngine:
     def _launch_behind(self, row: Row, slot: GpuSlot, n_before: int) -> Callable[[], tuple[Ints, Ints]]:
         """Decode steps of a row whose last id is the last of the n_before tokens of the launch before."""
         arguments = self._arguments(row, slot)
-        arguments.ids[0] = -n_before
+        arguments = arguments._replace(ids=(-n_before, arguments.ids[1]))
         tokens, results = self.decode([arguments])
         tokens, results = download_all(tokens[:1], results[:1])
         return lambda: (tokens(), results())
@@ -269,28 +273,35 @@ class CudaEngine:
             self.prefill([row.ids[:-1] for row, _ in new], [slot.index for _, slot in new])
         tokens, results = self.decode([self._arguments(row, slot) for row, slot in zip(rows, slots, strict=True)])
         tokens, results = download_all(tokens[: len(rows)], results[: len(rows)])
-        return lambda: (tokens(), results())
+        drawn = slice(None), slice(max(row.n_tokens for row in rows))
+        return lambda: (tokens(drawn), results())
 
     def _arguments(self, row: Row, slot: GpuSlot) -> RowArguments:
+        ids, sampling = row.ids, row.sampling
+        last = ids[-1].tolist()
         return RowArguments(
-            seed=row.sampling.seed % (1 << 64),
-            slot=slot.index,
-            length=len(row.ids) - 1,
-            position=row.position,
-            ids=tuple([*row.ids[-1].tolist(), self.size.n_input_ids][:2]),
-            n_tokens=row.n_tokens,
-            top_k=row.sampling.top_k,
-            temperature=row.sampling.temperature,
-            top_p=row.sampling.top_p,
-            min_eos_p=row.sampling.min_eos_p,
+            sampling.seed % (1 << 64),
+            slot.index,
+            len(ids) - 1,
+            row.position,
+            (last[0], last[1] if len(last) > 1 else self.size.n_input_ids),
+            row.n_tokens,
+            sampling.top_k,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_eos_p,
         )
 
     def _take(self, rows: list[Row], tokens: Ints, results: Ints) -> list[Generation]:
         """tokens: [B, n], indices within their codebook."""
-        positions = np.array([[row.position] for row in rows]) + np.arange(max(row.n_tokens for row in rows))
-        books = positions % self.head.n_codebooks
-        ids = (self.head.first_id + books * self.head.size + tokens[:, : books.shape[1]]).astype(np.int32)
-        return [Generation(ids[i, :n], reason == ENDED) for i, (n, reason) in enumerate(results.tolist())]
+        positions = np.array([[row.position] for row in rows], np.int32)
+        books = positions + np.arange(max(row.n_tokens for row in rows), dtype=np.int32)
+        books %= self.head.n_codebooks
+        drawn = tokens[:, : books.shape[1]] + (books * self.head.size + self.head.first_id)  # int32, as tokens are
+        generations = []
+        for row, ids, (n, reason) in zip(rows, drawn, results.tolist(), strict=True):
+            generations.append(Generation(ids[:n], reason == ENDED, row.ids_with(ids[:n])))
+        return generations
 
 
 class _Pieces:
@@ -344,7 +355,7 @@ class _Pieces:
         (generation,) = self._engine._take([piece], *self.under_way.popleft()())
         self._is_lost |= self._slid.popleft() and self._is_halted
         self._is_halted |= len(generation.tokens) < piece.n_tokens and not generation.ended
-        self._slot.ids, self._to_take = _held(piece, generation), self._to_take.after(generation.tokens)
+        self._slot.ids, self._to_take = _held(generation), self._to_take.after(generation.tokens, generation.ids)
         return generation
 
     def settle(self) -> None:
@@ -353,10 +364,10 @@ class _Pieces:
             self._slot.ids = self._slot.ids[:0]
 
 
-def _held(row: Row, generation: Generation) -> Ints:
+def _held(generation: Generation) -> Ints:
     """The prefix [n, C] that a row's slot holds after a call: all that was fed, which is not the token drawn last."""
-    held = row.ids_with(generation.tokens)
-    return held if generation.ended else held[: len(held) - 1]
+    assert generation.ids is not None, "of this engine"
+    return generation.ids if generation.ended else generation.ids[:-1]
 
 
 def _amend(n_ids: int, unknown: Tensor, ids: Tensor) -> None:

@@ -47,6 +47,7 @@ from barkstream.garbage import spare_what_is_here
 
 SWITCH_S = 0.0001  # threads hand Python over after so long: the one that has the next piece to launch must not wait
 LISTENING = "listening"
+NO_NEWS = Work()
 SAID = (ValueError, FileNotFoundError, EngineError)  # errors whose own words a caller should hear
 
 
@@ -61,7 +62,7 @@ class Stage:
         self._n_slots: Callable[[], int] = lambda: 0
         self._release: Callable[..., None] = lambda *streams: None
         self._drop = self._release
-        self._told = Work()
+        self._told, self._told_of = Work(), Work()  # the latter: the worker's, by which the former came about
         self._lock = threading.Lock()
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, args=(opened,), name=spec.stage, daemon=True)
@@ -81,8 +82,11 @@ class Stage:
 
     def news(self) -> Work:
         with self._lock:
-            now = self._worker.work_done + Work(n_slots=self._n_slots())
-            news, self._told = now - self._told, now
+            done, n_slots = self._worker.work_done, self._n_slots()
+            if done is self._told_of and n_slots == self._told.n_slots:
+                return NO_NEWS  # as for all answers of a batch but the first
+            now = done + Work(n_slots=n_slots)
+            news, self._told, self._told_of = now - self._told, now, done
         return news
 
     def _work(self, opened: Future[None]) -> None:

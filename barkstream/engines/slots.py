@@ -20,6 +20,8 @@ class Slot:
 
     def n_known(self, ids: Ints) -> int:
         """Leading positions of a prefix [S, C] that the cache holds."""
+        if self.ids is ids or self.ids.base is ids:  # leading ones of this very array: nobody writes to a prefix
+            return len(self.ids)
         n = min(len(self.ids), len(ids))
         if self.ids.shape[1:] != ids.shape[1:]:
             return 0
@@ -51,24 +53,27 @@ class Slots(Generic[AnySlot]):
 
     @contextmanager
     def lease(self, rows: Sequence[Row]) -> Iterator[list[AnySlot]]:
+        """`take`, for as long as the block lasts."""
+        slots = self.take(rows)
+        try:
+            yield slots
+        finally:
+            self.give_back(rows, slots)
+
+    def take(self, rows: Sequence[Row]) -> list[AnySlot]:
         """A slot for each row: its stream's, or a free one, or that of the stream that was used least recently.
 
-        At most as many rows as there are slots. A row without a stream gives its slot back at the end.
+        At most as many rows as there are slots. They have to be given back.
         """
-        slots: list[tuple[int, AnySlot]] = []
-        owners: set[int] = set()
-        try:
-            for row in rows:
-                stream = 0 if row.stream in owners else row.stream
-                owners.add(stream)
-                slots.append((stream, self._owned.pop(stream) if stream in self._owned else self._free_slot()))
-            yield [slot for _, slot in slots]
-        finally:
-            for stream, slot in slots:
-                if stream:
-                    self._owned[stream] = slot
-                else:
-                    self._free.append(slot)
+        return [self._owned.pop(row.stream, None) or self._free_slot() for row in rows]
+
+    def give_back(self, rows: Sequence[Row], slots: Sequence[AnySlot]) -> None:
+        """What was taken. A row without a stream keeps none, nor does a stream's second row."""
+        for row, slot in zip(rows, slots, strict=True):
+            if row.stream and row.stream not in self._owned:
+                self._owned[row.stream] = slot
+            else:
+                self._free.append(slot)
 
     def _free_slot(self) -> AnySlot:
         return self._free.pop() if self._free else self._owned.popitem(last=False)[1]

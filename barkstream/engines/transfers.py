@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from barkstream.engines.kernels import check, current_stream, driver, use_context
+from barkstream.engines.kernels import Event, check, current_stream, driver, use_context
 
 SMALL_BYTES = 1 << 20  # larger ones are PyTorch's
 RING_BYTES = 32 << 20  # of a thread: more than its small copies take that are under way at once
@@ -110,33 +110,32 @@ def _is_alike(array: np.ndarray, tensor: Tensor) -> bool:
     return tensor.is_contiguous() and NUMPY.get(tensor.dtype) == array.dtype and tensor.shape == array.shape
 
 
-def download(tensor: Tensor) -> Callable[[], np.ndarray]:
-    """What the tensor holds once all that was launched before is over: the call waits for that."""
+def download(tensor: Tensor) -> Callable[..., np.ndarray]:
+    """What the tensor holds once all that was launched before is over: the call waits for that. It takes an index, if a part is wanted."""
     (wait,) = download_all(tensor)
     return wait
 
 
-def download_all(*tensors: Tensor) -> list[Callable[[], np.ndarray]]:
+def download_all(*tensors: Tensor) -> list[Callable[..., np.ndarray]]:
     """`download` of each, which are all there together."""
     started = [_start_download(tensor) for tensor in tensors]
-    done = torch.cuda.Event()
-    done.record()
+    done = Event()
 
-    def wait(take: Callable[[], np.ndarray]) -> np.ndarray:
-        done.synchronize()
-        return take()
+    def wait(get: Callable[[], np.ndarray], part: Any = ...) -> np.ndarray:
+        done.wait()
+        return get()[part].copy()  # of a thread's memory, which is used again
 
-    return [partial(wait, take) for take in started]
+    return [partial(wait, get) for get in started]
 
 
 def _start_download(tensor: Tensor) -> Callable[[], np.ndarray]:
-    """What gives the array, once it is there."""
+    """Where the array will be."""
     if tensor.nbytes > SMALL_BYTES or not tensor.is_contiguous():
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return pinned.copy_(tensor, non_blocking=True).numpy
     on_host, address = _ring().take(tuple(tensor.shape), NUMPY[tensor.dtype])
     check(driver().cuMemcpyDtoHAsync_v2(address, tensor.data_ptr(), tensor.nbytes, current_stream()))
-    return on_host.copy  # the ring goes round
+    return lambda: on_host
 
 
 def copy(tensor: Tensor, into: Tensor) -> None:

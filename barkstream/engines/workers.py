@@ -192,6 +192,7 @@ class _Pending(Generic[Call, Result]):
     def __init__(self, call: Call, rank: int):
         self.call, self.rank, self.since_s = call, rank, time.monotonic()
         self.is_left = False  # its listener has gone
+        self.drawn: list[Ints] = []  # a row's tokens so far, piece by piece
         self.answer: Future[Result] = Future()
 
     @property
@@ -289,8 +290,7 @@ class Worker(Generic[Call, Result]):
         with self._changed:
             if not self._waiting:
                 return LONE
-            self._hurry_old()
-            rank = min(each.rank for each in self._waiting)
+            rank = self._lowest_waiting()
             if rank < REST:
                 return AT_ONCE if rank <= FIRST else policy.hurried
             now_s = time.monotonic()
@@ -313,8 +313,14 @@ class Worker(Generic[Call, Result]):
     def _lowest_rank(self) -> int:
         """Of those who wait."""
         with self._changed:
+            return self._lowest_waiting()
+
+    def _lowest_waiting(self) -> int:
+        rank = min([each.rank for each in self._waiting], default=REST)
+        if rank == REST and self._policy.old_s < math.inf and self._waiting:
             self._hurry_old()
-            return min((each.rank for each in self._waiting), default=REST)
+            rank = min([each.rank for each in self._waiting])
+        return rank
 
     def _company(self) -> int:
         """Calls that need wait for no more."""
@@ -393,7 +399,6 @@ class CausalWorker(Worker[Row, Generation]):
         # A stream's ids when its latest piece was over: a call that goes on from there needs no prefill.
         self._held: dict[int, int] = {}
         self._n_piece = 0  # tokens of the piece under way
-        self._drawn: dict[Future[Generation], list[Ints]] = {}
         self._under_way: list[_Pending[Row, Generation]] = []
         self._n_nameless = 0
 
@@ -454,7 +459,7 @@ class CausalWorker(Worker[Row, Generation]):
         return min(self._policy.company, max(1, len(self._held) * 3 // 4))
 
     def _said(self, pending: _Pending[Row, Generation], ended: bool) -> Generation:
-        return Generation.joined(self._drawn.pop(pending.answer, []), ended)
+        return Generation.joined(pending.drawn, ended)
 
     def _forget(self, streams: Iterable[int]) -> None:
         for stream in streams:
@@ -565,22 +570,21 @@ class CausalWorker(Worker[Row, Generation]):
         n = next((n for n in PIECES if n * step_s <= PIECE_S), PIECES[-1])
         return max(min(n, max(n_wanted)), min(max(n_hurried, default=0), int(HURRIED_PIECE_S / step_s)))
 
-    def _go_on(self, pending: _Pending[Row, Generation], tokens: Ints) -> None:
+    def _go_on(self, pending: _Pending[Row, Generation], said: Generation) -> None:
         """What is left of a call after a piece of it. A new window is as urgent as a call for it."""
         row = pending.call
-        pending.call = rest = row.after(tokens)
-        goes_on = rest.chain is row.chain or np.array_equal(rest.ids, row.ids_with(tokens))
+        ids = row.ids_with(said.tokens) if said.ids is None else said.ids
+        pending.call = rest = row.after(said.tokens, ids)
         if rest.chain is not row.chain:
             pending.rank = self._policy.rank(rest)
         if not pending.is_left:
-            self._held[row.stream] = len(rest.ids) if goes_on else 0
+            self._held[row.stream] = len(ids) if rest.ids is ids else 0  # else its window slid
 
     def _settle(self, batch: list[_Pending[Row, Generation]], results: Sequence[Generation] | Exception) -> None:
         if isinstance(results, Exception):
             with self._changed:
                 self._under_way = []
                 for each in batch:
-                    self._drawn.pop(each.answer, None)
                     self._held.pop(each.call.stream, None)
                 self._forget(each.call.stream for each in batch if each.call.stream < 0)
             return super()._settle(batch, results)
@@ -590,17 +594,17 @@ class CausalWorker(Worker[Row, Generation]):
             self._under_way = []
             for each, generation in zip(batch, results, strict=True):
                 each.since_s = now
-                self._drawn.setdefault(each.answer, []).append(generation.tokens)
-                self._go_on(each, generation.tokens)
+                each.drawn.append(generation.tokens)
+                self._go_on(each, generation)
                 if each.call.n_tokens and not generation.ended and not each.is_left:
                     unfinished.append(each)
                 else:
                     whole.append((each, self._said(each, generation.ended)))
             self._waiting = unfinished + self._waiting
-        nameless = [each.call.stream for each, _ in whole if each.call.stream < 0]
-        with self._changed:
-            self._forget(nameless)
-        self._release(*nameless)
+        if nameless := [each.call.stream for each, _ in whole if each.call.stream < 0]:
+            with self._changed:
+                self._forget(nameless)
+            self._release(*nameless)
         return self._answer(whole)
 
 

@@ -30,6 +30,7 @@ UNDER_RACECHECK = "BARKSTREAM_UNDER_RACECHECK"
 # CUlaunchAttributeID and CUfunction_attribute of cuda.h
 COOPERATIVE, CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+DISABLE_TIMING = 2  # CUevent_flags
 
 
 class _Attribute(ctypes.Structure):
@@ -249,6 +250,7 @@ def _cuda() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
     library.cuModuleLoadData.argtypes = [c_void_p, c_char_p]
     library.cuFuncSetAttribute.argtypes = [c_void_p, c_int, c_int]
+    library.cuEventSynchronize.argtypes = [c_void_p]
     return library
 
 
@@ -263,8 +265,27 @@ def driver() -> ctypes.PyDLL:
     library.cuMemsetD8Async.argtypes = [c_uint64, c_ubyte, c_size_t, c_void_p]
     library.cuGraphInstantiateWithFlags.argtypes = [c_void_p, c_void_p, c_ulonglong]
     library.cuGraphUpload.argtypes = library.cuGraphLaunch.argtypes = [c_void_p, c_void_p]
-    library.cuGraphExecDestroy.argtypes = [c_void_p]
+    library.cuGraphExecDestroy.argtypes = library.cuEventDestroy_v2.argtypes = [c_void_p]
+    library.cuEventCreate.argtypes = [c_void_p, c_uint]
+    library.cuEventRecord.argtypes = [c_void_p, c_void_p]
     return library
+
+
+class Event:
+    """Where the current stream is now. PyTorch's takes 13 us to make and record, and 90 in a thread that has slept."""
+
+    def __init__(self) -> None:
+        self._handle = c_void_p()
+        stream = current_stream()
+        check(driver().cuEventCreate(byref(self._handle), DISABLE_TIMING))
+        check(driver().cuEventRecord(self._handle, stream))
+
+    def wait(self) -> None:
+        """Until the stream has come as far. Other threads go on meanwhile."""
+        check(_cuda().cuEventSynchronize(self._handle))
+
+    def __del__(self) -> None:
+        driver().cuEventDestroy_v2(self._handle)
 
 
 @functools.cache
@@ -307,6 +328,7 @@ def _check_nvrtc(status: int) -> None:
 
 
 __all__ = [
+    "Event",
     "Kernel",
     "Module",
     "Source",

@@ -5,7 +5,6 @@ Matrix products are cuBLASLt's (`products.py`), attention of prefixes is `attent
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_void_p
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from barkstream.engines import Head
 from barkstream.engines.kernels import Kernel, build, current_stream
 from barkstream.engines.kernels.attention import Attention
-from barkstream.engines.kernels.fused import Bits, KVCache, RowArguments, kernel_constants, pointer
+from barkstream.engines.kernels.fused import ROW, Bits, KVCache, RowArguments, kernel_constants, pointer, write_rows
 from barkstream.engines.kernels.graphs import Graph, capture
 from barkstream.engines.kernels.products import add_product, gelu_of_product, product
 from barkstream.engines.kernels.weights import GPTWeights
@@ -79,6 +78,9 @@ class Prefill:
     def __init__(self, layers: Layers):
         self._layers = layers
         self._graphs: dict[tuple[int, int], tuple[Graph, Inputs]] = {}
+        # A row's states but for its ids: so they need not be made of three kinds of numbers each time.
+        self._blank = np.zeros((layers.size.block_size, STATE_FIELDS), np.int32)
+        self._blank[:, 0], self._blank[:, 1:3] = np.arange(len(self._blank)), layers.size.n_input_ids
 
     def __call__(
         self, ids: Sequence[Ints], slots: Sequence[int], amend: Callable[[Tensor], None] = lambda ids: None
@@ -91,7 +93,7 @@ class Prefill:
 
         def fill(inputs: dict[str, np.ndarray]) -> None:
             states = inputs["states"].reshape(n_rows, n_tokens, STATE_FIELDS)
-            states[:, :, 0], states[:, :, 1:3], states[:, :, 3:] = np.arange(n_tokens), size.n_input_ids, 0
+            states[:] = self._blank[:n_tokens]
             for i, row in enumerate(ids):
                 states[i, : len(row), 1 : 1 + row.shape[1]] = row
             inputs["slots"][:] = slots
@@ -163,7 +165,7 @@ class _Step:
 
     def __init__(self, layers: Layers, n_rows: int):
         self._n_rows, self._scratch = n_rows, layers.cache.n_slots - 1
-        self.rows = torch.zeros(n_rows, ctypes.sizeof(RowArguments), dtype=torch.uint8, device="cuda")
+        self.rows = torch.zeros(n_rows, ROW.size, dtype=torch.uint8, device="cuda")
         self.states = torch.zeros(n_rows, STATE_FIELDS, dtype=torch.int32, device="cuda")
         self.tokens = torch.zeros(n_rows, layers.size.block_size, dtype=torch.int32, device="cuda")
         self.graph = capture(lambda: self._step(layers))
@@ -171,8 +173,9 @@ class _Step:
     def set(self, rows: Sequence[RowArguments]) -> None:
         rows = [*rows, *[RowArguments(slot=self._scratch, top_p=1)] * (self._n_rows - len(rows))]
         states = [[row.length, *row.ids, 0, row.n_tokens > 0, 0] for row in rows]
-        packed = np.frombuffer(bytearray((RowArguments * self._n_rows)(*rows)), np.uint8)
-        upload(packed.reshape(self.rows.shape), self.rows)
+        packed = np.zeros(tuple(self.rows.shape), np.uint8)
+        write_rows(rows, packed.data)
+        upload(packed, self.rows)
         upload(np.array(states, np.int32), self.states)
 
     def _step(self, layers: Layers) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_uint, c_uint64, c_void_p
+from ctypes import c_int, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -21,25 +22,38 @@ ENDED = 1  # of decode.cuh: a row's speech ended
 ROW_COUNTS = (1, 2, 4, 8)
 
 
-class RowArguments(ctypes.Structure):
+class RowArguments(NamedTuple):
     """`Row` of sampling.cuh."""
 
-    _fields_ = [
-        ("seed", c_uint64),
-        ("slot", c_int),
-        ("length", c_int),
-        ("position", c_int),
-        ("ids", c_int * 2),
-        ("n_tokens", c_int),
-        ("top_k", c_int),
-        ("temperature", c_float),
-        ("top_p", c_float),
-        ("min_eos_p", c_float),
-    ]
+    seed: int = 0
+    slot: int = 0
+    length: int = 0
+    position: int = 0
+    ids: tuple[int, int] = (0, 0)
+    n_tokens: int = 0
+    top_k: int = 0
+    temperature: float = 0.0
+    top_p: float = 0.0
+    min_eos_p: float = 0.0
 
     @property
     def filters(self) -> bool:
         return self.top_k > 0 or self.top_p < 1
+
+
+ROW = struct.Struct("=Q7i3f")  # as the kernels have it
+
+
+def room_for_rows(n_rows: int) -> type[ctypes.Array[c_uint64]]:
+    """Of a kernel's arguments."""
+    return c_uint64 * (n_rows * ROW.size // ctypes.sizeof(c_uint64))
+
+
+def write_rows(rows: Sequence[RowArguments], into: ctypes.Structure | memoryview, offset: int = 0) -> None:
+    """As the kernels read them. offset: bytes."""
+    for seed, slot, length, position, ids, *rest in rows:
+        ROW.pack_into(into, offset, seed, slot, length, position, *ids, *rest)
+        offset += ROW.size
 
 
 @dataclass(frozen=True)
@@ -188,8 +202,7 @@ class FusedDecoder:
             None if logits is None else torch.empty(n_rows, self._head.size, dtype=torch.float32, device="cuda")
         )
         arguments.logits = None if last_logits is None else last_logits.data_ptr()
-        for i in range(n_rows):
-            arguments.rows[i] = rows[i] if i < len(rows) else idle
+        write_rows([*rows, *[idle] * (n_rows - len(rows))], arguments, type(arguments).rows.offset)
         self._number = (self._number + arguments.n_steps) % (1 << 32)
         variant.kernel.launch((self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], current_stream())
         if logits is not None and last_logits is not None:
@@ -267,7 +280,7 @@ def _arguments(n_rows: int) -> type[ctypes.Structure]:
     fields: list[tuple[str, type]] = [(name, c_void_p) for name in pointers]
     fields += [("n_slots", c_int), ("n_steps", c_int), ("launch", c_uint64), ("number", c_uint)]
     fields += [("filter", c_int), ("one_book", c_int)]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", RowArguments * n_rows)]})
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", room_for_rows(n_rows))]})
 
 
 def n_head_tiles(size: GPTSize, head: Head) -> int:

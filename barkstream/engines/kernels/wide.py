@@ -25,6 +25,8 @@ from barkstream.engines.kernels.fused import (
     n_head_tiles,
     padded,
     pointer,
+    room_for_rows,
+    write_rows,
 )
 from barkstream.engines.kernels.weights import GPTWeights
 from barkstream.engines.transfers import clear
@@ -149,7 +151,7 @@ class _Variant:
         fields: list[tuple[str, type]] = [(name, c_void_p) for name in self._buffers]
         fields += [("halted", c_void_p), ("n_slots", c_int), ("n_steps", c_int), ("launch", c_uint64)]
         fields += [("one_book", c_int), ("order", c_ubyte * n_rows)]
-        layout = type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", RowArguments * n_rows)]})
+        layout = type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("rows", room_for_rows(n_rows))]})
         pointers = {name: pointer(buffer) for name, buffer in self._buffers.items()}
         self._arguments = layout(**pointers, halted=decoder._halts.address, n_slots=decoder._cache.n_slots)
 
@@ -169,7 +171,7 @@ class _Variant:
         arguments.n_steps = max(row.n_tokens for row in rows)
         arguments.one_book = len({row.position % self._n_codebooks for row in rows}) == 1
         arguments.order[:] = deal_rows([row.length if row.n_tokens else 0 for row in rows])
-        arguments.rows[:] = rows
+        write_rows(rows, arguments, type(arguments).rows.offset)
         clear(self.news)
         self._kernel.launch((self._n_blocks, 1, 1), 32 * (N_WARPS + 2), [arguments], current_stream())
 
