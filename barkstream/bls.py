@@ -176,12 +176,11 @@ class CausalStage:
         """Calls of several streams, decoded together. A bad call gets its error; the others their tokens."""
         return _answer_calls(requests, self._row, self._response, self._engine, self._metrics)
 
-    def _row(self, request: Any) -> Row:
-        call = _arrays(request)
+    def _row(self, call: dict[str, np.ndarray]) -> Row:
         if ("heads" in call) != ("windows" in call):
             raise ValueError("heads and windows say together what follows: give both, or neither")
-        chain = Chain.of(call.pop("heads"), call.pop("windows"), self._coarse) if "heads" in call else None
-        one = {name: array[0].item() for name, array in call.items() if name != "prefix"}
+        chain = Chain.of(call["heads"], call["windows"], self._coarse) if "heads" in call else None
+        one = {name: array[0].item() for name, array in call.items() if name not in ("prefix", "heads", "windows")}
         sampling = Sampling(one["seed"], one["temperature"], one["top_k"], one["top_p"], one.get("min_eos_p", 1.0))
         ids = (
             token_ids(call["prefix"], self._semantic)
@@ -210,8 +209,7 @@ class FineStage:
     def execute(self, requests: list[Any]) -> list[Any]:
         return _answer_calls(requests, self._window, lambda codes: _outputs(filled=codes), self._engine, self._metrics)
 
-    def _window(self, request: Any) -> Window | Windows:
-        call = _arrays(request)
+    def _window(self, call: dict[str, np.ndarray]) -> Window | Windows:
         fill_from, temperature = call["fill_from"][0].item(), call["temperature"][0].item()
         window: Window | Windows = Window(call["codes"], fill_from, call["uniforms"], temperature)
         if "windows" in call:
@@ -235,8 +233,7 @@ class CodecStage:
 
         return _answer_calls(requests, self._chunk, response, self._engine, self._metrics)
 
-    def _chunk(self, request: Any) -> Chunk:
-        call = _arrays(request)
+    def _chunk(self, call: dict[str, np.ndarray]) -> Chunk:
         state = call["state"]
         if np.array_equal(state, [0]):  # a new stream's: the profile's warm-up does not know its size
             state = np.zeros(state_size(self._layout), np.float32)
@@ -270,19 +267,20 @@ def _open_engine(stage: StageName, args: dict[str, str]) -> Any:
 
 def _answer_calls(
     requests: list[Any],
-    parse: Callable[[Any], Row | Window | Windows | Chunk],
+    parse: Callable[[dict[str, np.ndarray]], Row | Window | Windows | Chunk],
     response: Callable[[Any], Any],
     engine: HostedStage | OwnStage,
     metrics: StageMetrics,
 ) -> list[Any]:
     """A response for each request. A bad call gets its error.
 
-    parse: raises ValueError for a bad call. (Why responses are not sent one by one, when they are there: docs/architecture.md.)
+    parse: raises ValueError for a bad call's inputs. (Why responses are not sent one by one, when they are there: docs/architecture.md.)
     """
     calls: list[Any] = []
-    for request in requests:
+    inputs = [_arrays(request) for request in requests]
+    for given in inputs:
         try:
-            calls.append(parse(request))
+            calls.append(parse(given))
         except ValueError as error:
             calls.append(error)
     if left := [call.stream for call in calls if _is_release(call)]:
@@ -291,7 +289,7 @@ def _answer_calls(
     good = [i for i, call in enumerate(calls) if not (isinstance(call, ValueError) or _is_release(call))]
     answers = [NOTHING if _is_release(call) else call for call in calls]
     if good:
-        results = engine.run([calls[i] for i in good], [_stream_of(requests[i]) for i in good])
+        results = engine.run([calls[i] for i in good], [_stream_of(inputs[i]) for i in good])
         for i, answer in zip(good, results, strict=True):
             answers[i] = answer
         metrics.count(engine.take_news())
@@ -307,9 +305,9 @@ def _failure(error: Exception) -> Any:
     return _error(str(error), code)
 
 
-def _stream_of(request: Any) -> int:
+def _stream_of(call: dict[str, np.ndarray]) -> int:
     """The key of the stream whose call it is, 0 if it does not say."""
-    return next((int(tensor.as_numpy()[0, 0]) for tensor in request.inputs() if tensor.name() == "stream"), 0)
+    return int(call["stream"][0]) if "stream" in call else 0
 
 
 def _arrays(request: Any) -> dict[str, np.ndarray]:

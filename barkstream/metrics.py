@@ -6,6 +6,7 @@ Names, types and labels: docs/load.md. `family` is Triton's `pb_utils.MetricFami
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from itertools import product
@@ -20,20 +21,25 @@ STAGES = ("bark_semantic", "bark_coarse", "bark_fine", "bark_codec")
 REQUEST, SPEAKER = "request", "bark"  # whose error it was, if no stage's: the caller's, or our own
 
 
+SOON_S = 0.01  # whoever counts has an answer to give, and is not to share Python with the updates meanwhile
+
+
 class _Updates:
-    """Updates metrics on a thread of its own: each is a message to Triton and back, some 50 us that no listener has to wait for.
+    """Updates metrics on a thread of its own, a little later, and what adds up at once: each is a message to Triton and back, some 50 us
+    that no listener has to wait for.
 
     One for a process, because a process is what Triton gives a Python model, and two threads that update metrics at once crash the
     Python backend of Triton 2.51.
     """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Callable[[float], None], float]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Callable[[float], None], float, bool]] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def put(self, update: Callable[[float], None], value: float) -> None:
-        self._queue.put((update, value))
+    def put(self, update: Callable[[float], None], value: float, adds_up: bool) -> None:
+        """adds_up: one update with the sum is as good as some."""
+        self._queue.put((update, value, adds_up))
         if self._thread is None:
             with self._starting:
                 if self._thread is None:
@@ -42,11 +48,23 @@ class _Updates:
 
     def _run(self) -> None:
         while True:
-            update, value = self._queue.get()
-            try:
-                update(value)
-            except Exception:  # one that Triton does not take must not be the last
-                traceback.print_exc()
+            told = [self._queue.get()]
+            time.sleep(SOON_S)
+            told += [self._queue.get() for _ in range(self._queue.qsize())]  # nobody else takes any
+            sums: dict[Callable[[float], None], float] = {}
+            for update, value, adds_up in told:
+                if adds_up:
+                    sums[update] = sums.get(update, 0.0) + value
+                else:
+                    self._update(update, value)
+            for update, value in sums.items():
+                self._update(update, value)
+
+    def _update(self, update: Callable[[float], None], value: float) -> None:
+        try:
+            update(value)
+        except Exception:  # one that Triton does not take must not be the last
+            traceback.print_exc()
 
 
 _UPDATES = _Updates()
@@ -56,13 +74,13 @@ class Metric:
     """One time series, which threads may share. It is updated soon after it was told."""
 
     def __init__(self, metric: Any):
-        self._metric = metric
+        self._increment, self._observe = metric.increment, metric.observe
 
     def increment(self, by: float = 1) -> None:
-        _UPDATES.put(self._metric.increment, by)
+        _UPDATES.put(self._increment, by, True)
 
     def observe(self, value: float) -> None:
-        _UPDATES.put(self._metric.observe, value)
+        _UPDATES.put(self._observe, value, False)
 
 
 class Metrics:

@@ -13,7 +13,7 @@ from queue import Queue
 import numpy as np
 import pytest
 
-from barkstream.engines.mail import Line, Reader, ReadMemory
+from barkstream.engines.mail import Caller, Line, Reader, ReadMemory
 
 
 @pytest.fixture
@@ -130,3 +130,29 @@ def test_a_line_that_says_what_nobody_understands_is_closed_and_the_others_are_n
         good.send("abc")
         assert good.recv() == 3 and gone.qsize() == 2
     assert "has no len()" in capfd.readouterr().err
+
+
+def test_a_caller_asks_and_hears_all_of_it_until_the_other_end_has_gone(tmp_path):
+    reader, large = Reader(tmp_path / "s"), np.arange(500_000, dtype=np.int32)
+
+    def answer(line, message):
+        if message == "go":
+            raise RuntimeError("which closes the line")
+        for each in (message, large, "last"):
+            if not line.send(each):
+                threading.Thread(target=line.flush, daemon=True).start()
+
+    arguments = (lambda line: None, answer, lambda line: None)
+    threading.Thread(target=reader.read, args=arguments, daemon=True).start()
+    caller = Caller(tmp_path / "s")
+    for _ in range(2):
+        caller.send(("ask", 1))
+        assert caller.receive() == ("ask", 1) and np.array_equal(caller.receive(), large) and caller.receive() == "last"
+    caller.send("go")
+    with pytest.raises(EOFError, match="has ended"):
+        caller.receive()
+
+
+def test_a_caller_whom_nobody_listens_to_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Caller(tmp_path / "nobody")

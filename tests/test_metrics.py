@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from barkstream.clients import BarkstreamError, Client
+from barkstream.metrics import Metric
 
 pytestmark = pytest.mark.server
 
@@ -47,6 +48,50 @@ def grown(server):
 def client(server):
     with Client(server.grpc_url) as client:
         yield client
+
+
+class Told:
+    """A metric of Triton's."""
+
+    def __init__(self, fails: int = 0):
+        self.increments, self.observed, self.fails = [], [], fails
+
+    def increment(self, by: float) -> None:
+        if self.fails:
+            self.fails -= 1
+            raise RuntimeError("not taken")
+        self.increments.append(by)
+
+    def observe(self, value: float) -> None:
+        self.observed.append(value)
+
+
+def eventually(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
+def test_what_adds_up_is_told_together_and_what_is_observed_one_by_one():
+    told, other = Told(), Told()
+    counter, gauge = Metric(told), Metric(other)
+    for by in (1, 2, 3):
+        counter.increment(by)
+        counter.observe(by)
+        gauge.increment(-by)
+    eventually(lambda: sum(told.increments) == 6 and len(told.observed) == 3 and sum(other.increments) == -6)
+    assert told.observed == [1, 2, 3] and len(told.increments) < 3
+
+
+def test_an_update_that_is_not_taken_is_not_the_last(capsys):
+    told = Told(fails=1)
+    counter = Metric(told)
+    counter.increment(5)
+    eventually(lambda: not told.fails)
+    counter.increment(2)
+    eventually(lambda: told.increments == [2])
+    assert "not taken" in capsys.readouterr().err
 
 
 def queries() -> list[str]:

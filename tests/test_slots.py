@@ -132,3 +132,61 @@ def test_the_cuda_engine_decodes_more_rows_than_a_batch_in_several(engine):
 def test_a_row_that_does_not_fit_is_refused(engine):
     with pytest.raises(ValueError, match="1 to 64 positions"):
         engine.generate([row(1, n_tokens=70)])
+
+
+def test_what_is_left_of_a_row_has_the_engines_own_prefix_and_is_not_compared(engine):
+    begun = row(3)
+    (generation,) = engine.generate([begun])
+    left = begun.after(generation.tokens[:4], generation.ids)
+    assert left.ids is generation.ids and left.ids[:, 0].tolist() == [1, 2, 3, 1000, 2024, 1000, 2024]
+    slot = engine._slots._owned[3]
+    assert slot.ids.base is left.ids and slot.n_known(left.ids) == len(left.ids) - 1
+    assert slot.n_known(left.ids.copy()) == len(left.ids) - 1  # equal ones are compared
+    other = left.ids.copy()
+    other[2] = 9
+    assert slot.n_known(other) == 2
+
+
+def test_a_checked_row_is_not_looked_through_again_and_its_pieces_are_checked():
+    size = GPTSize(n_layers=2, n_heads=1, width=64, block_size=64, n_input_ids=5000, n_output_ids=5000)
+    good, bad = row(3), row(3, prefix=(1, 5001))
+    with pytest.raises(ValueError, match="prefix ids must be 0 to 4999, got 1 to 5001"):
+        bad.checked(size)
+    checked = good.checked(size)
+    assert checked.is_checked and checked.piece(2).is_checked and checked.after(np.array([7], np.int32)).is_checked
+    assert not good.is_checked and not good.piece(2).is_checked
+
+
+def test_a_call_that_fails_gives_its_slots_back(engine):
+    def fails(rows):
+        raise RuntimeError("no GPU")
+
+    decode, engine.decode = engine.decode, fails
+    with pytest.raises(RuntimeError, match="no GPU"):
+        engine.start([row(3), row(0)])
+    assert engine.n_owned_slots == 1
+    engine.decode = decode
+    assert len(engine.generate([row(3)])[0].tokens) == 4 and engine.n_owned_slots == 1
+
+
+def test_rows_are_written_as_the_kernels_read_them():
+    import ctypes
+
+    from barkstream.engines.kernels.fused import ROW, RowArguments, room_for_rows, write_rows
+
+    class AsInSamplingCuh(ctypes.Structure):
+        _fields_ = [
+            ("seed", ctypes.c_uint64), ("slot", ctypes.c_int), ("length", ctypes.c_int), ("position", ctypes.c_int),
+            ("ids", ctypes.c_int * 2), ("n_tokens", ctypes.c_int), ("top_k", ctypes.c_int),
+            ("temperature", ctypes.c_float), ("top_p", ctypes.c_float), ("min_eos_p", ctypes.c_float),
+        ]  # fmt: skip
+
+    fields = [("flag", ctypes.c_ubyte * 3), ("rows", room_for_rows(2))]
+    into = type("Arguments", (ctypes.Structure,), {"_fields_": fields})()
+    rows = RowArguments(2**64 - 1, 3, 4, 5, (-6, 7), 8, 9, 0.5, 0.25, 2.0), RowArguments(seed=1)
+    write_rows(rows, into, type(into).rows.offset)
+    read = (AsInSamplingCuh * 2).from_buffer(into, type(into).rows.offset)
+    assert ctypes.sizeof(AsInSamplingCuh) == ROW.size and type(into).rows.offset % 8 == 0
+    for row_, written in zip(read, rows, strict=True):
+        for name, value in written._asdict().items():
+            assert (tuple(row_.ids) if name == "ids" else getattr(row_, name)) == value

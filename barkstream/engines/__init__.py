@@ -57,15 +57,15 @@ class Chain:
         n_head = self.heads.shape[1]
         if len(row.ids) < n_head or row.ids.shape[1] != 1:
             raise ValueError(f"a prefix that others follow has at least {n_head} ids, got {len(row.ids)}")
-        tokens, histories = self.windows.astype(np.int64).T
-        if self.windows.min() < 1 or row.n_whole < 1:
+        windows = self.windows.tolist()  # a few: Python is done with them sooner than NumPy
+        if min(map(min, windows)) < 1 or row.n_whole < 1:
             raise ValueError(
                 f"windows that follow want at least one token each and one before it, and the row's own window one; got "
-                f"{self.windows.tolist()} and {row.n_whole}"
+                f"{windows} and {row.n_whole}"
             )
-        if (n_most := int((n_head + histories + tokens).max() - 1)) > size.block_size:
+        if (n_most := n_head + max(tokens + history for tokens, history in windows) - 1) > size.block_size:
             raise ValueError(f"a window that follows must take at most {size.block_size} positions, got {n_most}")
-        if self.heads.min() < 0 or self.heads.max() >= size.n_input_ids:
+        if int(self.heads.view(np.uint32).max()) >= size.n_input_ids:  # one below 0 is a large one
             raise ValueError(
                 f"ids of heads must be 0 to {size.n_input_ids - 1}, got {self.heads.min()} to {self.heads.max()}"
             )

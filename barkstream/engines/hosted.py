@@ -16,13 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from multiprocessing.connection import Client, Connection
 from operator import add
 from pathlib import Path
 from typing import Any
 
 from barkstream.engines import Chunk, Row, Window, Windows, by_windows, one_by_one
 from barkstream.engines.host import LISTENING
+from barkstream.engines.mail import Caller
 from barkstream.engines.open import VERBS, EngineError, Spec, open_stage
 from barkstream.engines.workers import Work
 from barkstream.server import SOCKETS
@@ -143,8 +143,8 @@ class HostedEngine:
         self._news, self._n_slots = Work(), 0  # not yet asked for; and KV slots that were reported by us
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Ask] = {}
-        self._connection: Connection | None = self._open()
-        self._opening: Future[Connection] | None = None
+        self._connection: Caller | None = self._open()
+        self._opening: Future[Caller] | None = None
         self._lost_s = 0.0  # when that began
 
     @property
@@ -179,7 +179,7 @@ class HostedEngine:
         """Wait for the next answer; as send."""
         assert self._connection is not None
         try:
-            number, answer, news = self._connection.recv()
+            number, answer, news = self._connection.receive()
         except (EOFError, OSError):
             return self._lose()
         self._news += news
@@ -197,7 +197,7 @@ class HostedEngine:
                 ask.settle(EngineError(f"the process of GPU {self._spec.device} ended {N_TRIES} times over a call"))
         return [ask for ask in lost if not ask.is_answered]
 
-    def _connected(self) -> Connection:
+    def _connected(self) -> Caller:
         """Waits for it. Raises what opening the engine raises."""
         if not self.is_there:
             opening, self._opening = self._opening or self._opened_soon(), None
@@ -205,8 +205,8 @@ class HostedEngine:
         assert self._connection is not None
         return self._connection
 
-    def _opened_soon(self) -> Future[Connection]:
-        opened: Future[Connection] = Future()
+    def _opened_soon(self) -> Future[Caller]:
+        opened: Future[Caller] = Future()
         self._lost_s = time.monotonic()
 
         def work() -> None:
@@ -218,13 +218,13 @@ class HostedEngine:
         threading.Thread(target=work, daemon=True).start()
         return opened
 
-    def _open(self) -> Connection:
+    def _open(self) -> Caller:
         """A connection to a process that has the stage open."""
         for _ in range(N_TRIES):
             connection = connect(self._spec.device)
             try:
                 connection.send((0, "open", self._spec))
-                _, answer, _ = connection.recv()
+                _, answer, _ = connection.receive()
             except (EOFError, OSError):  # it accepted while it was being killed
                 continue
             if answer is not None:
@@ -233,17 +233,17 @@ class HostedEngine:
         raise EngineError(f"the process of GPU {self._spec.device} ends as soon as it starts")
 
 
-def connect(device: int) -> Connection:
+def connect(device: int) -> Caller:
     """To a GPU's process, which is started if there is none."""
     folder = sockets_folder()
     path = folder / f"gpu{device}"
     with locked(path.with_suffix(".lock")):
         try:
-            return Client(str(path), "AF_UNIX")
+            return Caller(path)
         except (FileNotFoundError, ConnectionRefusedError):  # the latter: it was killed
             path.unlink(missing_ok=True)
             start(path, device)
-            return Client(str(path), "AF_UNIX")
+            return Caller(path)
 
 
 def start(path: Path, device: int) -> None:
