@@ -156,15 +156,15 @@ class Policy:
     coarse_instances: int = 32
     fine_instances: int = 24
     codec_instances: int = 16
-    # Through Triton, one way; and of it, what calls and answers of all streams take one after the other (docs/load.md). Both found by
-    # trying, so that the whole says what an H100 said.
+    # Through Triton, one way; and of it, what calls and answers of all streams take one after the other, in `bark` (docs/load.md). Both
+    # found by trying, so that the whole says what H100s said: the latter is .0004 with one process of `bark` in place of four.
     way_s: float = 0.002
-    hop_s: float = 0.0004
-    # Python's share of a batch, by a trace of an H100 with 50 listeners (docs/performance.md).
-    prepare_s: float = 0.001  # until it is on its way
+    hop_s: float = 0.0001
+    # Python's share of a batch, by a trace of an H100 with 50 listeners (docs/performance.md), and by trying since rows take less.
+    prepare_s: float = 0.0011  # until it is on its way
     settle_s: float = 0.0004  # one that is over: until its calls are answered, or wait for the rest
-    row_s: float = 0.00006  # more for each row, of both
-    gap_s: float = 0.0005  # between two that were launched one behind the other
+    row_s: float = 0.00004  # more for each row, of both
+    gap_s: float = 0.00065  # between two that were launched one behind the other
     chunks: tuple[int, ...] = field(default=(29, 28, 60, 60, 60, 90))  # frames
     lookahead: tuple[int, ...] = field(default=(1, 3, 3, 33, 63, 33))
     coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # WINDOW tokens of a call, at most
