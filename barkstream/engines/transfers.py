@@ -121,21 +121,21 @@ def download_all(*tensors: Tensor) -> list[Callable[..., np.ndarray]]:
     started = [_start_download(tensor) for tensor in tensors]
     done = Event()
 
-    def wait(get: Callable[[], np.ndarray], part: Any = ...) -> np.ndarray:
+    def wait(get: Callable[[Any], np.ndarray], part: Any = ...) -> np.ndarray:
         done.wait()
-        return get()[part].copy()  # of a thread's memory, which is used again
+        return get(part)
 
     return [partial(wait, get) for get in started]
 
 
-def _start_download(tensor: Tensor) -> Callable[[], np.ndarray]:
-    """Where the array will be."""
+def _start_download(tensor: Tensor) -> Callable[[Any], np.ndarray]:
+    """What gives a part of the array, once it is there."""
     if tensor.nbytes > SMALL_BYTES or not tensor.is_contiguous():
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True).numpy
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return lambda part: pinned.numpy()[part]
     on_host, address = _ring().take(tuple(tensor.shape), NUMPY[tensor.dtype])
     check(driver().cuMemcpyDtoHAsync_v2(address, tensor.data_ptr(), tensor.nbytes, current_stream()))
-    return lambda: on_host
+    return lambda part: on_host[part].copy()  # the ring goes round
 
 
 def copy(tensor: Tensor, into: Tensor) -> None:
