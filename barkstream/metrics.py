@@ -19,8 +19,6 @@ from barkstream.guard import ACTIONS, FAULTS
 FIRST_CHUNK_BUCKETS_S = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1, 2, 5, 10)
 STAGES = ("bark_semantic", "bark_coarse", "bark_fine", "bark_codec")
 REQUEST, SPEAKER = "request", "bark"  # whose error it was, if no stage's: the caller's, or our own
-
-
 SOON_S = 0.01  # whoever counts has an answer to give, and is not to share Python with the updates meanwhile
 
 

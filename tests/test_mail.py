@@ -1,4 +1,4 @@
-"""Messages of a GPU's process, whose other end is Python's own Connection."""
+"""Messages of a GPU's process, whose other end is Python's own Connection, which frames them alike, or our Caller."""
 
 from __future__ import annotations
 

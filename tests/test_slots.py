@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -155,6 +157,7 @@ def test_a_checked_row_is_not_looked_through_again_and_its_pieces_are_checked():
     checked = good.checked(size)
     assert checked.is_checked and checked.piece(2).is_checked and checked.after(np.array([7], np.int32)).is_checked
     assert not good.is_checked and not good.piece(2).is_checked
+    replace(bad, is_checked=True).check(size)  # whoever says so is believed
 
 
 def test_a_call_that_fails_gives_its_slots_back(engine):

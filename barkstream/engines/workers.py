@@ -317,10 +317,10 @@ class Worker(Generic[Call, Result]):
 
     def _lowest_waiting(self) -> int:
         rank = min([each.rank for each in self._waiting], default=REST)
-        if rank == REST and self._policy.old_s < math.inf and self._waiting:
-            self._hurry_old()
-            rank = min([each.rank for each in self._waiting])
-        return rank
+        if rank < REST or self._policy.old_s == math.inf:
+            return rank  # no call that is old now would make it lower
+        self._hurry_old()
+        return min([each.rank for each in self._waiting], default=REST)
 
     def _company(self) -> int:
         """Calls that need wait for no more."""
