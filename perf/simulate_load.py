@@ -374,10 +374,10 @@ class Gpu:
             await asyncio.wait_for(self._changed.wait(), wait_s)
 
     def _next_stage(self) -> str:
-        waiting = self._stages_that_wait()
-        return min(
-            waiting, key=lambda stage: (self._urgency(stage), min(call.since_s for call in self._waiting[stage]))
-        )
+        return min(self._stages_that_wait(), key=lambda stage: (self._urgency(stage), self._most_urgent_since(stage)))
+
+    def _most_urgent_since(self, stage: str) -> float:
+        return min((call.rank, call.came_s) for call in self._waiting[stage])[1]
 
     def _stages_that_wait(self) -> list[str]:
         """A stage whose batch runs waits for its end first."""

@@ -413,6 +413,28 @@ def test_the_most_urgent_goes_next():
     assert order == [1, 2, 3]
 
 
+def test_of_equals_the_stage_goes_next_whose_hurried_call_came_first(start):
+    """And not the one that has waited longest, for whom nobody waits."""
+    turns, order = Turns(), []
+    policy = Policy(lambda call: False, lambda call: call == "hurried", hurried=2, urgency=3)
+
+    def stage(name):
+        return start(Worker(at_once(lambda calls: order.append(name) or calls), 4, turns, policy))
+
+    one, other = stage("one"), stage("other")
+    with turns.turn(lambda: -1):
+        answers = one.submit(["rest"])
+        while len(turns._waiting) < 1:
+            time.sleep(0.001)
+        answers += other.submit(["hurried"])
+        while len(turns._waiting) < 2:
+            time.sleep(0.001)
+        answers += one.submit(["hurried"])
+    for answer in answers:
+        answer.result(timeout=5)
+    assert order == ["other", "one"]
+
+
 def test_a_turn_ends_with_an_exception_too():
     turns = Turns()
     with pytest.raises(ValueError, match="oh"), turns.turn(lambda: 1):

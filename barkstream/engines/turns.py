@@ -21,6 +21,7 @@ NOBODY = 99  # a rank above all
 
 Urgency = Callable[[], int]  # the lowest goes first
 Rank = Callable[[], int]
+Since = Callable[[], float]  # on time.monotonic()'s clock; of equal urgencies the earliest goes first
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,18 @@ class Turns:
 
     @contextmanager
     def turn(
-        self, urgency: Urgency, rank: Rank = lambda: NOBODY, meanwhile: Callable[[], None] = lambda: None
+        self,
+        urgency: Urgency,
+        rank: Rank = lambda: NOBODY,
+        meanwhile: Callable[[], None] = lambda: None,
+        since: Since | None = None,
     ) -> Iterator[Turn]:
         """The block launches work, says so (`launched`), and waits for it.
 
-        urgency: asked when a turn is given away; of equal ones, who came first has it. rank: that of the work, as far as it is known.
-        meanwhile: what there is time for if the turn does not begin at once.
+        urgency: asked when a turn is given away. rank: that of the work, as far as it is known. meanwhile: what there is time for if the
+        turn does not begin at once. since: when the most urgent of its calls came; None: now.
         """
-        turn = Turn(self, urgency, rank)
+        turn = Turn(self, urgency, rank, since)
         with self._changed:
             self._waiting.append(turn)
             self._give_away()
@@ -181,7 +186,7 @@ class Turns:
             return None
         urgencies = [turn.urgency() for turn in self._waiting]
         urgency = min(urgencies)
-        next_up = self._waiting[urgencies.index(urgency)]
+        next_up = self._longest_waiting([i for i, each in enumerate(urgencies) if each == urgency])
         if self._running and (urgency >= LONE or self._is_kept_from(urgency)):
             return PATIENCE_S
         if (early_s := self._due_s(urgency, rank) - time.monotonic()) > 0:
@@ -192,6 +197,12 @@ class Turns:
         self._preparing = next_up
         self._changed.notify_all()
         return None
+
+    def _longest_waiting(self, equals: list[int]) -> Turn:
+        """Of turns that wait, by their places. A stage waits as soon as its last batch is over, with calls that are in no hurry; so what
+        counts is when the call came that is."""
+        turns = [self._waiting[i] for i in equals]
+        return turns[0] if len(turns) == 1 else min(turns, key=lambda turn: turn.since())
 
     def _is_kept_from(self, urgency: int) -> bool:
         """Whether the turn behind those that run is kept for somebody more urgent: the next call of a listener whom one of them is for,
@@ -217,8 +228,10 @@ class Turns:
 class Turn:
     """Somebody who waits, or whose turn it is."""
 
-    def __init__(self, turns: Turns, urgency: Urgency, rank: Rank):
+    def __init__(self, turns: Turns, urgency: Urgency, rank: Rank, since: Since | None = None):
         self._turns, self.urgency, self.rank = turns, urgency, rank
+        asked_s = time.monotonic()
+        self.since = since or (lambda: asked_s)
         self.began_s = 0.0  # the block
         self.begins_s = self.over_at_s = 0.0  # its work on the GPU, as far as the host can tell
         self.launch = Launch(0.0)

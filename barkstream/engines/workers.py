@@ -190,7 +190,8 @@ class _Pending(Generic[Call, Result]):
     """A call that waits, or is under way."""
 
     def __init__(self, call: Call, rank: int):
-        self.call, self.rank, self.since_s = call, rank, time.monotonic()
+        self.call, self.rank = call, rank
+        self.came_s = self.since_s = time.monotonic()  # the latter: since when it waits, for its next piece
         self.is_left = False  # its listener has gone
         self.drawn: list[Ints] = []  # a row's tokens so far, piece by piece
         self.answer: Future[Result] = Future()
@@ -249,7 +250,7 @@ class Worker(Generic[Call, Result]):
     def work(self) -> None:
         """Until closed. The thread that opened the engine."""
         while self._wait():
-            with self._turns.turn(self._now_urgent, self._lowest_rank, self._pay) as turn:
+            with self._turns.turn(self._now_urgent, self._lowest_rank, self._pay, self._most_urgent_since) as turn:
                 self._turn = turn  # whoever comes from now on and is not in the batch waits for it
                 batch = self._next_batch()  # now, not before: whoever came while others had their turn is taken along
                 if not batch:  # who waited has left
@@ -314,6 +315,11 @@ class Worker(Generic[Call, Result]):
         """Of those who wait."""
         with self._changed:
             return self._lowest_waiting()
+
+    def _most_urgent_since(self) -> float:
+        """When the first of those came who are of the lowest rank."""
+        with self._changed:
+            return min([(each.rank, each.came_s) for each in self._waiting], default=(REST, math.inf))[1]
 
     def _lowest_waiting(self) -> int:
         rank = min([each.rank for each in self._waiting], default=REST)
