@@ -70,19 +70,25 @@ def changed(path: Path, n_streams: int | None, parameters: Mapping[str, str]) ->
     return config
 
 
+def most_streams(config: str) -> int | None:
+    """`max_streams` of a configuration of bark; None: it has none."""
+    limit = re.search(r'key: "max_streams" value: { string_value: "(\d+)"', config)
+    return int(limit[1]) if limit else None
+
+
 def shortages(repository: Path, profile: str | None) -> list[str]:
     """A sentence for each GPT's stage of the repository that has fewer instances than `bark` takes streams, where one takes a call at a
     time: those whose instances hand calls on to the process that a GPU's stages share."""
     configs = {path.parent.name: chosen_config(path.parent, profile) for path in repository.glob("*/config.pbtxt")}
-    limit = re.search(r'key: "max_streams" value: { string_value: "(\d+)"', configs.get(SPEAKER, ""))
+    limit = most_streams(configs.get(SPEAKER, ""))
     found = []
     for model in STAGES:
         config = configs.get(model, "")
         shares = re.search(r'key: "shares_process" value: { string_value: "true"', config)
         count = re.search(r"instance_group .*count: (\d+)", config)
-        if limit and shares and count and int(count[1]) < int(limit[1]):
+        if limit and shares and count and int(count[1]) < limit:
             found.append(
-                f"{model} has {count[1]} instances for {limit[1]} streams (max_streams): calls beyond wait in Triton's queue, first come, "
+                f"{model} has {count[1]} instances for {limit} streams (max_streams): calls beyond wait in Triton's queue, first come, "
                 "first served. `barkstream profile NAME --like PROFILE --streams N` writes a profile with as many"
             )
     return found

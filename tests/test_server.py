@@ -294,6 +294,21 @@ def test_threads_for_stage_calls_are_no_more_than_the_system_has_numbers_for(tmp
     assert with_gpus(4) == (356, 16)
 
 
+@pytest.mark.parametrize(
+    ("n_streams", "n_processes", "n_threads"),
+    [(8, 1, 32), (16, 1, 48), (100, 1, 128), (16, 4, 32), (32, 4, 36), (60, 4, 68)],
+)
+def test_threads_for_stage_calls_are_as_many_as_the_streams_of_a_process_use(
+    tmp_path, n_streams, n_processes, n_threads
+):
+    (tmp_path / "bark").mkdir()
+    (tmp_path / "bark" / "config.pbtxt").write_text(
+        f'''instance_group [ {{ kind: KIND_GPU count: {n_processes} }} ]
+        parameters [ {{ key: "max_streams" value: {{ string_value: "{n_streams}" }} }} ]'''
+    )
+    assert launcher.bls_threads(tmp_path, None) == n_threads
+
+
 def test_a_bad_request_fails_alone(client):
     def ask(ids: list[int]) -> list[float] | str:
         try:
