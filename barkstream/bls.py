@@ -450,7 +450,8 @@ class Speaker:
 
     def _schedule_among(self, n_live: int) -> Schedule:
         """For a request that comes while so many are under way, itself included."""
-        return self._schedule if n_live <= self._quiet else self._schedule.in_company()
+        schedule = self._schedule if n_live <= self._quiet else self._schedule.in_company()
+        return schedule.in_crowd() if self._hold.is_crowd(n_live) else schedule
 
     def _wait_turn(self, pacer: Pacer, player: Player | None, is_cancelled: Callable[[], bool]) -> None:
         """Before a stage call."""

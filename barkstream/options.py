@@ -131,6 +131,7 @@ class Schedule:
     coarse_ahead: int = 4  # coarse calls made before they are needed, while the fine stage works; 0: none
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     ahead_at_once: bool = True  # false: only from a stream's first chunk on, which nothing may hold up
+    ahead_from_window: bool = False  # true: semantic tokens from its first coarse window on
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
 
     def __post_init__(self) -> None:
@@ -175,6 +176,10 @@ class Schedule:
     def in_company(self) -> Schedule:
         """Without streaming no call longer than a window: where many streams share instances, each would keep one from the others."""
         return replace(self, offline_coarse_windows=1, offline_fine_windows=1, offline_semantic_call=0)
+
+    def in_crowd(self) -> Schedule:
+        """Where first chunks are held anyway: it is the second that comes late, for its semantic tokens wait behind newcomers."""
+        return replace(self, ahead_from_window=True)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises ValueError for a schedule that the checkpoint's stages cannot follow."""
@@ -234,4 +239,5 @@ _PARSERS: dict[str, Any] = {
     "sliding_window_len": _whole_numbers,
     "sentence_pause_s": float,
     "ahead_at_once": lambda text: {"true": True, "false": False}[text],
+    "ahead_from_window": lambda text: {"true": True, "false": False}[text],
 }  # the rest are integers

@@ -56,6 +56,10 @@ class Hold:
         float  # after its request, with half as many streams again, or more; with fewer, so much less in proportion
     )
 
+    def is_crowd(self, n_live: int) -> bool:
+        """Whether with so many streams live first chunks are held, or soon will be."""
+        return 0 < self.crowd <= n_live
+
     def left_s(self, n_live: int, since_s: float) -> float:
         """Seconds for which a first chunk is to be held on, whose request came since_s ago."""
         share = min(1.0, 2 * (n_live / self.crowd - 1)) if self.crowd else 1.0

@@ -199,6 +199,8 @@ class Pipeline:
             )  # fmt: skip
             upcoming = Ahead(windows, workers.coarse, schedule.coarse_ahead, may_go_ahead)
             coarse = _collect(upcoming, said.coarse)
+            if schedule.ahead_from_window:
+                coarse = _behind_first(coarse, semantic.begin)
             if asked.is_last:
                 coarse = _then(coarse, partial(asked.slots.free_soon, workers.coarse))
             if options.streaming:
@@ -250,6 +252,14 @@ def _knowing_the_last(sentences: Iterator[Sentence]) -> Iterator[tuple[Sentence,
     while before is not None:
         sentence, before = before, next(sentences, None)
         yield sentence, before is None
+
+
+def _behind_first(pieces: Iterator[Ints], begin: Callable[[], None]) -> Iterator[Ints]:
+    """The same pieces, and `begin` once the first is there."""
+    for index, piece in enumerate(pieces):
+        if not index:
+            begin()
+        yield piece
 
 
 def _then(pieces: Iterator[Ints], when_over: Callable[[], None]) -> Iterator[Ints]:

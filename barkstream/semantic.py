@@ -86,9 +86,14 @@ class SemanticTokens:
             self.ended = True
         self.ended = self.ended or len(self.tokens) >= self._n_most
 
-    def _go_ahead(self) -> None:
-        if self._schedule.semantic_ahead and not self.ended and self._call is None and self._may_go_ahead():
+    def begin(self) -> None:
+        """The next ones are generated from now on, whether or not that may be yet. Not while somebody asks for some."""
+        if self._schedule.semantic_ahead and not self.ended and self._call is None:
             self._call = self._start(self._schedule.semantic_ahead)
+
+    def _go_ahead(self) -> None:
+        if self._may_go_ahead():
+            self.begin()
 
     def _start(self, n: int) -> Future[tuple[Ints, bool]]:
         prefix, n_now = np.concatenate([self._prompt, self.tokens]), len(self.tokens)

@@ -152,6 +152,7 @@ class Policy:
     slower: float = 1.0  # kernels take so many times as long
     crowd: int = 24  # of `Hold`
     hold_until_s: float = 0.235
+    ahead_crowd: int = 24  # streams live, from which on semantic tokens are made ahead from a first coarse window on
     semantic_instances: int = 32
     coarse_instances: int = 32
     fine_instances: int = 24
@@ -654,6 +655,8 @@ class Stream:
             n_windows = sum(self._policy.reads(start) <= self._n_semantic for start in starts)
             is_new = self._policy.begins_window(position)
             await self._call("coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
+            if not index and len(self._server.streams) >= self._policy.ahead_crowd:
+                self._go_ahead()
             windows.put_nowait(n_windows * WINDOW // 2)
             position, index = position + n_windows * WINDOW, index + 1
         self._server.gpu.forget(self)
@@ -682,7 +685,8 @@ class Stream:
             await asyncio.sleep(min(max(excess_s, 1e-6), 0.01))
         if stage in self._server.gpu.known:
             self._server.gpu.known[stage].add(self)
-        rank = POLICIES[stage].first if not self.is_heard else HURRIED if is_hurried else REST
+        is_first = not self.is_heard and not (stage == "semantic" and position)
+        rank = POLICIES[stage].first if is_first else HURRIED if is_hurried else REST
         is_crowded = stage in self._server.gpu.known and len(self._server.gpu.known[stage]) >= self._policy.crowded
         if rank == HURRIED and (is_second or (POLICIES[stage].is_second_first and is_crowded)):
             rank = FIRST

@@ -221,3 +221,5 @@ def test_a_crowds_first_chunks_are_held_in_proportion_and_nobody_elses():
     assert hold.left_s(36, 0.2) == pytest.approx(0.04)  # whoever has waited so long waits no longer
     assert hold.left_s(36, 0.3) == 0.0
     assert Hold(crowd=0, until_s=0.0).left_s(5, 0.0) == 0.0
+    assert [hold.is_crowd(n) for n in (0, 23, 24, 40)] == [False, False, True, True]
+    assert not Hold(crowd=0, until_s=0.0).is_crowd(5)

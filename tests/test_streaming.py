@@ -164,6 +164,40 @@ def test_the_second_window_is_under_way_while_the_first_chunk_is_held(pipeline, 
     chunks.close()
 
 
+@pytest.mark.parametrize("is_crowd", [False, True])
+def test_in_a_crowd_semantic_tokens_go_ahead_behind_the_first_window(pipeline, voices, is_crowd):
+    """And the second window still waits for the first chunk. The samples are the same."""
+    calls, is_ahead = [], threading.Event()
+
+    class Watched(FakeStages):
+        def semantic(self, prefix, n_tokens, position, *more):
+            calls.append(("semantic", position > 0))
+            if position:
+                is_ahead.set()
+            return super().semantic(prefix, n_tokens, position, *more)
+
+        def coarse(self, *more):
+            calls.append(("coarse", None))
+            return super().coarse(*more)
+
+        def codec(self, codes, state):
+            if calls.count(("coarse", None)) == 1:
+                assert is_ahead.wait(10 if is_crowd else 0.1) is is_crowd
+                assert calls[:2] == [("semantic", False), ("coarse", None)]
+            return super().codec(codes, state)
+
+    schedule = replace(
+        pipeline.schedule, ahead_at_once=False, coarse_ahead=1, chunk_frames=(29, 60), fine_lookahead=(1,)
+    )
+    options = SpeechOptions.parse({"seed": 5})
+    alone = replace(pipeline, stages=FakeStages(pipeline.checkpoint), schedule=schedule)
+    cut = replace(pipeline, stages=Watched(pipeline.checkpoint), schedule=schedule.in_crowd() if is_crowd else schedule)
+    chunks = list(cut.stream(TEXT, options, voices["heart_0"]))
+    np.testing.assert_array_equal(
+        np.concatenate(chunks), np.concatenate(list(alone.stream(TEXT, options, voices["heart_0"])))
+    )
+
+
 def test_chunks_grow_as_scheduled(pipeline, voices):
     text = "This sentence is long enough to be sent in several chunks, each one longer than the one before."
     samples_per_frame = pipeline.checkpoint.codec.samples_per_frame
