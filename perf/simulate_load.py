@@ -487,8 +487,8 @@ class Gpu:
             n_new = sum(each.is_new for each in [*batch, call])
             step_ms, prefills_ms = self._step_ms(stage, min(len(batch) + 1, 32)), self._prefill_ms(stage, n_new)
             if batch and batch[0].rank <= FIRST < call.rank:
-                is_comfortable = call.slack_s > self._policy.comfortable_s and not is_busy
-                if call.rank == REST and (is_comfortable or POLICIES[stage].is_first_for_hurried):
+                stays_behind = call.slack_s > self._policy.comfortable_s or POLICIES[stage].is_first_for_hurried
+                if call.rank == REST and stays_behind and not is_busy:
                     break
                 if len(batch) >= self._policy.most_with_first(stage, len(self.known[stage])):
                     break

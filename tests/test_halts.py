@@ -292,8 +292,23 @@ def test_few_go_along_with_a_first_call_however_little_all_have(stage):
     engine.let()
 
 
-def test_who_is_hurried_goes_along_with_a_first_semantic_call_and_nobody_else(stage):
+@pytest.mark.parametrize("n_others", [10, BUSY])
+def test_with_a_first_semantic_call_goes_who_is_hurried_and_others_only_if_many_are_live(stage, n_others):
     """Newcomers one after the other would each have a turn of their own before his."""
+    turns = Turns()
+    engine, worker = stage(turns, "semantic")
+    with turns.turn(lambda: 0):
+        worker.submit([row(stream=stream, position=106) for stream in range(20, 20 + n_others)])
+        worker.submit([row(stream=stream, position=46) for stream in range(2, 5)])
+        worker.submit([row(46, stream=1, position=0)])
+    engine.begun(1)
+    streams = [stream for stream, _ in engine.batches[0]]
+    assert streams[0] == 1 and set(streams[1:4]) == {2, 3, 4}
+    assert len(streams) == (POLICIES["semantic"].first_batch if n_others == BUSY else 4)
+    engine.let()
+
+
+def test_no_more_than_a_first_batch_go_along_however_many_are_hurried(stage):
     turns = Turns()
     engine, worker = stage(turns, "semantic")
     with turns.turn(lambda: 0):

@@ -78,7 +78,8 @@ class Policy(Generic[Call]):
     first_batch: int = 12  # rows of a batch with such a call, others that are such aside: with more it takes longer
     busy_first_batch: int = 12  # the same with BUSY streams, or
     first_batch_share: float = 0.0  # so many of them, if that is more: first audio comes later, and more is made
-    # Whether only hurried rows go along. (None did, and where newcomers came one after the other, those before them ran dry.)
+    # Whether only hurried rows go along, unless streams are BUSY. (None did, and where newcomers came one after the other, those before
+    # them ran dry.)
     is_first_for_hurried: bool = False
     is_second_first: bool = False  # whether a sentence's second call ranks as FIRST while CROWDED streams are known
     company: int = 1  # calls that need wait no longer
@@ -510,9 +511,8 @@ class CausalWorker(Worker[Row, Generation]):
     ) -> bool:
         """Whether there is room for somebody who may be in less of a hurry than those of a batch, a window of which would take so long."""
         if batch[0].rank <= FIRST < each.rank:
-            is_busy = len(self._began_s) >= BUSY
-            is_comfortable = slack_s > COMFORTABLE_S and not is_busy
-            if each.rank == REST and (is_comfortable or self._policy.is_first_for_hurried):
+            stays_behind = slack_s > COMFORTABLE_S or self._policy.is_first_for_hurried
+            if each.rank == REST and stays_behind and len(self._began_s) < BUSY:
                 return False
             return len(batch) < self._policy.most_with_first(len(self._began_s))
         if batch[0].is_hurried and not each.is_hurried:
