@@ -2,10 +2,13 @@
 
 import math
 import re
+import sys
+from unittest.mock import Mock
 
 import pytest
 
 from barkstream.options import BadRequest, Schedule, SpeechOptions
+from barkstream.pacing import Hold
 
 
 def test_defaults_are_sunos_and_a_fresh_seed():
@@ -90,6 +93,19 @@ def test_a_schedule_that_cannot_work_is_refused_with_what_would_be_right(wrong, 
 def test_a_schedule_without_a_value_is_refused(name):
     with pytest.raises(ValueError, match="must have at least one value"):
         Schedule(**{name: ()})
+
+
+@pytest.mark.parametrize(
+    ("n_live", "is_long", "is_ahead"), [(4, True, False), (5, False, False), (23, False, False), (24, False, True)]
+)
+def test_a_request_is_cut_by_how_many_are_under_way(monkeypatch, n_live, is_long, is_ahead):
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Mock())
+    from barkstream.bls import Speaker
+
+    speaker = object.__new__(Speaker)
+    speaker._schedule, speaker._quiet, speaker._hold = Schedule(offline_coarse_windows=64), 4, Hold(24, 0.235)
+    schedule = speaker._schedule_among(n_live)
+    assert (schedule.offline_coarse_windows == 64, schedule.ahead_from_window) == (is_long, is_ahead)
 
 
 def test_only_who_does_not_stream_makes_long_calls_and_only_while_few_are_served():
