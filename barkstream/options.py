@@ -232,12 +232,16 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(","))
 
 
+def _true_or_false(text: str) -> bool:
+    return {"true": True, "false": False}[text]
+
+
 _PARSERS: dict[str, Any] = {
     "chunk_frames": _whole_numbers,
     "fine_lookahead": _whole_numbers,
     "coarse_windows": _whole_numbers,
     "sliding_window_len": _whole_numbers,
     "sentence_pause_s": float,
-    "ahead_at_once": lambda text: {"true": True, "false": False}[text],
-    "ahead_from_window": lambda text: {"true": True, "false": False}[text],
+    "ahead_at_once": _true_or_false,
+    "ahead_from_window": _true_or_false,
 }  # the rest are integers

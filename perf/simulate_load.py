@@ -152,7 +152,6 @@ class Policy:
     slower: float = 1.0  # kernels take so many times as long
     crowd: int = 24  # of `Hold`
     hold_until_s: float = 0.235
-    ahead_crowd: int = 24  # streams live, from which on semantic tokens are made ahead from a first coarse window on
     semantic_instances: int = 32
     coarse_instances: int = 32
     fine_instances: int = 24
@@ -591,6 +590,7 @@ class Stream:
 
     def __init__(self, server: Server):
         self._server, self._policy = server, server.policy
+        self._hold = Hold(server.policy.crowd, server.policy.hold_until_s)
         self._loop = asyncio.get_running_loop()
         self.began_s, self._dry_s = self._loop.time(), math.inf
         self.ttfa_s, self.n_underruns, self.underrun_s, self.ended_s = math.nan, 0, 0.0, 0.0
@@ -622,8 +622,7 @@ class Stream:
             if not index:
                 self.is_heard = True
                 room.release()
-                hold = Hold(self._policy.crowd, self._policy.hold_until_s)
-                await asyncio.sleep(hold.left_s(len(self._server.streams), self._loop.time() - self.began_s))
+                await asyncio.sleep(self._hold.left_s(len(self._server.streams), self._loop.time() - self.began_s))
             self._play(n_chunk / FRAME_HZ)
             n_done, index = n_done + n_chunk, index + 1
         self.ended_s = self._loop.time()
@@ -655,7 +654,7 @@ class Stream:
             n_windows = sum(self._policy.reads(start) <= self._n_semantic for start in starts)
             is_new = self._policy.begins_window(position)
             await self._call("coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
-            if not index and len(self._server.streams) >= self._policy.ahead_crowd:
+            if not index and self._hold.is_crowd(len(self._server.streams)):
                 self._go_ahead()
             windows.put_nowait(n_windows * WINDOW // 2)
             position, index = position + n_windows * WINDOW, index + 1

@@ -186,7 +186,7 @@ class Turns:
             return None
         urgencies = [turn.urgency() for turn in self._waiting]
         urgency = min(urgencies)
-        next_up = self._longest_waiting([i for i, each in enumerate(urgencies) if each == urgency])
+        next_up = _first_called([turn for turn, each in zip(self._waiting, urgencies, strict=True) if each == urgency])
         if self._running and (urgency >= LONE or self._is_kept_from(urgency)):
             return PATIENCE_S
         if (early_s := self._due_s(urgency, rank) - time.monotonic()) > 0:
@@ -197,12 +197,6 @@ class Turns:
         self._preparing = next_up
         self._changed.notify_all()
         return None
-
-    def _longest_waiting(self, equals: list[int]) -> Turn:
-        """Of turns that wait, by their places. A stage waits as soon as its last batch is over, with calls that are in no hurry; so what
-        counts is when the call came that is."""
-        turns = [self._waiting[i] for i in equals]
-        return turns[0] if len(turns) == 1 else min(turns, key=lambda turn: turn.since())
 
     def _is_kept_from(self, urgency: int) -> bool:
         """Whether the turn behind those that run is kept for somebody more urgent: the next call of a listener whom one of them is for,
@@ -256,3 +250,9 @@ class Turn:
     def extended(self, takes_s: float) -> bool:
         """Whether launched work may go on for so long: if nobody else waits for a turn."""
         return self._turns._extended(self, takes_s)
+
+
+def _first_called(turns: list[Turn]) -> Turn:
+    """Of equally urgent ones. A stage waits as soon as its last batch is over, with calls that are in no hurry; so what counts is when the
+    call came that is."""
+    return turns[0] if len(turns) == 1 else min(turns, key=lambda turn: turn.since())
