@@ -241,7 +241,7 @@ class Server:
         installation = find_tritonserver()
         check_stub(installation)
         check_repository(self.repository, self.profile)
-        for shortage in shortages(self.repository, self.profile):
+        for shortage in shortages(self.repository, self.profile) + thread_shortage(self.repository, self.profile):
             print(f"warning: {shortage}", file=self._echo or sys.stderr, flush=True)
         for tries_left in reversed(range(N_PORT_TRIES)):
             try:
@@ -379,8 +379,26 @@ def bls_threads(repository: Path, profile: str | None) -> int:
     has numbers for only so many threads, which other servers want, too, and a process room for only so many pieces of memory, of which a
     thread is two. With an instance a stream (cuda profile), and 128 threads for each, four GPUs would want 45,000."""
     pid_max, max_map_count = (int(path.read_text()) for path in (PID_MAX, MAX_MAP_COUNT))
-    room = min(pid_max * 6 // 10, max_map_count * 3 // 10)
+    room = min((pid_max - n_threads_running()) * 6 // 10, max_map_count * 3 // 10)
     return max(1, min(n_stage_calls(repository, profile), room // max(1, n_instances(repository, profile))))
+
+
+def thread_shortage(repository: Path, profile: str | None) -> list[str]:
+    """A sentence where the system has no room for as many threads as `bark` may use."""
+    wanted, n = n_stage_calls(repository, profile), bls_threads(repository, profile)
+    if n >= wanted:
+        return []
+    pid_max, max_map_count = (path.read_text().strip() for path in (PID_MAX, MAX_MAP_COUNT))
+    return [
+        f"{SPEAKER} may have {wanted} stage calls under way in a process, and gets {n} threads for them: the others wait. Each of "
+        f"{n_instances(repository, profile)} instances has as many; the system has numbers for {pid_max} threads (kernel.pid_max), "
+        f"of which {n_threads_running()} are taken, and a process room for {max_map_count} pieces of memory (vm.max_map_count)"
+    ]
+
+
+def n_threads_running() -> int:
+    """Of all processes that this one sees."""
+    return sum(1 for _ in Path("/proc").glob("[0-9]*/task/[0-9]*"))
 
 
 def n_stage_calls(repository: Path, profile: str | None) -> int:
