@@ -25,8 +25,6 @@ from barkstream.text import Sentence, TextTokenizer, check_text
 from barkstream.tokens import Checkpoint
 from barkstream.voices import HistoryPrompt, find_voice
 
-NO_SAMPLES = np.zeros(0, np.float32)
-
 
 class NothingSaid(RuntimeError):
     """The model ended before it said anything."""
@@ -110,7 +108,8 @@ class Pipeline:
         speech: Speech | None = None,
         speakers: Mapping[str, HistoryPrompt | None] | None = None,
     ) -> Iterator[Floats]:
-        """Chunks of samples [n] of a text, sentence after sentence, with a short pause between two.
+        """Chunks of samples [n] of a text, sentence after sentence, with a short pause between two: a chunk by itself, as soon as the
+        first has ended, so that the second is made while a player is silent.
 
         Every sentence has `voice` as its history; without one, the first sentence's own speech becomes the voice of the
         rest. speakers: the same for each speaker whose turns the text marks. stream: key of the KV caches (0 for none),
@@ -120,25 +119,30 @@ class Pipeline:
         voices = {"": voice, **(speakers or {})}
         language = choose_language(options.language, voice.language if voice else None, text)
         sentences = self.tokenizer.split(check_text(text), language, options.normalize, tuple(speakers or ()))
-        n_samples, pause = 0, NO_SAMPLES
+        n_samples, rate, shortest_s = 0, self.checkpoint.codec.sample_rate, 1 / self.checkpoint.semantic.rate_hz
         slots = Slots(self.stages, stream)
         try:
             for index, (sentence, is_last) in enumerate(_knowing_the_last(sentences)):
-                seconds_left = options.max_seconds - (n_samples + len(pause)) / self.checkpoint.codec.sample_rate
-                if n_samples and seconds_left * self.checkpoint.semantic.rate_hz < 1:
+                seconds_left = options.max_seconds - n_samples / rate
+                if n_samples and seconds_left < shortest_s:
                     break
                 seed, voice = sentence_seed(options.seed, index), voices[sentence.speaker]
                 asked = Utterance(sentence.text, seed, voice, options, seconds_left, slots, not n_samples, is_last)
                 said = Speech()
                 for chunk in (self._say_guarded if options.guard else self._say)(asked, said):
-                    yield np.concatenate([pause, chunk]) if len(pause) else chunk
-                    n_samples += len(pause) + len(chunk)
-                    pause = NO_SAMPLES
-                if said.fine:
-                    pause = self._pause(sentence.pause)
-                    voices[sentence.speaker] = voice or said.history_prompt()
-                    if speech is not None:
-                        speech.extend(said)
+                    yield chunk
+                    n_samples += len(chunk)
+                if not said.fine:
+                    continue
+                voices[sentence.speaker] = voice or said.history_prompt()
+                if speech is not None:
+                    speech.extend(said)
+                pause = self._pause(sentence.pause)
+                if is_last or options.max_seconds - (n_samples + len(pause)) / rate < shortest_s:
+                    break
+                if len(pause):
+                    yield pause
+                    n_samples += len(pause)
             if not n_samples:
                 raise NothingSaid("the model ended before it said anything; try another seed, voice or text")
         finally:

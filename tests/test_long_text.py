@@ -58,6 +58,27 @@ def test_every_sentence_is_said_once_and_pauses_are_as_documented(fake, voices):
     assert silence == pytest.approx(3 * 0.25 + 2 * 0.6)
 
 
+def test_a_pause_is_sent_before_any_work_for_what_follows_it(fake, voices):
+    pipeline, stages = fake
+    n_pause = round(0.25 * pipeline.checkpoint.codec.sample_rate)
+    n_prompts = [
+        len(stages.prompts)
+        for chunk in pipeline.stream(PARAGRAPH, SpeechOptions(), voices["heart_0"])
+        if len(chunk) == n_pause and not chunk.any()
+    ]
+    assert n_prompts == [1]  # between the two, and none at the end
+
+
+def test_no_pause_is_left_at_the_end_where_max_seconds_ends_it(fake, voices):
+    pipeline, _ = fake
+    rate = pipeline.checkpoint.codec.sample_rate
+    whole = pipeline.speak(PARAGRAPH, SpeechOptions(), voices["heart_0"])
+    n_first = int(np.flatnonzero(whole == 0)[0])  # where the pause begins
+    for room_s, is_said in ((0.26, False), (0.5, True)):
+        cut = pipeline.speak(PARAGRAPH, SpeechOptions(max_seconds=n_first / rate + room_s), voices["heart_0"])
+        assert (len(cut) > n_first) == is_said and cut[-1] != 0
+
+
 def test_each_speaker_keeps_a_voice(fake, voices):
     pipeline, stages = fake
     text = "\n".join(["A: This is what I have to say.", "B: And that is what I think.", "C: I have no voice yet."] * 2)
