@@ -80,11 +80,18 @@ class TritonStages:
 
     wait_turn: called before every call; returns when it is this stream's turn, raises Cancelled when its listener has left.
     key: of the stream, for fine and codec stages that want to know it; None: they don't.
+    lead_s: seconds of audio that the listener has in hand, for causal stages, where a sentence begins; None: they need not know.
     """
 
-    def __init__(self, checkpoint: Checkpoint, wait_turn: Callable[[], None], key: int | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        wait_turn: Callable[[], None],
+        key: int | None = None,
+        lead_s: Callable[[], float] | None = None,
+    ):
         self._state_size = state_size(checkpoint.codec)
-        self._wait_turn = wait_turn
+        self._wait_turn, self._lead_s = wait_turn, lead_s
         self._key: dict[str, np.ndarray] = {} if key is None else dict(stream=np.array([key], np.int64))
 
     def _infer(self, model: str, inputs: dict[str, np.ndarray], *outputs: str) -> list[np.ndarray]:
@@ -96,6 +103,7 @@ class TritonStages:
     ) -> tuple[Ints, bool]:
         inputs = _causal_inputs(prefix, n_tokens, position, sampling, stream)
         inputs["min_eos_p"] = np.array([sampling.min_eos_p], np.float32)
+        inputs |= self._lead(position)
         tokens, ended = self._infer("bark_semantic", inputs, "tokens", "ended")
         return tokens, bool(ended[0])
 
@@ -105,7 +113,13 @@ class TritonStages:
         inputs = _causal_inputs(prefix, n_tokens, position, sampling, stream)
         if len(heads):
             inputs |= dict(heads=heads, windows=windows)
+        inputs |= self._lead(position)
         return self._infer("bark_coarse", inputs, "tokens")[0]
+
+    def _lead(self, position: int) -> dict[str, np.ndarray]:
+        if position or self._lead_s is None or (lead_s := self._lead_s()) <= 0:
+            return {}
+        return dict(lead_s=np.array([lead_s], np.float32))
 
     def fine(self, codes: Ints, fill_from: int, uniforms: Floats, temperature: float) -> Ints:
         return self._fine(codes, fill_from, uniforms, temperature)
@@ -187,7 +201,8 @@ class CausalStage:
             if self._is_semantic and one["n_tokens"]
             else call["prefix"][:, None]
         )
-        row = Row(ids, one["n_tokens"], one["position"], sampling, one["stream"], chain)
+        lead_s = one.get("lead_s", 0.0)
+        row = Row(ids, one["n_tokens"], one["position"], sampling, one["stream"], chain, lead_s=lead_s)
         return row.checked(self._size) if row.n_tokens else row
 
     def _response(self, generation: Generation) -> Any:
@@ -342,6 +357,7 @@ class Speaker:
             raise pb_utils.TritonModelException("hold_until_s must be seconds that end: 0 or more, got 'inf'")
         self._hold = Hold(n * int(parameters.get("crowd", 0)), hold_until_s)
         self._quiet = n * int(parameters.get("quiet", 0)) or math.inf
+        self._tells_lead = parameters.get("tells_lead") == "true"
         # A GPU's streams give way to one another, and to nobody else's.
         lead_s = _opened(_seconds, "pace_lead_s", parameters.get("pace_lead_s", "inf"))
         self._pacers = [Pacer(lead_s, peers=self._peers, gpu=gpu) for gpu in range(n)]
@@ -424,7 +440,8 @@ class Speaker:
             # offline, nobody listens yet
             player = until_over.enter_context(pacer.player()) if options.streaming else None
             wait_turn = partial(self._wait_turn, pacer, player, sender.is_cancelled)
-            stages = TritonStages(self._checkpoint, wait_turn, key if self._keys.n_gpus > 1 else None)
+            lead_s = (lambda: player.lead_s) if player and self._tells_lead else None
+            stages = TritonStages(self._checkpoint, wait_turn, key if self._keys.n_gpus > 1 else None, lead_s)
             until_over.enter_context(self._watch.listener(sender.is_cancelled, partial(stages.release, key)))
             schedule = self._schedule_among(self._admission.n_live)
             pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, schedule, self._metrics.count_guard)

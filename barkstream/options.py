@@ -132,10 +132,12 @@ class Schedule:
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     ahead_at_once: bool = True  # false: only from a stream's first chunk on, which nothing may hold up
     ahead_from_window: bool = False  # true: semantic tokens from its first coarse window on
+    # of a sentence that is not the first, so many of chunk_frames are one: its listener has the sentences before in hand
+    later_chunks_joined: int = 1
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
 
     def __post_init__(self) -> None:
-        calls = (self.coarse_call, self.semantic_call, self.semantic_least)
+        calls = (self.coarse_call, self.semantic_call, self.semantic_least, self.later_chunks_joined)
         offline = self.offline_coarse_windows, self.offline_fine_windows
         counts = (*self.chunk_frames, *calls, *self.coarse_windows, *offline)
         ahead = (self.coarse_ahead, self.semantic_ahead)
@@ -167,6 +169,16 @@ class Schedule:
     def max_coarse_history(self, layout: CoarseLayout) -> int:
         """The most coarse tokens of history before any window."""
         return max(layout.history_before(n or layout.window) for n in self.sliding_window_len)
+
+    def later(self) -> Schedule:
+        """For a sentence that is not the first."""
+        n = self.later_chunks_joined
+        joined = sum(map(self.chunk, range(n)))
+        return replace(
+            self,
+            chunk_frames=(joined, *(self.chunk_frames[n:] or self.chunk_frames[-1:])),
+            fine_lookahead=self.fine_lookahead[n - 1 :] or self.fine_lookahead[-1:],
+        )
 
     def offline(self, is_guarded: bool) -> Schedule:
         """For speech that is not streamed: nobody listens until all of it is there."""
@@ -200,13 +212,14 @@ class Schedule:
             raise ValueError(
                 f"fine_window must be at most the fine stage's {checkpoint.fine.window} frames, got {self.fine_window}"
             )
-        for index in range(max(len(self.chunk_frames), len(self.fine_lookahead))):
-            extents = self.fine_context, self.chunk(index), self.lookahead(index)
-            if sum(extents) > checkpoint.fine.window:
-                raise ValueError(
-                    "fine_context, a chunk and its fine_lookahead must fit the fine stage's window of "
-                    f"{checkpoint.fine.window} frames; chunk {index} takes {' + '.join(map(str, extents))} = {sum(extents)}"
-                )
+        for schedule, whose in ((self, ""), (self.later(), " of a later sentence")):
+            for index in range(max(len(schedule.chunk_frames), len(schedule.fine_lookahead))):
+                extents = schedule.fine_context, schedule.chunk(index), schedule.lookahead(index)
+                if sum(extents) > checkpoint.fine.window:
+                    raise ValueError(
+                        "fine_context, a chunk and its fine_lookahead must fit the fine stage's window of "
+                        f"{checkpoint.fine.window} frames; chunk {index}{whose} takes {' + '.join(map(str, extents))} = {sum(extents)}"
+                    )
 
     @classmethod
     def parse(cls, given: dict[str, str]) -> Schedule:

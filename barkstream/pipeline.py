@@ -176,7 +176,9 @@ class Pipeline:
         max_seconds = min(asked.max_seconds, guard.max_seconds) if guard else asked.max_seconds
         watch = guard.watch if guard else None
         waits = asked.is_first and options.streaming  # somebody, for the first audio
-        schedule = self.schedule if options.streaming else self.schedule.offline(is_guarded=guard is not None)
+        schedule = self.schedule if asked.is_first else self.schedule.later()
+        if not options.streaming:
+            schedule = self.schedule.offline(is_guarded=guard is not None)
         knows_all_first = (guard and not waits) or (not options.streaming and schedule.offline_coarse_windows > 1)
         stream = asked.slots.take()
         nobody_waits = Event()  # from the first audio on

@@ -281,6 +281,49 @@ def test_few_go_along_with_a_first_call_and_nobody_who_is_comfortable_unless_man
     engine.let()
 
 
+@pytest.mark.parametrize(
+    ("lead_s", "rank"), [(0.0, HURRIED), (0.6 * COMFORTABLE_S, HURRIED), (1.2 * COMFORTABLE_S, REST)]
+)
+def test_a_later_sentence_is_in_no_hurry_while_its_listener_has_enough_of_those_before(stage, lead_s, rank):
+    engine, worker = stage(Turns())
+    began = worker.submit([row(stream=1, position=0)])[0]
+    engine.begun(1)
+    engine.let()
+    began.result(LONG_S)
+    with worker._turns.turn(lambda: -1):
+        worker.submit([replace(row(stream=1, position=0), lead_s=lead_s), row(stream=1, position=60)])
+        assert [each.rank for each in worker._waiting] == [
+            rank,
+            rank,
+        ]  # .4 s of it are made then, and no time has gone by
+        worker._began_s[1] -= 2 * COMFORTABLE_S  # now it has
+        worker.submit([row(stream=1, position=60)])
+        assert worker._waiting[-1].rank == HURRIED
+        worker.drop(1)
+
+
+def test_with_a_first_call_no_sentence_begins_for_a_listener_who_has_enough_however_many_are_live(stage):
+    """Its prefills would hold up who has no audio yet."""
+    turns, others, leisurely, needy = Turns(), range(10, 10 + BUSY), [2, 3], [4, 5]
+    engine, worker = stage(turns)
+    with turns.turn(lambda: 0):
+        now_s = time.monotonic()
+        for stream in (*others, *leisurely, *needy):
+            worker._began_s[stream] = now_s - 600 / 150
+        worker.submit([row(stream=stream) for stream in others])
+        worker.submit([replace(row(stream=stream, position=0), lead_s=2 * COMFORTABLE_S) for stream in leisurely])
+        worker.submit([replace(row(stream=stream, position=0), lead_s=0.1) for stream in needy])
+        worker.submit([row(stream=1, position=0)])
+    engine.begun(1)
+    streams = [stream for stream, _ in engine.batches[0]]
+    assert streams[:3] == [1, 4, 5] and not {2, 3} & set(streams)
+    assert len(streams) == POLICIES["coarse"].busy_first_batch
+    engine.let()
+    engine.begun(2)
+    assert {2, 3} <= {stream for stream, _ in engine.batches[1]}
+    engine.let()
+
+
 def test_few_go_along_with_a_first_call_however_little_all_have(stage):
     turns, others = Turns(), range(2, BUSY)
     engine, worker = stage(turns)

@@ -69,6 +69,17 @@ def test_a_pause_is_sent_before_any_work_for_what_follows_it(fake, voices):
     assert n_prompts == [1]  # between the two, and none at the end
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_later_sentence_begins_with_some_of_a_first_ones_chunks_in_one(fake, voices, n):
+    pipeline, _ = fake
+    schedule = replace(pipeline.schedule, chunk_frames=(24, 30, 60), later_chunks_joined=n)
+    chunks = replace(pipeline, schedule=schedule).stream(PARAGRAPH, SpeechOptions(), voices["heart_0"])
+    frames = [len(chunk) // pipeline.checkpoint.codec.samples_per_frame for chunk in chunks]
+    first, pause, later = frames[:4], frames[4], frames[5:]  # 2 s each
+    assert first == [24, 30, 60, 36] and pause == 18
+    assert later == (first if n == 1 else [54, 60, 36])
+
+
 def test_no_pause_is_left_at_the_end_where_max_seconds_ends_it(fake, voices):
     pipeline, _ = fake
     rate = pipeline.checkpoint.codec.sample_rate

@@ -3,12 +3,15 @@
 import math
 import re
 import sys
+from dataclasses import replace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from barkstream.options import BadRequest, Schedule, SpeechOptions
 from barkstream.pacing import Hold
+from barkstream.sampling import Sampling
 
 
 def test_defaults_are_sunos_and_a_fresh_seed():
@@ -106,6 +109,46 @@ def test_a_request_is_cut_by_how_many_are_under_way(monkeypatch, n_live, is_long
     speaker._schedule, speaker._quiet, speaker._hold = Schedule(offline_coarse_windows=64), 4, Hold(24, 0.235)
     schedule = speaker._schedule_among(n_live)
     assert (schedule.offline_coarse_windows == 64, schedule.ahead_from_window) == (is_long, is_ahead)
+
+
+@pytest.mark.parametrize(("tells", "told"), [(True, [(0, 2.5), (0, 2.5)]), (False, [])])
+def test_causal_stages_are_told_what_a_listener_has_where_a_later_sentence_begins(monkeypatch, tells, told):
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Mock())
+    from barkstream import bls
+
+    calls, in_hand = [], []
+
+    def infer(model, inputs, *outputs):
+        calls.append((int(inputs["position"][0]), *(float(inputs[name][0]) for name in ("lead_s",) if name in inputs)))
+        return [np.zeros(1, np.int32), np.array([False])][: len(outputs)]
+
+    monkeypatch.setattr(bls, "infer", infer)
+    monkeypatch.setattr(bls, "state_size", lambda codec: 1)
+    stages = bls.TritonStages(Mock(), lambda: None, lead_s=in_hand.pop if tells else None)
+    nothing = np.zeros((0, 2), np.int32)
+    for lead_s, position in (
+        (-math.inf, 0),
+        (2.5, 0),
+        (2.5, 60),
+    ):  # before the first chunk, then where a sentence begins, and behind
+        in_hand[:] = [lead_s, lead_s]
+        stages.semantic(np.zeros(3, np.int32), 60, position, Sampling(), 1)
+        stages.coarse(np.zeros(3, np.int32), 60, position, Sampling(), 1, nothing, nothing)
+    assert [call for call in calls if len(call) > 1] == told
+    assert [position for position, *_ in calls] == [0, 0, 0, 0, 60, 60]
+
+
+def test_a_later_sentences_first_chunks_may_be_one():
+    schedule = Schedule(chunk_frames=(29, 28, 60, 90), fine_lookahead=(1, 3, 3, 33))
+    for n, chunks, lookahead in (
+        (1, (29, 28, 60, 90), (1, 3, 3, 33)),
+        (2, (57, 60, 90), (3, 3, 33)),
+        (3, (117, 90), (3, 33)),
+        (4, (207, 90), (33,)),
+        (6, (387, 90), (33,)),
+    ):
+        later = replace(schedule, later_chunks_joined=n).later()
+        assert (later.chunk_frames, later.fine_lookahead) == (chunks, lookahead)
 
 
 def test_only_who_does_not_stream_makes_long_calls_and_only_while_few_are_served():

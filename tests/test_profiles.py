@@ -28,6 +28,7 @@ SPEAKER = {
     "crowd",
     "hold_until_s",
     "quiet",
+    "tells_lead",
 } | {field.name for field in fields(Schedule)}
 KNOWN = {
     "bark": SPEAKER,
@@ -161,7 +162,9 @@ def test_the_cuda_profiles_fine_windows_have_their_graphs():
     """One that has none is captured while a listener waits."""
     given = Schedule.parse(parameters("bark", "configs/cuda.pbtxt"))
     warm = [int(n) for n in parameters("bark_fine", "configs/cuda.pbtxt")["warm_frames"].split(",")]
-    widest = max(given.fine_context + given.chunk(i) + given.lookahead(i) for i in range(10))
+    widest = max(
+        each.fine_context + each.chunk(i) + each.lookahead(i) for each in (given, given.later()) for i in range(10)
+    )
     assert widest <= given.fine_window  # so all are equally long, and need no mask
     assert given.fine_window in warm and 1024 in warm  # the latter: offline
     assert 4 * given.fine_window <= 1024  # four go together (cuda_fine.FREE_FRAMES)

@@ -83,6 +83,7 @@ class Row:
     # Engines know none, but for the cuda engine's only row: they are given a window at a time.
     chain: Chain | None = None
     is_checked: bool = False  # it is known to fit, and so does what is made of it
+    lead_s: float = 0.0  # audio that its listener has in hand, where a sentence begins that is not the first
 
     @property
     def n_whole(self) -> int:
@@ -105,8 +106,9 @@ class Row:
             raise ValueError(
                 f"prefix ids must be 0 to {size.n_input_ids - 1}, got {self.ids.min()} to {self.ids.max()}"
             )
-        if min(self.n_tokens, self.position, self.sampling.seed) < 0 or not 0 <= self.sampling.temperature < math.inf:
-            raise ValueError("n_tokens, position, seed and temperature must be 0 or more, and finite")
+        reals = self.sampling.temperature, self.lead_s
+        if min(self.n_tokens, self.position, self.sampling.seed) < 0 or not all(0 <= x < math.inf for x in reals):
+            raise ValueError("n_tokens, position, seed, temperature and lead_s must be 0 or more, and finite")
         if self.chain:
             self.chain.check(self, size)
 

@@ -401,7 +401,8 @@ class CausalWorker(Worker[Row, Generation]):
         self._release, self._start_alone, self._halt = release, start_alone, halt
         self._step_s, self._prefill_s = functools.cache(step_s), functools.cache(prefill_s)
         self._rate_hz, self._has_begun = rate_hz, has_begun
-        self._began_s: dict[int, float] = {}  # when a stream's latest sentence did
+        # When a stream's latest sentence did, or so much later as its listener had in hand then.
+        self._began_s: dict[int, float] = {}
         self._later: set[int] = set()  # streams whose latest sentence is not their first
         # A stream's ids when its latest piece was over: a call that goes on from there needs no prefill.
         self._held: dict[int, int] = {}
@@ -410,17 +411,20 @@ class CausalWorker(Worker[Row, Generation]):
         self._n_nameless = 0
 
     def submit(self, calls: Sequence[Row]) -> list[Future[Generation]]:
-        """As Worker.submit. A stream's later sentence is hurried, not its first: its listener has the sentences before."""
+        """As Worker.submit. A stream's later sentence is hurried, not its first, and not even that if its listener has enough of the
+        sentences before in hand."""
         rows = [self._named(row) for row in calls]
         now_s = time.monotonic()
         with self._changed:
-            ranks = [self._rank(row) for row in rows]
+            ranks = []
             for row in rows:
                 is_known = row.stream in self._began_s
-                if row.position == 0 or not is_known:  # the latter: this process is younger than the sentence
-                    self._began_s[row.stream] = now_s - row.position / self._rate_hz
-                if row.position == 0 and is_known:
+                if is_known and row.position == 0:
                     self._later.add(row.stream)
+                    self._began_s[row.stream] = now_s + row.lead_s
+                ranks.append(self._rank(row))
+                if not is_known:  # this process may be younger than the sentence
+                    self._began_s[row.stream] = now_s - row.position / self._rate_hz
         return self._submit(rows, ranks)
 
     def _rank(self, row: Row) -> int:
@@ -429,8 +433,10 @@ class CausalWorker(Worker[Row, Generation]):
             rank = min(rank, HURRIED)  # without a preset the first window waits for four calls
         if row.stream not in self._began_s:
             return rank
+        if row.stream in self._later:
+            return REST if self._slack_s(row, time.monotonic()) > COMFORTABLE_S else max(rank, HURRIED)
         is_crowded = self._policy.is_second_first and len(self._began_s) >= CROWDED
-        if rank == HURRIED and is_crowded and row.position and row.stream not in self._later:
+        if rank == HURRIED and is_crowded and row.position:
             return FIRST
         return max(rank, HURRIED)
 
@@ -493,6 +499,8 @@ class CausalWorker(Worker[Row, Generation]):
         for each in sorted(waiting, key=lambda each: (each.rank, slack_s[each])):
             n_more = n_new + self._is_new(each.call)
             step_s, prefills_s = self._step_s(len(batch) + 1), self._prefills_s(n_more)
+            if batch and batch[0].rank <= FIRST and self._begins_at_leisure(each, slack_s[each]):
+                continue
             if batch and not self._goes_along(each, slack_s[each], batch, PIECES[0] * step_s + prefills_s):
                 break
             takes_s = PIECES[1] * step_s + prefills_s
@@ -501,6 +509,10 @@ class CausalWorker(Worker[Row, Generation]):
                 batch.append(each)
                 n_new = n_more
         return batch
+
+    def _begins_at_leisure(self, each: _Pending[Row, Generation], slack_s: float) -> bool:
+        """A sentence, for a listener who has enough of those before: its prefills would hold up whoever has no audio yet."""
+        return each.rank == REST and self._policy.is_hurried(each.call) and slack_s > COMFORTABLE_S
 
     def _goes_along(
         self,
