@@ -7,7 +7,7 @@
 Streams, Triton's instances, the shared process with its turns and batches, and playback, as docs/architecture.md describes them, on a
 clock that jumps from event to event. Kernels, and the way through Triton, take what they were measured to take. It knows less than
 perf/pretended_gpu.py, which runs the real server, and takes a hundredth of the time; how far it can be believed is in docs/load.md.
-Clips of 10 s with a preset. Last line JSON.
+Clips of 10 s with a preset, of one sentence unless told (`--set sentences=280,220`, in semantic tokens). Last line JSON.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ from barkstream.engines.workers import (  # noqa: E402
 from barkstream.pacing import NEEDY_S, Hold  # noqa: E402
 
 SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
-N_SEMANTIC = 500  # a clip's
+N_SEMANTIC = 500  # a clip's, of one sentence
+PAUSE_S = 0.25  # between two sentences
 WINDOW = 60  # coarse tokens that a call has at least
 HEAD, SPAN = 257, 690  # positions of a coarse window's semantic tokens, and of its history and its own tokens together
 STAGES = "codec", "fine", "semantic", "coarse"
@@ -169,6 +170,9 @@ class Policy:
     lookahead: tuple[int, ...] = field(default=(1, 3, 3, 33, 63, 33))
     coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # WINDOW tokens of a call, at most
     sliding_window_len: tuple[int, ...] = field(default=(WINDOW,))  # coarse tokens behind one prefix
+    sentences: tuple[int, ...] = field(default=(N_SEMANTIC,))  # semantic tokens of a clip's
+    later_chunks_joined: int = 3  # of `chunks`, in the first one of a sentence that is not the first
+    tells_lead: int = 1  # 0: stages do not know what listeners have in hand when such a sentence begins
 
     def most_with_first(self, stage: str, n_known: int) -> int:
         """Rows of a batch with a first call, while the stage knows so many streams."""
@@ -189,11 +193,15 @@ class Policy:
     def patience_s(self, stage: str) -> float:
         return getattr(self, f"{stage}_patience_s", POLICIES[stage].patience_s)
 
+    @property
+    def clip_s(self) -> float:
+        return sum(self.sentences) / SEMANTIC_HZ + (len(self.sentences) - 1) * PAUSE_S
+
     @cached_property
     def windows(self) -> list[tuple[int, int]]:
-        """First coarse token and length of each of a clip's windows."""
+        """First coarse token and length of each of a sentence's windows, as far as the longest one has them."""
         found, start = list[tuple[int, int]](), 0
-        while start < 3 * N_SEMANTIC:
+        while start < 3 * max(self.sentences):
             found.append((start, self.sliding_window_len[min(len(found), len(self.sliding_window_len) - 1)]))
             start += found[-1][1]
         return found
@@ -202,18 +210,26 @@ class Policy:
         return any(start == position for start, _ in self.windows)
 
     def reads(self, position: int) -> int:
-        """Semantic tokens that the coarse window there waits for."""
+        """Semantic tokens that the coarse window there waits for, where the sentence has so many."""
         start, length = [window for window in self.windows if window[0] <= position][-1]
-        return min(start // 3 + HEAD - 2 - int((SPAN - length) / 3.006), N_SEMANTIC)
+        return start // 3 + HEAD - 2 - int((SPAN - length) / 3.006)
+
+    @cached_property
+    def _said_behind(self) -> list[tuple[int, int]]:
+        """Length of each window of a clip, and the coarse tokens that are drawn behind it."""
+        return [
+            (n, min(n, 3 * said - start)) for said in self.sentences for start, n in self.windows if start < 3 * said
+        ]
 
     def spared_keys(self) -> float:
         """Of 917 positions that a coarse step reads in the reference's windows, the part that these do not."""
-        positions = np.average([HEAD + SPAN - n / 2 for _, n in self.windows], weights=[n for _, n in self.windows])
-        return 1 - float(positions) / (HEAD + SPAN - WINDOW / 2)
+        positions = [HEAD + SPAN - n / 2 for n, _ in self._said_behind]
+        read = float(np.average(positions, weights=[n for _, n in self._said_behind]))
+        return 1 - read / (HEAD + SPAN - WINDOW / 2)
 
     def prefix(self) -> float:
         """Positions of a coarse prefill, to the reference's."""
-        padded = [-(-(HEAD - 1 + SPAN - n) // 128) for _, n in self.windows]
+        padded = [-(-(HEAD - 1 + SPAN - n) // 128) for n, _ in self._said_behind]
         return float(np.mean(padded)) / -(-(HEAD - 1 + SPAN - WINDOW) // 128)
 
 
@@ -257,7 +273,7 @@ class Call:
     @property
     def slack_s(self) -> float:
         hz = SEMANTIC_HZ if self.stage == "semantic" else 2 * FRAME_HZ
-        return self.position / hz - (asyncio.get_running_loop().time() - self.stream.began_s)
+        return self.position / hz - (asyncio.get_running_loop().time() - self.stream.began_s[self.stage])
 
 
 @dataclass(eq=False)
@@ -485,6 +501,9 @@ class Gpu:
         for call in sorted(calls, key=lambda call: (call.rank, call.slack_s)):
             n_new = sum(each.is_new for each in [*batch, call])
             step_ms, prefills_ms = self._step_ms(stage, min(len(batch) + 1, 32)), self._prefill_ms(stage, n_new)
+            is_at_leisure = call.rank == REST and call.position <= WINDOW and call.slack_s > self._policy.comfortable_s
+            if batch and batch[0].rank <= FIRST and is_at_leisure:
+                continue
             if batch and batch[0].rank <= FIRST < call.rank:
                 stays_behind = call.slack_s > self._policy.comfortable_s or POLICIES[stage].is_first_for_hurried
                 if call.rank == REST and stays_behind and not is_busy:
@@ -585,16 +604,29 @@ def spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return task
 
 
+class Sentence:
+    """Of a stream: what of it is made."""
+
+    def __init__(self, n_total: int, is_later: bool, is_last: bool):
+        """n_total: semantic tokens. is_later: it is not the first."""
+        self.n_total, self.is_later, self.is_last = n_total, is_later, is_last
+        self.n_semantic = 0
+        self.ahead: asyncio.Task[None] | None = None
+
+
 class Stream:
-    """A request, as pipeline.py and pacing.py make it: semantic tokens and one coarse window ahead, from its first chunk on."""
+    """A request, as pipeline.py and pacing.py make it: sentence after sentence, of which semantic tokens and one coarse window are made
+    ahead, from its first chunk on."""
 
     def __init__(self, server: Server):
         self._server, self._policy = server, server.policy
         self._hold = Hold(server.policy.crowd, server.policy.hold_until_s)
         self._loop = asyncio.get_running_loop()
-        self.began_s, self._dry_s = self._loop.time(), math.inf
+        self._came_s, self._dry_s = self._loop.time(), math.inf
+        self.began_s: dict[
+            str, float
+        ] = {}  # its latest sentence, by stage: so much later as its listener had in hand, if that was told
         self.ttfa_s, self.n_underruns, self.underrun_s, self.ended_s = math.nan, 0, 0.0, 0.0
-        self._n_semantic, self._semantic_ahead = 0, None
         self.is_heard = False  # its first chunk is made
 
     @property
@@ -604,74 +636,91 @@ class Stream:
     async def speak(self) -> None:
         self._server.streams.add(self)
         await asyncio.sleep(0.004)  # to the server, and the text
-        windows: asyncio.Queue[int] = asyncio.Queue()
-        room = asyncio.Semaphore(1)
-        spawn(self._make_windows(windows, room))
-        n_known = n_done = index = 0
-        total = N_SEMANTIC * FRAME_HZ // SEMANTIC_HZ
-        while n_done < total:
-            n_chunk = self._policy.chunks[min(index, len(self._policy.chunks) - 1)]
-            n_seen = n_chunk + self._policy.lookahead[min(index, len(self._policy.lookahead) - 1)]
-            while n_known < min(n_done + n_seen, total):
-                n_known += await windows.get()
-                if index or n_known < n_done + n_seen:
-                    room.release()
-            n_chunk = min(n_chunk, total - n_done)
-            await self._call("fine", is_hurried=n_seen <= 96)
-            await self._call("codec", is_hurried=n_chunk <= 60, is_second=n_chunk <= 30)
-            if not index:
-                self.is_heard = True
-                room.release()
-                await asyncio.sleep(self._hold.left_s(len(self._server.streams), self._loop.time() - self.began_s))
-            self._play(n_chunk / FRAME_HZ)
-            n_done, index = n_done + n_chunk, index + 1
+        for index, n_total in enumerate(self._policy.sentences):
+            if index:
+                self._play(PAUSE_S)
+            is_last = index == len(self._policy.sentences) - 1
+            await self._say_sentence(Sentence(n_total, is_later=index > 0, is_last=is_last))
         self.ended_s = self._loop.time()
         self._server.streams.discard(self)
+
+    async def _say_sentence(self, sentence: Sentence) -> None:
+        windows: asyncio.Queue[int] = asyncio.Queue()
+        room = asyncio.Semaphore(1)
+        spawn(self._make_windows(sentence, windows, room))
+        n_known = n_done = index = 0
+        chunks, lookahead = self._policy.chunks, self._policy.lookahead
+        if sentence.is_later:
+            n = self._policy.later_chunks_joined
+            chunks, lookahead = (sum(chunks[:n]), *chunks[n:]), lookahead[n - 1 :]
+        total = sentence.n_total * FRAME_HZ // SEMANTIC_HZ
+        while n_done < total:
+            n_chunk = chunks[min(index, len(chunks) - 1)]
+            n_seen = n_chunk + lookahead[min(index, len(lookahead) - 1)]
+            while n_known < min(n_done + n_seen, total):
+                n_known += await windows.get()
+                if self.is_heard or n_known < n_done + n_seen:
+                    room.release()
+            n_seen, n_chunk = min(n_seen, total - n_done), min(n_chunk, total - n_done)
+            await self._call(sentence, "fine", is_hurried=n_seen <= 96, is_short=n_seen <= 30)
+            is_short = not n_done and n_chunk <= 30
+            await self._call(sentence, "codec", is_hurried=n_chunk <= 60, is_second=n_chunk <= 30, is_short=is_short)
+            if not self.is_heard:
+                self.is_heard = True
+                room.release()
+                await asyncio.sleep(self._hold.left_s(len(self._server.streams), self._loop.time() - self._came_s))
+            self._play(n_chunk / FRAME_HZ)
+            n_done, index = n_done + n_chunk, index + 1
 
     def _play(self, audio_s: float) -> None:
         now_s = self._loop.time()
         if self._dry_s == math.inf:
-            self.ttfa_s, self._dry_s = now_s + 0.002 - self.began_s, now_s
+            self.ttfa_s, self._dry_s = now_s + 0.002 - self._came_s, now_s
         elif now_s > self._dry_s:
             self.n_underruns, self.underrun_s = self.n_underruns + 1, self.underrun_s + now_s - self._dry_s
         self._dry_s = max(self._dry_s, now_s) + audio_s
 
-    async def _make_windows(self, windows: asyncio.Queue[int], room: asyncio.Semaphore) -> None:
+    async def _make_windows(self, sentence: Sentence, windows: asyncio.Queue[int], room: asyncio.Semaphore) -> None:
         position = index = 0
-        while position < 3 * N_SEMANTIC:
+        while position < 3 * sentence.n_total:
             await room.acquire()
-            while self._n_semantic < self._policy.reads(position):
-                if ahead := self._semantic_ahead:
-                    self._semantic_ahead = None
+            while sentence.n_semantic < self._reads(sentence, position):
+                if ahead := sentence.ahead:
+                    sentence.ahead = None
                     await ahead
                 else:
-                    missing = self._policy.reads(position) - self._n_semantic
-                    await self._say(max(missing, 60 if self._n_semantic else 1))
+                    missing = self._reads(sentence, position) - sentence.n_semantic
+                    await self._say(sentence, max(missing, 60 if sentence.n_semantic else 1))
             if self.is_heard:
-                self._go_ahead()
+                self._go_ahead(sentence)
             most = self._policy.coarse_windows[min(index, len(self._policy.coarse_windows) - 1)]
-            starts = range(position, min(position + most * WINDOW, 3 * N_SEMANTIC), WINDOW)
-            n_windows = sum(self._policy.reads(start) <= self._n_semantic for start in starts)
+            starts = range(position, min(position + most * WINDOW, 3 * sentence.n_total), WINDOW)
+            n_windows = sum(self._reads(sentence, start) <= sentence.n_semantic for start in starts)
             is_new = self._policy.begins_window(position)
-            await self._call("coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
+            await self._call(sentence, "coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
             if not index and self._hold.is_crowd(len(self._server.streams)):
-                self._go_ahead()
+                self._go_ahead(sentence)
             windows.put_nowait(n_windows * WINDOW // 2)
             position, index = position + n_windows * WINDOW, index + 1
-        self._server.gpu.forget(self)
+        if sentence.is_last:
+            self._server.gpu.forget(self)
 
-    def _go_ahead(self) -> None:
-        if self._semantic_ahead is None and self._n_semantic < N_SEMANTIC:
-            self._semantic_ahead = spawn(self._say(60))
+    def _reads(self, sentence: Sentence, position: int) -> int:
+        return min(self._policy.reads(position), sentence.n_total)
 
-    async def _say(self, n_tokens: int) -> None:
-        n, position = min(n_tokens, N_SEMANTIC - self._n_semantic), self._n_semantic
+    def _go_ahead(self, sentence: Sentence) -> None:
+        if sentence.ahead is None and sentence.n_semantic < sentence.n_total:
+            sentence.ahead = spawn(self._say(sentence, 60))
+
+    async def _say(self, sentence: Sentence, n_tokens: int) -> None:
+        n, position = min(n_tokens, sentence.n_total - sentence.n_semantic), sentence.n_semantic
         if n:
-            await self._call("semantic", n, position, is_hurried=position <= WINDOW, is_new=position == 0)
-            self._n_semantic += n
+            await self._call(sentence, "semantic", n, position, is_hurried=position <= WINDOW, is_new=position == 0)
+            sentence.n_semantic += n
 
     async def _call(
         self,
+        sentence: Sentence,
         stage: str,
         n_tokens: int = 0,
         position: int = 0,
@@ -679,17 +728,27 @@ class Stream:
         is_new: bool = False,
         n_windows: int = 1,
         is_second: bool = False,
+        is_short: bool = False,
     ) -> None:
         while (excess_s := self.lead_s - self._policy.pace_lead_s) > 0 and self._is_anybody_needy():
             await asyncio.sleep(min(max(excess_s, 1e-6), 0.01))
         if stage in self._server.gpu.known:
             self._server.gpu.known[stage].add(self)
-        is_first = not self.is_heard and not (stage == "semantic" and position)
+        # of fine and codec nobody knows whether a short beginning is a stream's or a later sentence's
+        is_first = is_short or (not self.is_heard and not (stage == "semantic" and position))
         rank = POLICIES[stage].first if is_first else HURRIED if is_hurried else REST
         is_crowded = stage in self._server.gpu.known and len(self._server.gpu.known[stage]) >= self._policy.crowded
-        if rank == HURRIED and (is_second or (POLICIES[stage].is_second_first and is_crowded)):
+        is_late = POLICIES[stage].is_second_first and is_crowded and not sentence.is_later
+        if rank == HURRIED and (is_second or is_late):
             rank = FIRST
-        await self._server.infer(Call(stage, self, n_tokens, position, rank, is_new, n_windows))
+        call = Call(stage, self, n_tokens, position, rank, is_new, n_windows)
+        if stage in self._server.gpu.known:
+            if not position:
+                told_s = max(self.lead_s, 0.0) if sentence.is_later and self._policy.tells_lead else 0.0
+                self.began_s[stage] = self._loop.time() + told_s
+            if sentence.is_later and call.slack_s > self._policy.comfortable_s:
+                call.rank = REST
+        await self._server.infer(call)
 
     def _is_anybody_needy(self) -> bool:
         return any(other is not self and other.lead_s < self._policy.needy_s for other in self._server.streams)
@@ -724,7 +783,7 @@ async def listen(
 
     listeners = [client(ramp_s * i / clients) for i in range(clients)] or [stranger(start_s) for start_s in due_s]
     await asyncio.gather(*map(spawn, listeners))
-    audio_s = len(heard) * N_SEMANTIC / SEMANTIC_HZ
+    audio_s = len(heard) * policy.clip_s
     return {
         "requests": len(heard),
         **percentiles("ttfa_ms", [1e3 * stream.ttfa_s for stream in heard]),
