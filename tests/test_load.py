@@ -192,13 +192,15 @@ def script_plots(results, figure):
 @pytest.mark.server
 def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_path):
     """The real shared process, told by its costs: a fine window of 256 frames takes at least its 6.82 ms, alone in its batch."""
-    command = "--repository", tmp_path, "--set", "chunk_frames=60", "--", "--clients", 1, "--requests", 1, "--warmup", 0
+    settings = "--set", "chunk_frames=60", "later_chunks_joined=2", "--sentence", 250
+    command = "--repository", tmp_path, *settings, "--", "--clients", 1, "--requests", 1, "--warmup", 0
     found = script("pretended_gpu.py", *command)
     (row,) = found["rows"]
     assert (row["requests"], row["failed"], row["underruns"], row["gpu"]) == (1, 0, 0, "pretended")
+    assert row["audio_s"] == pytest.approx(10, abs=0.03)  # of which the second sentence has what the first and the pause have left
     rows, ms = zip(*found["stages"].values(), strict=True)
     assert rows == (1, 1, 1, 1)
-    n_fine = -(-10 * 75 // 60)
+    n_fine = -(-5 * 75 // 60) + 1 + -(-(4.75 * 75 - 120) // 60)
     assert 6.82 * n_fine / 10 < ms[2] < 3 * 6.82 * n_fine / 10
     unknown = [sys.executable, PERF / "pretended_gpu.py", "--repository", tmp_path, "--set", "pace=1"]
     ran = subprocess.run(unknown, capture_output=True, text=True, timeout=60)
