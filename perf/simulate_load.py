@@ -265,6 +265,7 @@ class Call:
     position: int = 0
     rank: int = REST
     is_new: bool = False  # needs a prefill
+    is_later: bool = False  # of a sentence that is not the first
     n_windows: int = 1  # coarse ones, this one included
     since_s: float = 0.0
     came_s: float = 0.0  # the same of its first piece
@@ -501,8 +502,8 @@ class Gpu:
         for call in sorted(calls, key=lambda call: (call.rank, call.slack_s)):
             n_new = sum(each.is_new for each in [*batch, call])
             step_ms, prefills_ms = self._step_ms(stage, min(len(batch) + 1, 32)), self._prefill_ms(stage, n_new)
-            is_at_leisure = call.rank == REST and call.position <= WINDOW and call.slack_s > self._policy.comfortable_s
-            if batch and batch[0].rank <= FIRST and is_at_leisure:
+            begins_at_leisure = POLICIES[stage].is_beginning(call) and call.is_later and call.rank == REST
+            if batch and batch[0].rank <= FIRST and begins_at_leisure and call.slack_s > self._policy.comfortable_s:
                 continue
             if batch and batch[0].rank <= FIRST < call.rank:
                 stays_behind = call.slack_s > self._policy.comfortable_s or POLICIES[stage].is_first_for_hurried
@@ -741,7 +742,7 @@ class Stream:
         is_late = POLICIES[stage].is_second_first and is_crowded and not sentence.is_later
         if rank == HURRIED and (is_second or is_late):
             rank = FIRST
-        call = Call(stage, self, n_tokens, position, rank, is_new, n_windows)
+        call = Call(stage, self, n_tokens, position, rank, is_new, sentence.is_later, n_windows)
         if stage in self._server.gpu.known:
             if not position:
                 told_s = max(self.lead_s, 0.0) if sentence.is_later and self._policy.tells_lead else 0.0

@@ -303,7 +303,7 @@ def test_a_later_sentence_is_in_no_hurry_while_its_listener_has_enough_of_those_
 
 
 def test_with_a_first_call_no_sentence_begins_for_a_listener_who_has_enough_however_many_are_live(stage):
-    """Its prefills would hold up who has no audio yet."""
+    """It would hold up who has no audio yet."""
     turns, others, leisurely, needy = Turns(), range(10, 10 + BUSY), [2, 3], [4, 5]
     engine, worker = stage(turns)
     with turns.turn(lambda: 0):
@@ -312,15 +312,18 @@ def test_with_a_first_call_no_sentence_begins_for_a_listener_who_has_enough_howe
             worker._began_s[stream] = now_s - 600 / 150
         worker.submit([row(stream=stream) for stream in others])
         worker.submit([replace(row(stream=stream, position=0), lead_s=2 * COMFORTABLE_S) for stream in leisurely])
+        worker._later.add(6)
+        worker._began_s[6] = now_s + COMFORTABLE_S
+        worker.submit([row(stream=6, position=120)])  # behind its first two windows
         worker.submit([replace(row(stream=stream, position=0), lead_s=0.1) for stream in needy])
         worker.submit([row(stream=1, position=0)])
     engine.begun(1)
     streams = [stream for stream, _ in engine.batches[0]]
-    assert streams[:3] == [1, 4, 5] and not {2, 3} & set(streams)
+    assert streams[:3] == [1, 4, 5] and not {2, 3, 6} & set(streams)
     assert len(streams) == POLICIES["coarse"].busy_first_batch
     engine.let()
     engine.begun(2)
-    assert {2, 3} <= {stream for stream, _ in engine.batches[1]}
+    assert {2, 3, 6} <= {stream for stream, _ in engine.batches[1]}
     engine.let()
 
 

@@ -89,6 +89,8 @@ class Policy(Generic[Call]):
     # Who does not wait for company either: whom somebody will soon wait for, and, behind all who are hurried, who is longer than any
     # call that is listened to.
     is_soon: Callable[[Call], bool] = lambda call: False
+    # What a sentence begins with. One for a listener who has enough of those before stays behind first calls.
+    is_beginning: Callable[[Call], bool] = lambda call: False
     is_long: Callable[[Call], bool] = lambda call: False
 
     def rank(self, call: Call) -> int:
@@ -148,6 +150,7 @@ POLICIES: dict[str, Policy[Any]] = {
         company=16,
         patience_s=0.15,
         old_s=0.2,
+        is_beginning=lambda row: row.position <= 60,
         is_long=lambda row: row.n_tokens > LISTENED_TO,
     ),
     "coarse": Policy(
@@ -161,6 +164,7 @@ POLICIES: dict[str, Policy[Any]] = {
         company=16,
         patience_s=0.3,
         is_soon=lambda row: row.position <= SOON or row.chain is not None,
+        is_beginning=lambda row: row.position <= 120,
         is_long=lambda row: row.n_tokens > SOON,
     ),
 }
@@ -511,8 +515,9 @@ class CausalWorker(Worker[Row, Generation]):
         return batch
 
     def _begins_at_leisure(self, each: _Pending[Row, Generation], slack_s: float) -> bool:
-        """A sentence, for a listener who has enough of those before: its prefills would hold up whoever has no audio yet."""
-        return each.rank == REST and self._policy.is_hurried(each.call) and slack_s > COMFORTABLE_S
+        """A sentence, for a listener who has enough of those before: it would hold up whoever has no audio yet."""
+        is_later = each.call.stream in self._later
+        return is_later and each.rank == REST and self._policy.is_beginning(each.call) and slack_s > COMFORTABLE_S
 
     def _goes_along(
         self,
