@@ -108,8 +108,8 @@ class Pipeline:
         speech: Speech | None = None,
         speakers: Mapping[str, HistoryPrompt | None] | None = None,
     ) -> Iterator[Floats]:
-        """Chunks of samples [n] of a text, sentence after sentence, with a short pause between two: a chunk by itself, as soon as the
-        first has ended, so that the second is made while a player is silent.
+        """Chunks of samples [n] of a text, sentence after sentence, with a short pause between two, which is a chunk by itself: the second
+        is made while a player is silent.
 
         Every sentence has `voice` as its history; without one, the first sentence's own speech becomes the voice of the
         rest. speakers: the same for each speaker whose turns the text marks. stream: key of the KV caches (0 for none),

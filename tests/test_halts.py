@@ -292,10 +292,8 @@ def test_a_later_sentence_is_in_no_hurry_while_its_listener_has_enough_of_those_
     began.result(LONG_S)
     with worker._turns.turn(lambda: -1):
         worker.submit([replace(row(stream=1, position=0), lead_s=lead_s), row(stream=1, position=60)])
-        assert [each.rank for each in worker._waiting] == [
-            rank,
-            rank,
-        ]  # .4 s of it are made then, and no time has gone by
+        # The latter has .4 s more, and no time has gone by.
+        assert [each.rank for each in worker._waiting] == [rank, rank]
         worker._began_s[1] -= 2 * COMFORTABLE_S  # now it has
         worker.submit([row(stream=1, position=60)])
         assert worker._waiting[-1].rank == HURRIED

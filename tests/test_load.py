@@ -197,9 +197,8 @@ def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_p
     found = script("pretended_gpu.py", *command)
     (row,) = found["rows"]
     assert (row["requests"], row["failed"], row["underruns"], row["gpu"]) == (1, 0, 0, "pretended")
-    assert row["audio_s"] == pytest.approx(
-        10, abs=0.03
-    )  # of which the second sentence has what the first and the pause have left
+    # Of which the second sentence has what the first and the pause have left.
+    assert row["audio_s"] == pytest.approx(10, abs=0.03)
     rows, ms = zip(*found["stages"].values(), strict=True)
     assert rows == (1, 1, 1, 1)
     n_fine = -(-5 * 75 // 60) + 1 + -(-(4.75 * 75 - 120) // 60)

@@ -126,11 +126,8 @@ def test_causal_stages_are_told_what_a_listener_has_where_a_later_sentence_begin
     monkeypatch.setattr(bls, "state_size", lambda codec: 1)
     stages = bls.TritonStages(Mock(), lambda: None, lead_s=in_hand.pop if tells else None)
     nothing = np.zeros((0, 2), np.int32)
-    for lead_s, position in (
-        (-math.inf, 0),
-        (2.5, 0),
-        (2.5, 60),
-    ):  # before the first chunk, then where a sentence begins, and behind
+    # Before the first chunk; where a later sentence begins; behind that.
+    for lead_s, position in ((-math.inf, 0), (2.5, 0), (2.5, 60)):
         in_hand[:] = [lead_s, lead_s]
         stages.semantic(np.zeros(3, np.int32), 60, position, Sampling(), 1)
         stages.coarse(np.zeros(3, np.int32), 60, position, Sampling(), 1, nothing, nothing)

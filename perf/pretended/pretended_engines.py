@@ -13,7 +13,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,7 @@ from barkstream.sampling import Floats, Ints
 
 SAID = "this GPU is pretended: its engines sleep"
 GPU = "BARKSTREAM_PRETENDED"  # environment variable: which of COSTS
-SENTENCE = (
-    "BARKSTREAM_PRETENDED_SENTENCE"  # another: semantic tokens of each sentence; without, they end where a request does
-)
+SENTENCE = "BARKSTREAM_PRETENDED_SENTENCE"  # another: semantic tokens of each sentence, which else none ends
 
 
 @dataclass(frozen=True)
@@ -166,6 +164,8 @@ class CausalEngine:
         return finish
 
     def start_alone(self, row: Row, n_piece: int, goes_on: Callable[[], bool]) -> Callable[[], list[Generation]]:
+        if row.position + row.n_tokens > self._n_most:
+            row = replace(row, n_tokens=int(self._n_most) - row.position)
         left, launched, said = row, [], list[Ints]()
 
         def launch() -> None:
@@ -184,7 +184,7 @@ class CausalEngine:
                 if not is_halted:
                     said.append(generation.tokens)
                 is_halted |= len(generation.tokens) < piece.n_tokens
-            return [Generation.joined(said, False)]
+            return [Generation.joined(said, row.position + sum(map(len, said)) >= self._n_most)]
 
         launch()
         return finish
