@@ -135,6 +135,9 @@ class Schedule:
     # of a sentence that is not the first, so many of chunk_frames are one: its listener has the sentences before in hand
     later_chunks_joined: int = 1
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
+    max_sentence_s: float = (
+        math.inf
+    )  # a sentence that is still being said ends then; the checkpoint's bound holds anyway (15.4 s)
 
     def __post_init__(self) -> None:
         calls = (self.coarse_call, self.semantic_call, self.semantic_least, self.later_chunks_joined)
@@ -147,6 +150,8 @@ class Schedule:
             raise ValueError(
                 f"chunk_frames, fine_lookahead, coarse_windows and sliding_window_len must have at least one value: {self}"
             )
+        if not self.max_sentence_s > 0:
+            raise ValueError(f"max_sentence_s must be seconds above 0 (inf: no bound), got {self.max_sentence_s:g}")
         if min(counts) < 1 or min(extents) < 0:
             raise ValueError(f"chunks and calls must be at least 1, windows and what is ahead at least 0: {self}")
 
@@ -255,6 +260,7 @@ _PARSERS: dict[str, Any] = {
     "coarse_windows": _whole_numbers,
     "sliding_window_len": _whole_numbers,
     "sentence_pause_s": float,
+    "max_sentence_s": float,
     "ahead_at_once": _true_or_false,
     "ahead_from_window": _true_or_false,
 }  # the rest are integers

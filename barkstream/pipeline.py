@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import closing
@@ -173,7 +174,7 @@ class Pipeline:
         layouts, stages, options, voice = self.checkpoint, self.stages, asked.options, asked.voice
         sampling = options.sampling(asked.seed)
         prompt = semantic_prompt(self.tokenizer.encode(asked.text), voice, layouts.semantic)
-        max_seconds = min(asked.max_seconds, guard.max_seconds) if guard else asked.max_seconds
+        max_seconds = min(asked.max_seconds, self.schedule.max_sentence_s, guard.max_seconds if guard else math.inf)
         watch = guard.watch if guard else None
         waits = asked.is_first and options.streaming  # somebody, for the first audio
         schedule = self.schedule if asked.is_first else self.schedule.later()

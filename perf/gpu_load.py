@@ -3,7 +3,8 @@
     python3 perf/gpu_load.py -- --rate 1 --duration 60 -- --rate 4 --duration 60 -- --clients 32 --duration 60 --ramp 4
     python3 perf/gpu_load.py --profile cuda-int8 --streams 52 --set pace_lead_s=3 -- --rate 6.8 --duration 30
 
-Behind each `--` stand a run's options, load_test.py's; all runs go to one server. Clips of 10 s with a preset. Table first; then, by
+Behind each `--` stand a run's options, load_test.py's; all runs go to one server. Clips of 10 s with a preset, of one sentence,
+for random weights end none; `--set max_sentence_s=5`: of two, as many as the usual text has. Table first; then, by
 stage, rows a batch and GPU milliseconds a second of audio; last line JSON, an object a run.
 """
 

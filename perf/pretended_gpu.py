@@ -6,8 +6,8 @@
 tritonserver, the stages' models, the shared process with its workers and turns, and the load test are the real ones; only the
 engines sleep, for as long as a GPU took for Bark large, and say nothing (`pretended/pretended_engines.py`). So nothing here says
 how fast anything is: it says what a change in scheduling does at costs that were measured once, and how far it can be believed
-is in docs/load-history.md. Clips of 10 s with a preset, as on the GPU, and of one sentence unless told (`--sentence 275`, of which the
-usual text has two). Other options are load_test.py's. Table first; then, by stage,
+is in docs/load-history.md. Clips of 10 s with a preset, as on the GPU, of one sentence; `--set max_sentence_s=5`: of two, as many as
+the usual text has. Other options are load_test.py's. Table first; then, by stage,
 rows a batch and GPU milliseconds a second of audio; last line JSON.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "pretended")]
 
-from pretended_engines import COSTS, GPU, SAID, SENTENCE  # noqa: E402
+from pretended_engines import COSTS, GPU, SAID  # noqa: E402
 from random_checkpoint import write_repository  # noqa: E402
 from served_load import drive  # noqa: E402
 
@@ -38,9 +38,6 @@ def main() -> int:
     )
     parser.add_argument("--streams", type=at_least_one, help="as `barkstream profile --streams`")
     parser.add_argument("--costs", choices=COSTS, default="h100", help="of which GPU, in which profile")
-    parser.add_argument(
-        "--sentence", type=at_least_one, metavar="N", help="semantic tokens of each sentence, 50 a second"
-    )
     parser.add_argument("--repository", type=Path, default=HERE.parent / "build" / "pretended")
     arguments, load = parser.parse_known_args()
     try:
@@ -49,8 +46,6 @@ def main() -> int:
         parser.error(str(error))
     prepend(os.environ, "PYTHONPATH", HERE / "pretended")
     os.environ[GPU] = arguments.costs
-    if arguments.sentence:
-        os.environ[SENTENCE] = str(arguments.sentence)
     with Server(arguments.repository) as server:
         if SAID not in server.log_text:
             raise SystemExit("the stages' process did not get the pretended engines: what it runs is not known")

@@ -69,6 +69,15 @@ def test_a_pause_is_sent_before_any_work_for_what_follows_it(fake, voices):
     assert n_prompts == [1]  # between the two, and none at the end
 
 
+def test_a_sentence_is_no_longer_than_the_schedule_lets_it_be(fake, voices):
+    pipeline, stages = fake
+    bounded = replace(pipeline, schedule=replace(pipeline.schedule, max_sentence_s=0.8))
+    audio = bounded.speak(PARAGRAPH, SpeechOptions(), voices["heart_0"])
+    seconds = len(audio) / pipeline.checkpoint.codec.sample_rate  # in place of 2 s a sentence
+    assert seconds == pytest.approx(2 * 0.8 + 0.25, abs=2 / pipeline.checkpoint.semantic.rate_hz + 0.03)
+    assert len(stages.prompts) == 2
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_later_sentence_begins_with_some_of_a_first_ones_chunks_in_one(fake, voices, n):
     pipeline, _ = fake

@@ -13,7 +13,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from barkstream.sampling import Floats, Ints
 
 SAID = "this GPU is pretended: its engines sleep"
 GPU = "BARKSTREAM_PRETENDED"  # environment variable: which of COSTS
-SENTENCE = "BARKSTREAM_PRETENDED_SENTENCE"  # another: semantic tokens of each sentence, which else none ends
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,8 @@ class Gpu:
 
 
 class CausalEngine:
-    def __init__(self, gpu: Gpu, stage: str, head: Head, n_most: float = math.inf):
-        """n_most: tokens of a sentence."""
-        self._gpu, self._stage, self._head, self._n_most = gpu, stage, head, n_most
+    def __init__(self, gpu: Gpu, stage: str, head: Head):
+        self._gpu, self._stage, self._head = gpu, stage, head
         self._held: dict[int, Ints] = {}
         self._under_way: list[Work] = []
 
@@ -164,8 +162,6 @@ class CausalEngine:
         return finish
 
     def start_alone(self, row: Row, n_piece: int, goes_on: Callable[[], bool]) -> Callable[[], list[Generation]]:
-        if row.position + row.n_tokens > self._n_most:
-            row = replace(row, n_tokens=int(self._n_most) - row.position)
         left, launched, said = row, [], list[Ints]()
 
         def launch() -> None:
@@ -184,7 +180,7 @@ class CausalEngine:
                 if not is_halted:
                     said.append(generation.tokens)
                 is_halted |= len(generation.tokens) < piece.n_tokens
-            return [Generation.joined(said, row.position + sum(map(len, said)) >= self._n_most)]
+            return [Generation.joined(said, False)]
 
         launch()
         return finish
@@ -204,10 +200,7 @@ class CausalEngine:
         said = [self._tokens(row)[: work.n_steps] for row in rows]
         for row, tokens in zip(rows, said, strict=True):
             self._held[row.stream] = row.ids_with(tokens)[:-1]
-        return [
-            Generation(tokens, row.position + len(tokens) >= self._n_most)
-            for row, tokens in zip(rows, said, strict=True)
-        ]
+        return [Generation(tokens, False) for tokens in said]
 
     def _step_ms(self, n_rows: int) -> float:
         return next(ms for n, ms in self._gpu.costs.step[self._stage].items() if n >= n_rows)
@@ -218,7 +211,7 @@ class CausalEngine:
 
     def _tokens(self, row: Row) -> Ints:
         """Any that may be said."""
-        positions = np.arange(row.position, min(row.position + row.n_tokens, self._n_most), dtype=np.int64)
+        positions = row.position + np.arange(row.n_tokens)
         n_choices = self._head.size - (self._head.end is not None)
         first = self._head.first_id + positions % self._head.n_codebooks * self._head.size
         return (first + (positions + row.sampling.seed) % n_choices).astype(np.int32)
@@ -262,11 +255,10 @@ def in_fours(costs_ms: tuple[float, ...], n: int) -> float:
 def install() -> None:
     """From now on a stage that asks for a GPU gets one of these."""
     gpu = Gpu(COSTS[os.environ[GPU]])
-    n_semantic = float(os.environ.get(SENTENCE, "inf"))
 
     def open_causal(engine: str, stage: str, path: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> CausalEngine:
         head = Head.semantic(checkpoint.semantic) if stage == "semantic" else Head.coarse(checkpoint.coarse)
-        return CausalEngine(gpu, stage, head, n_semantic if stage == "semantic" else math.inf)
+        return CausalEngine(gpu, stage, head)
 
     def measure(generate: Any, release: Any, prefix: Ints, row_counts: Any) -> workers.Costs:
         """Known: while a server starts, Python takes more time than any GPU."""
