@@ -309,8 +309,8 @@ def test_calls_share_a_batch_with_those_that_chain_as_many_windows(server, pipel
     def n_batches(*n_chained):
         """Of calls that wait together for the stage's one instance."""
         with ThreadPoolExecutor(1 + len(n_chained)) as pool:
-            long = pool.submit(coarse_call, server, heads(1), 0, 400)
-            time.sleep(0.2)
+            long = pool.submit(coarse_call, server, heads(1), 0, 760)  # as many as fit, 1.5 s on two cores
+            time.sleep(0.1)
             before = metrics(server)
             for answer in [pool.submit(ask, k) for k in n_chained]:
                 assert answer.result().shape[1]
