@@ -54,6 +54,7 @@ from barkstream.engines.workers import (  # noqa: E402
     TIGHT_BATCH_S,
     TIGHT_S,
 )
+from barkstream.options import Schedule  # noqa: E402
 from barkstream.pacing import NEEDY_S, Hold  # noqa: E402
 
 SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
@@ -192,6 +193,15 @@ class Policy:
 
     def patience_s(self, stage: str) -> float:
         return getattr(self, f"{stage}_patience_s", POLICIES[stage].patience_s)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return Schedule(
+            chunk_frames=self.chunks,
+            fine_lookahead=self.lookahead,
+            coarse_windows=self.coarse_windows,
+            later_chunks_joined=self.later_chunks_joined,
+        )
 
     @property
     def clip_s(self) -> float:
@@ -624,9 +634,8 @@ class Stream:
         self._hold = Hold(server.policy.crowd, server.policy.hold_until_s)
         self._loop = asyncio.get_running_loop()
         self._came_s, self._dry_s = self._loop.time(), math.inf
-        self.began_s: dict[
-            str, float
-        ] = {}  # its latest sentence, by stage: so much later as its listener had in hand, if that was told
+        # By stage: its latest sentence, or so much later as its listener had in hand, if that was told.
+        self.began_s: dict[str, float] = {}
         self.ttfa_s, self.n_underruns, self.underrun_s, self.ended_s = math.nan, 0, 0.0, 0.0
         self.is_heard = False  # its first chunk is made
 
@@ -650,14 +659,11 @@ class Stream:
         room = asyncio.Semaphore(1)
         spawn(self._make_windows(sentence, windows, room))
         n_known = n_done = index = 0
-        chunks, lookahead = self._policy.chunks, self._policy.lookahead
-        if sentence.is_later:
-            n = self._policy.later_chunks_joined
-            chunks, lookahead = (sum(chunks[:n]), *chunks[n:]), lookahead[n - 1 :]
+        schedule = self._policy.schedule.later() if sentence.is_later else self._policy.schedule
         total = sentence.n_total * FRAME_HZ // SEMANTIC_HZ
         while n_done < total:
-            n_chunk = chunks[min(index, len(chunks) - 1)]
-            n_seen = n_chunk + lookahead[min(index, len(lookahead) - 1)]
+            n_chunk = schedule.chunk(index)
+            n_seen = n_chunk + schedule.lookahead(index)
             while n_known < min(n_done + n_seen, total):
                 n_known += await windows.get()
                 if self.is_heard or n_known < n_done + n_seen:
@@ -694,7 +700,7 @@ class Stream:
                     await self._say(sentence, max(missing, 60 if sentence.n_semantic else 1))
             if self.is_heard:
                 self._go_ahead(sentence)
-            most = self._policy.coarse_windows[min(index, len(self._policy.coarse_windows) - 1)]
+            most = self._policy.schedule.windows(index)
             starts = range(position, min(position + most * WINDOW, 3 * sentence.n_total), WINDOW)
             n_windows = sum(self._reads(sentence, start) <= sentence.n_semantic for start in starts)
             is_new = self._policy.begins_window(position)
