@@ -132,20 +132,21 @@ class Schedule:
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     ahead_at_once: bool = True  # false: only from a stream's first chunk on, which nothing may hold up
     ahead_from_window: bool = False  # true: semantic tokens from its first coarse window on
-    # of a sentence that is not the first, so many of chunk_frames are one: its listener has the sentences before in hand
-    later_chunks_joined: int = 1
+    # chunk_frames and fine_lookahead of a sentence that is not the first, whose listener has those before in hand; none: the same
+    later_chunk_frames: tuple[int, ...] = ()
+    later_fine_lookahead: tuple[int, ...] = ()
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
     max_sentence_s: float = (
         math.inf
     )  # a sentence that is still being said ends then; the checkpoint's bound holds anyway (15.4 s)
 
     def __post_init__(self) -> None:
-        calls = (self.coarse_call, self.semantic_call, self.semantic_least, self.later_chunks_joined)
+        calls = (self.coarse_call, self.semantic_call, self.semantic_least)
         offline = self.offline_coarse_windows, self.offline_fine_windows
-        counts = (*self.chunk_frames, *calls, *self.coarse_windows, *offline)
+        counts = (*self.chunk_frames, *self.later_chunk_frames, *calls, *self.coarse_windows, *offline)
         ahead = (self.coarse_ahead, self.semantic_ahead)
         extents = (self.fine_context, *self.fine_lookahead, self.fine_window, *ahead, self.offline_semantic_call)
-        extents += self.sliding_window_len
+        extents += self.sliding_window_len + self.later_fine_lookahead
         if not (self.chunk_frames and self.fine_lookahead and self.coarse_windows and self.sliding_window_len):
             raise ValueError(
                 f"chunk_frames, fine_lookahead, coarse_windows and sliding_window_len must have at least one value: {self}"
@@ -177,12 +178,10 @@ class Schedule:
 
     def later(self) -> Schedule:
         """For a sentence that is not the first."""
-        n = self.later_chunks_joined
-        joined = sum(map(self.chunk, range(n)))
         return replace(
             self,
-            chunk_frames=(joined, *(self.chunk_frames[n:] or self.chunk_frames[-1:])),
-            fine_lookahead=self.fine_lookahead[n - 1 :] or self.fine_lookahead[-1:],
+            chunk_frames=self.later_chunk_frames or self.chunk_frames,
+            fine_lookahead=self.later_fine_lookahead or self.fine_lookahead,
         )
 
     def offline(self, is_guarded: bool) -> Schedule:
@@ -257,6 +256,8 @@ def _true_or_false(text: str) -> bool:
 _PARSERS: dict[str, Any] = {
     "chunk_frames": _whole_numbers,
     "fine_lookahead": _whole_numbers,
+    "later_chunk_frames": _whole_numbers,
+    "later_fine_lookahead": _whole_numbers,
     "coarse_windows": _whole_numbers,
     "sliding_window_len": _whole_numbers,
     "sentence_pause_s": float,

@@ -38,6 +38,7 @@ from barkstream.admission import Backlog  # noqa: E402
 from barkstream.engines.turns import AT_ONCE, FOLLOW_S, GRACE_S, HEAD_START_S, LONE  # noqa: E402
 from barkstream.engines.turns import HURRIED as MOST_HURRIED  # noqa: E402
 from barkstream.engines.workers import (  # noqa: E402
+    AT_LEISURE_S,
     BUSY,
     COMFORTABLE_S,
     CROWDED,
@@ -143,6 +144,7 @@ class Policy:
     halt_lead_s: float = 0.0005  # so long before it is launched, as prefills make it
     halted_s: float = 0.0003  # until it stands
     comfortable_s: float = COMFORTABLE_S
+    at_leisure_s: float = AT_LEISURE_S  # later sentences of those who have more in hand
     first_batch: int = POLICIES["coarse"].first_batch
     busy: int = BUSY  # streams live
     busy_first_batch: int = POLICIES["coarse"].busy_first_batch
@@ -172,7 +174,8 @@ class Policy:
     coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # WINDOW tokens of a call, at most
     sliding_window_len: tuple[int, ...] = field(default=(WINDOW,))  # coarse tokens behind one prefix
     sentences: tuple[int, ...] = field(default=(N_SEMANTIC,))  # semantic tokens of a clip's
-    later_chunks_joined: int = 3  # of `chunks`, in the first one of a sentence that is not the first
+    later_chunks: tuple[int, ...] = field(default=(117, 90))  # of a sentence that is not the first
+    later_lookahead: tuple[int, ...] = field(default=(3, 33))
     tells_lead: int = 1  # 0: stages do not know what listeners have in hand when such a sentence begins
 
     def most_with_first(self, stage: str, n_known: int) -> int:
@@ -200,7 +203,8 @@ class Policy:
             chunk_frames=self.chunks,
             fine_lookahead=self.lookahead,
             coarse_windows=self.coarse_windows,
-            later_chunks_joined=self.later_chunks_joined,
+            later_chunk_frames=self.later_chunks,
+            later_fine_lookahead=self.later_lookahead,
         )
 
     @property
@@ -513,7 +517,7 @@ class Gpu:
             n_new = sum(each.is_new for each in [*batch, call])
             step_ms, prefills_ms = self._step_ms(stage, min(len(batch) + 1, 32)), self._prefill_ms(stage, n_new)
             begins_at_leisure = POLICIES[stage].is_beginning(call) and call.is_later and call.rank == REST
-            if batch and batch[0].rank <= FIRST and begins_at_leisure and call.slack_s > self._policy.comfortable_s:
+            if batch and batch[0].rank <= FIRST and begins_at_leisure and call.slack_s > self._policy.at_leisure_s:
                 continue
             if batch and batch[0].rank <= FIRST < call.rank:
                 stays_behind = call.slack_s > self._policy.comfortable_s or POLICIES[stage].is_first_for_hurried
@@ -753,7 +757,7 @@ class Stream:
             if not position:
                 told_s = max(self.lead_s, 0.0) if sentence.is_later and self._policy.tells_lead else 0.0
                 self.began_s[stage] = self._loop.time() + told_s
-            if sentence.is_later and call.slack_s > self._policy.comfortable_s:
+            if sentence.is_later and call.slack_s > self._policy.at_leisure_s:
                 call.rank = REST
         await self._server.infer(call)
 

@@ -12,6 +12,7 @@ import pytest
 from barkstream.engines import Chain, Generation, Row, Window
 from barkstream.engines.turns import AT_ONCE, FOLLOW_S, HEAD_START_S, LONE, Launch, Turns
 from barkstream.engines.workers import (
+    AT_LEISURE_S,
     BUSY,
     COMFORTABLE_S,
     CROWDED,
@@ -282,7 +283,7 @@ def test_few_go_along_with_a_first_call_and_nobody_who_is_comfortable_unless_man
 
 
 @pytest.mark.parametrize(
-    ("lead_s", "rank"), [(0.0, HURRIED), (0.6 * COMFORTABLE_S, HURRIED), (1.2 * COMFORTABLE_S, REST)]
+    ("lead_s", "rank"), [(0.0, HURRIED), (0.6 * AT_LEISURE_S, HURRIED), (1.2 * AT_LEISURE_S, REST)]
 )
 def test_a_later_sentence_is_in_no_hurry_while_its_listener_has_enough_of_those_before(stage, lead_s, rank):
     engine, worker = stage(Turns())
@@ -294,7 +295,7 @@ def test_a_later_sentence_is_in_no_hurry_while_its_listener_has_enough_of_those_
         worker.submit([replace(row(stream=1, position=0), lead_s=lead_s), row(stream=1, position=60)])
         # The latter has .4 s more, and no time has gone by.
         assert [each.rank for each in worker._waiting] == [rank, rank]
-        worker._began_s[1] -= 2 * COMFORTABLE_S  # now it has
+        worker._began_s[1] -= 2 * AT_LEISURE_S  # now it has
         worker.submit([row(stream=1, position=60)])
         assert worker._waiting[-1].rank == HURRIED
         worker.drop(1)
@@ -309,9 +310,9 @@ def test_with_a_first_call_no_sentence_begins_for_a_listener_who_has_enough_howe
         for stream in (*others, *leisurely, *needy):
             worker._began_s[stream] = now_s - 600 / 150
         worker.submit([row(stream=stream) for stream in others])
-        worker.submit([replace(row(stream=stream, position=0), lead_s=2 * COMFORTABLE_S) for stream in leisurely])
+        worker.submit([replace(row(stream=stream, position=0), lead_s=2 * AT_LEISURE_S) for stream in leisurely])
         worker._later.add(6)
-        worker._began_s[6] = now_s + COMFORTABLE_S
+        worker._began_s[6] = now_s + AT_LEISURE_S
         worker.submit([row(stream=6, position=120)])  # behind its first two windows
         worker.submit([replace(row(stream=stream, position=0), lead_s=0.1) for stream in needy])
         worker.submit([row(stream=1, position=0)])

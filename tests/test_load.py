@@ -192,7 +192,7 @@ def script_plots(results, figure):
 @pytest.mark.server
 def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_path):
     """The real shared process, told by its costs: a fine window of 256 frames takes at least its 6.82 ms, alone in its batch."""
-    settings = "--set", "chunk_frames=60", "later_chunks_joined=2", "max_sentence_s=5"
+    settings = "--set", "chunk_frames=60", "later_chunk_frames=120, 60", "max_sentence_s=5"
     command = "--repository", tmp_path, *settings, "--", "--clients", 1, "--requests", 1, "--warmup", 0
     found = script("pretended_gpu.py", *command)
     (row,) = found["rows"]

@@ -78,15 +78,15 @@ def test_a_sentence_is_no_longer_than_the_schedule_lets_it_be(fake, voices):
     assert len(stages.prompts) == 2
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_later_sentence_begins_with_some_of_a_first_ones_chunks_in_one(fake, voices, n):
+@pytest.mark.parametrize("later", [(), (54, 90)])
+def test_a_later_sentence_is_cut_as_its_schedule_says(fake, voices, later):
     pipeline, _ = fake
-    schedule = replace(pipeline.schedule, chunk_frames=(24, 30, 60), later_chunks_joined=n)
+    schedule = replace(pipeline.schedule, chunk_frames=(24, 30, 60), later_chunk_frames=later)
     chunks = replace(pipeline, schedule=schedule).stream(PARAGRAPH, SpeechOptions(), voices["heart_0"])
     frames = [len(chunk) // pipeline.checkpoint.codec.samples_per_frame for chunk in chunks]
-    first, pause, later = frames[:4], frames[4], frames[5:]  # 2 s each
+    first, pause, second = frames[:4], frames[4], frames[5:]  # 2 s each
     assert first == [24, 30, 60, 36] and pause == 18
-    assert later == (first if n == 1 else [54, 60, 36])
+    assert second == ([54, 90, 6] if later else first)
 
 
 def test_no_pause_is_left_at_the_end_where_max_seconds_ends_it(fake, voices):

@@ -138,17 +138,16 @@ def test_causal_stages_are_told_what_a_listener_has_where_a_later_sentence_begin
     assert [position for position, *_ in calls] == [0, 0, 0, 0, 60, 60]
 
 
-def test_a_later_sentences_first_chunks_may_be_one():
-    schedule = Schedule(chunk_frames=(29, 28, 60, 90), fine_lookahead=(1, 3, 3, 33))
-    for n, chunks, lookahead in (
-        (1, (29, 28, 60, 90), (1, 3, 3, 33)),
-        (2, (57, 60, 90), (3, 3, 33)),
-        (3, (117, 90), (3, 33)),
-        (4, (207, 90), (33,)),
-        (6, (387, 90), (33,)),
-    ):
-        later = replace(schedule, later_chunks_joined=n).later()
-        assert (later.chunk_frames, later.fine_lookahead) == (chunks, lookahead)
+def test_a_later_sentence_may_be_cut_otherwise(pipeline):
+    schedule = Schedule.parse({"later_chunk_frames": "117, 90", "later_fine_lookahead": "3, 33"})
+    schedule.check(pipeline.checkpoint)
+    later = schedule.later()
+    assert [(later.chunk(i), later.lookahead(i)) for i in (0, 1, 5)] == [(117, 3), (90, 33), (90, 33)]
+    assert schedule.chunk(0) == Schedule().chunk(0) and Schedule().later() == Schedule()
+    with pytest.raises(ValueError, match="chunk 1 of a later sentence takes 128 \\+ 900 \\+ 33"):
+        replace(schedule, later_chunk_frames=(117, 900)).check(pipeline.checkpoint)
+    with pytest.raises(ValueError, match="chunks and calls must be at least 1"):
+        replace(schedule, later_chunk_frames=(0,))
 
 
 def test_only_who_does_not_stream_makes_long_calls_and_only_while_few_are_served():

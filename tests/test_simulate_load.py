@@ -123,7 +123,9 @@ def test_a_setting_that_is_not_there_says_which_are():
 def test_sentences_begin_without_gaps_where_stages_know_what_listeners_have_in_hand():
     """What it found: of some sentences all but the first came too late for many."""
     sentences = replace(Policy(), sentences=(120, 120, 120, 120), max_streams=32)
-    as_before = replace(sentences, later_chunks_joined=1, tells_lead=0)
+    as_before = replace(
+        sentences, later_chunks=(29, 28, 60, 60, 60, 90), later_lookahead=(1, 3, 3, 33, 63, 33), tells_lead=0
+    )
     before, now = (simulate(each, COSTS["h100"], rate=4.5, duration_s=30, seed=2) for each in (as_before, sentences))
     assert now["underruns"] < before["underruns"] / 4 and now["audio_s_per_s"] > before["audio_s_per_s"]
     assert now["requests"] + now["refused"] == before["requests"] + before["refused"]

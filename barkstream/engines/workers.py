@@ -30,6 +30,7 @@ PIECES = 60, 30, 15, 10
 # for, with next to nothing in hand; the rest.
 LAST, FIRST, HURRIED, REST = range(4)
 COMFORTABLE_S = 1.5  # who has more made that has not been played does not go along with those
+AT_LEISURE_S = 2.0  # with more of the sentences before in hand a listener's next one may take its time
 BUSY = 24  # with so many streams known everybody does, and more rows
 CROWDED = 36  # with so many a second window is as urgent as a first: first chunks are held (pacing.py), and it is the second that is late
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
@@ -438,7 +439,7 @@ class CausalWorker(Worker[Row, Generation]):
         if row.stream not in self._began_s:
             return rank
         if row.stream in self._later:
-            return REST if self._slack_s(row, time.monotonic()) > COMFORTABLE_S else max(rank, HURRIED)
+            return REST if self._slack_s(row, time.monotonic()) > AT_LEISURE_S else max(rank, HURRIED)
         is_crowded = self._policy.is_second_first and len(self._began_s) >= CROWDED
         if rank == HURRIED and is_crowded and row.position:
             return FIRST
@@ -517,7 +518,7 @@ class CausalWorker(Worker[Row, Generation]):
     def _begins_at_leisure(self, each: _Pending[Row, Generation], slack_s: float) -> bool:
         """A sentence, for a listener who has enough of those before: it would hold up whoever has no audio yet."""
         is_later = each.call.stream in self._later
-        return is_later and each.rank == REST and self._policy.is_beginning(each.call) and slack_s > COMFORTABLE_S
+        return is_later and each.rank == REST and self._policy.is_beginning(each.call) and slack_s > AT_LEISURE_S
 
     def _goes_along(
         self,
