@@ -132,9 +132,10 @@ class Schedule:
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     ahead_at_once: bool = True  # false: only from a stream's first chunk on, which nothing may hold up
     ahead_from_window: bool = False  # true: semantic tokens from its first coarse window on
-    # chunk_frames and fine_lookahead of a sentence that is not the first, whose listener has those before in hand; none: the same
+    # of a sentence that is not the first, whose listener has those before in hand; none: the same
     later_chunk_frames: tuple[int, ...] = ()
     later_fine_lookahead: tuple[int, ...] = ()
+    later_sliding_window_len: tuple[int, ...] = ()
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
     max_sentence_s: float = (
         math.inf
@@ -146,7 +147,7 @@ class Schedule:
         counts = (*self.chunk_frames, *self.later_chunk_frames, *calls, *self.coarse_windows, *offline)
         ahead = (self.coarse_ahead, self.semantic_ahead)
         extents = (self.fine_context, *self.fine_lookahead, self.fine_window, *ahead, self.offline_semantic_call)
-        extents += self.sliding_window_len + self.later_fine_lookahead
+        extents += self.sliding_window_len + self.later_sliding_window_len + self.later_fine_lookahead
         if not (self.chunk_frames and self.fine_lookahead and self.coarse_windows and self.sliding_window_len):
             raise ValueError(
                 f"chunk_frames, fine_lookahead, coarse_windows and sliding_window_len must have at least one value: {self}"
@@ -182,6 +183,7 @@ class Schedule:
             self,
             chunk_frames=self.later_chunk_frames or self.chunk_frames,
             fine_lookahead=self.later_fine_lookahead or self.fine_lookahead,
+            sliding_window_len=self.later_sliding_window_len or self.sliding_window_len,
         )
 
     def offline(self, is_guarded: bool) -> Schedule:
@@ -206,7 +208,7 @@ class Schedule:
         if self.coarse_call % checkpoint.coarse.n_codebooks:
             raise ValueError(f"coarse_call must be a multiple of {checkpoint.coarse.n_codebooks}: whole frames")
         layout = checkpoint.coarse
-        for n in self.sliding_window_len:
+        for n in self.sliding_window_len + self.later_sliding_window_len:
             if n % layout.n_codebooks or layout.history_before(n or layout.window) < 1:
                 raise ValueError(
                     f"sliding_window_len must be multiples of {layout.n_codebooks} below {layout.max_history + layout.window}, "
@@ -229,8 +231,8 @@ class Schedule:
     def parse(cls, given: dict[str, str]) -> Schedule:
         """A schedule from config.pbtxt parameters; unknown names are ignored, they are Triton's.
 
-        chunk_frames, fine_lookahead, coarse_windows and sliding_window_len are lists ("24, 30, 60"); one number holds for all. Raises
-        ValueError that names the parameter.
+        chunk_frames, fine_lookahead, coarse_windows and sliding_window_len are lists ("24, 30, 60"); one number holds for all. A later
+        sentence's may be empty. Raises ValueError that names the parameter.
         """
         parsed: dict[str, Any] = {}
         for field in fields(cls):
@@ -238,7 +240,7 @@ class Schedule:
                 try:
                     parsed[field.name] = _PARSERS.get(field.name, int)(given[field.name])
                 except (ValueError, KeyError):
-                    example = str(field.default).strip("(),").lower()
+                    example = str(field.default).strip("(),").lower() or "60, 90"
                     raise ValueError(
                         f"{field.name} must be written like {example!r}, got {given[field.name]!r}"
                     ) from None
@@ -249,6 +251,10 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(","))
 
 
+def _whole_numbers_or_none(text: str) -> tuple[int, ...]:
+    return _whole_numbers(text) if text.strip() else ()
+
+
 def _true_or_false(text: str) -> bool:
     return {"true": True, "false": False}[text]
 
@@ -256,8 +262,9 @@ def _true_or_false(text: str) -> bool:
 _PARSERS: dict[str, Any] = {
     "chunk_frames": _whole_numbers,
     "fine_lookahead": _whole_numbers,
-    "later_chunk_frames": _whole_numbers,
-    "later_fine_lookahead": _whole_numbers,
+    "later_chunk_frames": _whole_numbers_or_none,
+    "later_fine_lookahead": _whole_numbers_or_none,
+    "later_sliding_window_len": _whole_numbers_or_none,
     "coarse_windows": _whole_numbers,
     "sliding_window_len": _whole_numbers,
     "sentence_pause_s": float,

@@ -176,6 +176,7 @@ class Policy:
     sentences: tuple[int, ...] = field(default=(N_SEMANTIC,))  # semantic tokens of a clip's
     later_chunks: tuple[int, ...] = field(default=(117, 90))  # of a sentence that is not the first
     later_lookahead: tuple[int, ...] = field(default=(3, 33))
+    later_sliding_window_len: tuple[int, ...] = ()  # none: the same
     tells_lead: int = 1  # 0: stages do not know what listeners have in hand when such a sentence begins
 
     def most_with_first(self, stage: str, n_known: int) -> int:
@@ -212,27 +213,34 @@ class Policy:
         return sum(self.sentences) / SEMANTIC_HZ + (len(self.sentences) - 1) * PAUSE_S
 
     @cached_property
-    def windows(self) -> list[tuple[int, int]]:
-        """First coarse token and length of each of a sentence's windows, as far as the longest one has them."""
+    def windows(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """First coarse token and length of each window of a first sentence, and of a later one, as far as the longest one has them."""
+        lengths = self.sliding_window_len
+        return self._windows(lengths), self._windows(self.later_sliding_window_len or lengths)
+
+    def _windows(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
         found, start = list[tuple[int, int]](), 0
         while start < 3 * max(self.sentences):
-            found.append((start, self.sliding_window_len[min(len(found), len(self.sliding_window_len) - 1)]))
+            found.append((start, lengths[min(len(found), len(lengths) - 1)]))
             start += found[-1][1]
         return found
 
-    def begins_window(self, position: int) -> bool:
-        return any(start == position for start, _ in self.windows)
+    def begins_window(self, position: int, is_later: bool = False) -> bool:
+        return any(start == position for start, _ in self.windows[is_later])
 
-    def reads(self, position: int) -> int:
+    def reads(self, position: int, is_later: bool = False) -> int:
         """Semantic tokens that the coarse window there waits for, where the sentence has so many."""
-        start, length = [window for window in self.windows if window[0] <= position][-1]
+        start, length = [window for window in self.windows[is_later] if window[0] <= position][-1]
         return start // 3 + HEAD - 2 - int((SPAN - length) / 3.006)
 
     @cached_property
     def _said_behind(self) -> list[tuple[int, int]]:
         """Length of each window of a clip, and the coarse tokens that are drawn behind it."""
         return [
-            (n, min(n, 3 * said - start)) for said in self.sentences for start, n in self.windows if start < 3 * said
+            (n, min(n, 3 * said - start))
+            for index, said in enumerate(self.sentences)
+            for start, n in self.windows[index > 0]
+            if start < 3 * said
         ]
 
     def spared_keys(self) -> float:
@@ -559,7 +567,7 @@ class Gpu:
             call.n_tokens, call.position, call.is_new = call.n_tokens - made, call.position + made, False
             if not call.n_tokens and call.n_windows > 1:
                 call.n_tokens, call.n_windows = WINDOW, call.n_windows - 1
-                call.is_new = self._policy.begins_window(call.position)
+                call.is_new = self._policy.begins_window(call.position, call.is_later)
                 call.rank = HURRIED if call.position <= WINDOW else REST
             if call.n_tokens:
                 self.submit(call)
@@ -707,7 +715,7 @@ class Stream:
             most = self._policy.schedule.windows(index)
             starts = range(position, min(position + most * WINDOW, 3 * sentence.n_total), WINDOW)
             n_windows = sum(self._reads(sentence, start) <= sentence.n_semantic for start in starts)
-            is_new = self._policy.begins_window(position)
+            is_new = self._policy.begins_window(position, sentence.is_later)
             await self._call(sentence, "coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
             if not index and self._hold.is_crowd(len(self._server.streams)):
                 self._go_ahead(sentence)
@@ -717,7 +725,7 @@ class Stream:
             self._server.gpu.forget(self)
 
     def _reads(self, sentence: Sentence, position: int) -> int:
-        return min(self._policy.reads(position), sentence.n_total)
+        return min(self._policy.reads(position, sentence.is_later), sentence.n_total)
 
     def _go_ahead(self, sentence: Sentence) -> None:
         if sentence.ahead is None and sentence.n_semantic < sentence.n_total:

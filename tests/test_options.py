@@ -87,6 +87,8 @@ def test_the_lookahead_is_a_list_as_the_chunks_are():
         ({"max_sentence_s": "5 s"}, "max_sentence_s must be written like 'inf', got '5 s'"),
         ({"sliding_window_len": "0, -2"}, "windows and what is ahead at least 0"),
         ({"sliding_window_len": "long"}, "sliding_window_len must be written like '0', got 'long'"),
+        ({"later_chunk_frames": "117;90"}, "later_chunk_frames must be written like '60, 90', got '117;90'"),
+        ({"later_sliding_window_len": "-2"}, "windows and what is ahead at least 0"),
         ({"ahead_at_once": "yes"}, "ahead_at_once must be written like 'true', got 'yes'"),
     ],
 )
@@ -142,6 +144,10 @@ def test_a_later_sentence_may_be_cut_otherwise(pipeline):
     schedule = Schedule.parse({"later_chunk_frames": "117, 90", "later_fine_lookahead": "3, 33"})
     schedule.check(pipeline.checkpoint)
     later = schedule.later()
+    assert Schedule.parse({"later_chunk_frames": "", "later_sliding_window_len": " "}) == Schedule()
+    assert replace(schedule, later_sliding_window_len=(120, 180)).later().sliding_window_len == (120, 180)
+    with pytest.raises(ValueError, match="sliding_window_len must be multiples of 2"):
+        replace(schedule, later_sliding_window_len=(121,)).check(pipeline.checkpoint)
     assert [(later.chunk(i), later.lookahead(i)) for i in (0, 1, 5)] == [(117, 3), (90, 33), (90, 33)]
     assert schedule.chunk(0) == Schedule().chunk(0) and Schedule().later() == Schedule()
     with pytest.raises(ValueError, match="chunk 1 of a later sentence takes 128 \\+ 900 \\+ 33"):
