@@ -61,6 +61,7 @@ from barkstream.pacing import NEEDY_S, Hold  # noqa: E402
 SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
 N_SEMANTIC = 500  # a clip's, of one sentence
 PAUSE_S = 0.25  # between two sentences
+RETRY_S = 1.0  # after which a client who was refused asks again
 WINDOW = 60  # coarse tokens that a call has at least
 HEAD, SPAN = 257, 690  # positions of a coarse window's semantic tokens, and of its history and its own tokens together
 STAGES = "codec", "fine", "semantic", "coarse"
@@ -781,20 +782,23 @@ async def listen(
 
     n_refused = 0
 
-    async def one() -> None:
+    async def one() -> bool:
+        """Whether it was heard, and not refused."""
         nonlocal n_refused
         backlog = Backlog(policy.max_backlog_s, policy.pace_lead_s, server.in_hand_s)
         if len(server.streams) >= policy.max_streams or backlog.owed_s(len(server.streams)) > backlog.most_s:
             n_refused += 1
-            return
+            return False
         stream = Stream(server)
         await stream.speak()
         heard.append(stream)
+        return True
 
     async def client(start_s: float) -> None:
         await asyncio.sleep(start_s)
         while loop.time() < duration_s:
-            await one()
+            if not await one():
+                await asyncio.sleep(RETRY_S)
 
     async def stranger(start_s: float) -> None:
         await asyncio.sleep(start_s)

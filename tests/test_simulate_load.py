@@ -113,6 +113,11 @@ def test_calls_that_wait_for_one_another_on_their_way_cost_audio_and_longer_chai
     assert at_once > chains > 1.02 * windows
 
 
+def test_a_client_who_is_refused_asks_again_later():
+    found = simulate(policy_of(["max_streams=4"]), INT8, clients=8, duration_s=5)
+    assert found["requests"] > 4 and 4 <= found["refused"] <= 4 * 6
+
+
 def test_a_setting_that_is_not_there_says_which_are():
     assert policy_of(["company=4", "pace_lead_s=inf"]) == replace(Policy(), company=4, pace_lead_s=float("inf"))
     assert policy_of(["coarse_windows=1,3"]).coarse_windows == (1, 3)
