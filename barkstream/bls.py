@@ -438,7 +438,7 @@ class Speaker:
             key = until_over.enter_context(self._keys.key())
             pacer = self._pacers[key % self._keys.n_gpus]
             # offline, nobody listens yet
-            player = until_over.enter_context(pacer.player()) if options.streaming else None
+            player = until_over.enter_context(pacer.player(options.in_hand_s)) if options.streaming else None
             wait_turn = partial(self._wait_turn, pacer, player, sender.is_cancelled)
             lead_s = (lambda: player.lead_s) if player and self._tells_lead else None
             stages = TritonStages(self._checkpoint, wait_turn, key if self._keys.n_gpus > 1 else None, lead_s)
@@ -447,13 +447,14 @@ class Speaker:
             pipeline = Pipeline(self._checkpoint, self._tokenizer, stages, schedule, self._metrics.count_guard)
             chunks = pipeline.stream(text, options, voice, key, speech, speakers)
             for index, chunk in enumerate(chunks):
-                if index == 0 and options.streaming:  # meanwhile the second chunk's coarse tokens are on their way
+                is_awaited = index == 0 and options.streaming and not options.in_hand_s
+                if is_awaited:  # meanwhile the second chunk's coarse tokens are on their way
                     self._hold_back(admitted_at, sender.is_cancelled)
                 if sender.is_cancelled():
                     raise Cancelled
                 sender.send(_speech_response(options.seed, chunk))
                 self._count_chunk(pacer, player, len(chunk))
-                if index == 0 and options.streaming:
+                if is_awaited:
                     self._metrics.first_chunk_s.observe(time.monotonic() - admitted_at)
         if options.return_prompt:
             sender.send(_speech_response(options.seed, np.zeros(0, np.float32), speech))

@@ -13,6 +13,8 @@ from barkstream.tokens import Checkpoint, CoarseLayout
 
 MAX_TEMPERATURE = 5.0
 MAX_SEED = 2**63 - 1
+# With less in hand a listener is served as one who waits: sooner than a sentence that may take its time.
+LEAST_LEAD_S = 1.5
 
 
 class BadRequest(ValueError):
@@ -36,6 +38,9 @@ class SpeechOptions:
     language: str | None = None  # of the text; None: its script's, else its voice's, else English
     normalize: bool = False  # numbers, dates and abbreviations become words; off: Bark hears the text as it is
     guard: bool = False  # a sentence that goes wrong is said again or cut (barkstream.guard)
+    lead_s: float = (
+        0.0  # seconds of audio that the listener has in hand, of requests before: this one goes on from there
+    )
 
     @classmethod
     def parse(cls, given: dict[str, Any]) -> SpeechOptions:
@@ -48,6 +53,11 @@ class SpeechOptions:
             raise BadRequest(f"no option {sorted(unknown)[0]!r}; options: {', '.join(f.name for f in fields(cls))}")
         values = {name: _CHECKS[name](name, value) for name, value in given.items()}
         return cls(**{"seed": secrets.randbits(31), **values})
+
+    @property
+    def in_hand_s(self) -> float:
+        """Seconds of audio with which the listener can wait; 0: somebody waits for the first chunk."""
+        return self.lead_s if self.lead_s >= LEAST_LEAD_S else 0.0
 
     def sampling(self, seed: int) -> Sampling:
         """How the semantic and coarse stages draw, for one sentence's seed."""
@@ -105,6 +115,7 @@ _CHECKS = dict(
     language=_language,
     normalize=_boolean,
     guard=_boolean,
+    lead_s=_number(0, math.inf),
 )
 
 

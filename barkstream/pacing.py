@@ -22,11 +22,12 @@ PEERS_CHECK_S = 0.01  # and whether another process's streams are still in need
 
 
 class Player:
-    """A listener's player, as the server can know it: it starts at the first chunk and never skips."""
+    """A listener's player, as the server can know it: it starts at the first chunk, or plays already, and never skips."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, clock: Callable[[], float] = time.monotonic, lead_s: float = 0.0):
+        """lead_s: seconds of audio that it has in hand, of a request before; 0: it has not started."""
         self._clock = clock
-        self._dry_at: float | None = None
+        self._dry_at = clock() + lead_s if lead_s else None
 
     @property
     def lead_s(self) -> float:
@@ -85,9 +86,9 @@ class Pacer:
         self._changed = threading.Condition()
 
     @contextmanager
-    def player(self) -> Iterator[Player]:
-        """A new stream's player, known to the others while the block lasts."""
-        player = Player(self._clock)
+    def player(self, lead_s: float = 0.0) -> Iterator[Player]:
+        """A new stream's player, known to the others while the block lasts. lead_s: as Player's."""
+        player = Player(self._clock, lead_s)
         with self._changed:
             self._players.add(player)
             self._tell()

@@ -128,7 +128,8 @@ class Pipeline:
                 if n_samples and seconds_left < shortest_s:
                     break
                 seed, voice = sentence_seed(options.seed, index), voices[sentence.speaker]
-                asked = Utterance(sentence.text, seed, voice, options, seconds_left, slots, not n_samples, is_last)
+                is_first = not (n_samples or options.in_hand_s)
+                asked = Utterance(sentence.text, seed, voice, options, seconds_left, slots, is_first, is_last)
                 said = Speech()
                 for chunk in (self._say_guarded if options.guard else self._say)(asked, said):
                     yield chunk

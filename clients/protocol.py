@@ -50,6 +50,7 @@ _SCALARS = {
     "return_prompt": np.bool_,
     "normalize": np.bool_,
     "guard": np.bool_,
+    "lead_s": np.float32,
 }
 _TRITON_TYPES = {np.dtype(t): name for t, name in
                  ((np.int32, "INT32"), (np.int64, "INT64"), (np.float32, "FP32"), (np.bool_, "BOOL"))}  # fmt: skip
@@ -79,6 +80,7 @@ class Options(TypedDict, total=False):
     lookahead: int | None  # semantic tokens that a coarse window waits for; absent: exact
     streaming: bool | None  # False: one chunk a sentence, at the end
     return_prompt: bool | None  # True: `.history_prompt` is the speech just made, for use as a new voice
+    lead_s: float | None  # seconds of audio that the listener still has in hand, of requests before
 
 
 class BarkstreamError(RuntimeError):

@@ -301,6 +301,15 @@ def test_a_later_sentence_is_in_no_hurry_while_its_listener_has_enough_of_those_
         worker.drop(1)
 
 
+@pytest.mark.parametrize(("lead_s", "rank"), [(0.0, FIRST), (0.6 * AT_LEISURE_S, HURRIED), (1.2 * AT_LEISURE_S, REST)])
+def test_a_new_stream_whose_listener_has_something_in_hand_is_no_newcomer(stage, lead_s, rank):
+    engine, worker = stage(Turns())
+    with worker._turns.turn(lambda: -1):
+        worker.submit([replace(row(stream=1, position=0), lead_s=lead_s)])
+        assert [each.rank for each in worker._waiting] == [rank]
+        worker.drop(1)
+
+
 def test_with_a_first_call_no_sentence_begins_for_a_listener_who_has_enough_however_many_are_live(stage):
     """It would hold up who has no audio yet."""
     turns, others, leisurely, needy = Turns(), range(10, 10 + BUSY), [2, 3], [4, 5]

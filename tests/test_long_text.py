@@ -89,6 +89,16 @@ def test_a_later_sentence_is_cut_as_its_schedule_says(fake, voices, later):
     assert second == ([54, 90, 6] if later else first)
 
 
+@pytest.mark.parametrize(("lead_s", "is_later"), [(0.0, False), (1.4, False), (1.5, True)])
+def test_a_text_for_a_listener_with_enough_in_hand_begins_as_a_later_sentence(fake, voices, lead_s, is_later):
+    pipeline, _ = fake
+    schedule = replace(pipeline.schedule, chunk_frames=(24, 30, 60), later_chunk_frames=(54, 90))
+    options = SpeechOptions(lead_s=lead_s)
+    chunks = replace(pipeline, schedule=schedule).stream("It is a fine day.", options, voices["heart_0"])
+    assert len(next(chunks)) // pipeline.checkpoint.codec.samples_per_frame == (54 if is_later else 24)
+    chunks.close()
+
+
 def test_no_pause_is_left_at_the_end_where_max_seconds_ends_it(fake, voices):
     pipeline, _ = fake
     rate = pipeline.checkpoint.codec.sample_rate

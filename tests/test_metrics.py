@@ -122,6 +122,12 @@ def test_a_speech_is_counted(client, grown):
         assert growth[f"barkstream_{stage}_rows_total"] == growth[f"barkstream_{stage}_calls_total"] > 0  # one alone
 
 
+def test_a_listener_who_has_enough_in_hand_waits_for_no_first_chunk(client, grown):
+    assert client.speak("It is a fine day.", voice="heart_0", max_seconds=1, lead_s=3.0).any()
+    growth = grown(lambda growth: growth["barkstream_audio_seconds_total"] > 0.5)
+    assert growth["barkstream_first_chunk_seconds_count"] == growth["barkstream_underruns_total"] == 0
+
+
 def test_an_offline_request_has_no_listener_to_keep_waiting(client, grown):
     client.speak("Good morning. It is late.", voice="heart_0", seed=1, max_seconds=3, streaming=False)
     growth = grown(lambda growth: growth["barkstream_audio_seconds_total"] > 1)

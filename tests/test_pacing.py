@@ -48,6 +48,17 @@ def test_a_chunk_after_playback_ran_dry_is_late_and_plays_from_then_on(clock):
     assert player.lead_s == pytest.approx(1.0)
 
 
+def test_a_player_may_have_something_in_hand_before_its_first_chunk(clock):
+    pacer = Pacer(LEAD_S, clock)
+    with pacer.player(2.5) as going_on, pacer.player() as fresh:
+        assert (going_on.lead_s, fresh.lead_s) == (2.5, -math.inf)
+        assert pacer.in_hand_s == 2.5
+        clock.now_s += 2
+        assert not pacer.take(going_on, 1.0) and going_on.lead_s == pytest.approx(1.5)
+        clock.now_s += 2
+        assert pacer.take(going_on, 1.0)
+
+
 def waits(pacer, player):
     """Whether `player` would have to wait: a listener who has left is let through at once, so it takes no time to ask."""
     asked = []

@@ -417,18 +417,19 @@ class CausalWorker(Worker[Row, Generation]):
 
     def submit(self, calls: Sequence[Row]) -> list[Future[Generation]]:
         """As Worker.submit. A stream's later sentence is hurried, not its first, and not even that if its listener has enough of the
-        sentences before in hand."""
+        sentences before in hand. One whose listener has something in hand is a later one, if this is the stream's first or not."""
         rows = [self._named(row) for row in calls]
         now_s = time.monotonic()
         with self._changed:
             ranks = []
             for row in rows:
                 is_known = row.stream in self._began_s
-                if is_known and row.position == 0:
+                is_later = row.position == 0 and (is_known or row.lead_s > 0)
+                if is_later:
                     self._later.add(row.stream)
                     self._began_s[row.stream] = now_s + row.lead_s
                 ranks.append(self._rank(row))
-                if not is_known:  # this process may be younger than the sentence
+                if not (is_known or is_later):  # this process may be younger than the sentence
                     self._began_s[row.stream] = now_s - row.position / self._rate_hz
         return self._submit(rows, ranks)
 
