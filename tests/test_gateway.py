@@ -25,15 +25,16 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
 from barkstream.clients import Client  # noqa: E402
+from barkstream.clients.aio import AsyncClient  # noqa: E402
 from barkstream.clients.cli import main  # noqa: E402
 from barkstream.clients.encode import FORMATS  # noqa: E402
 from barkstream.clients.gateway.access import RateLimiter  # noqa: E402
-from barkstream.clients.gateway.conversation import Voicing  # noqa: E402
+from barkstream.clients.gateway.conversation import Turn, Voicing  # noqa: E402
 from barkstream.clients.gateway.errors import ApiError, from_server  # noqa: E402
 from barkstream.clients.gateway.sentences import SentenceBuffer  # noqa: E402
 from barkstream.clients.gateway.settings import read_keys  # noqa: E402
 from barkstream.clients.gateway.voices import OPENAI_VOICES, alias_voices  # noqa: E402
-from barkstream.clients.protocol import BarkstreamError  # noqa: E402
+from barkstream.clients.protocol import BarkstreamError, Options  # noqa: E402
 from barkstream.options import Schedule  # noqa: E402
 from barkstream.text import PARAGRAPH_PAUSE, split_sentences  # noqa: E402
 from barkstream.voices import list_voices  # noqa: E402
@@ -500,6 +501,37 @@ def test_a_sentence_is_spoken_while_the_next_is_being_written(session):
     assert [m["text"] for m in messages if m["type"] == "speech.sentence"] == ["It is a fine day."]
     assert messages[-1] == {"type": "speech.audio.done", "cancelled": False}
     assert len(audio_in(messages)) / 2 / RATE > 2
+
+
+def test_a_sentence_is_asked_for_with_what_the_listener_has_in_hand(monkeypatch, session):
+    """Of a turn's sentences all but the first: who listens to it does not wait for first audio."""
+    asked, stream = [], AsyncClient.stream
+    monkeypatch.setattr(
+        AsyncClient, "stream", lambda *args, **options: asked.append(options.get("lead_s")) or stream(*args, **options)
+    )
+    session.send("session.update", voice="heart_0", max_seconds=1)
+    for _ in range(2):
+        session.send("input_text.append", text="Hello there, my friend. It is a fine day.")
+        session.send("input_text.flush")
+        session.until("speech.audio.done")
+    assert [lead_s is None for lead_s in asked] == [True, False, True, False]
+    assert all(lead_s < 1.3 for lead_s in asked if lead_s)
+
+
+def test_what_a_listener_has_in_hand_is_what_was_sent_less_what_was_played(monkeypatch):
+    now_s = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    turn = Turn.begin(Voicing(Options(voice="heart_0"), speed=2.0), RATE)
+    turn.tell_lead()
+    assert "lead_s" not in turn.options
+    turn.encode(np.zeros(2 * RATE, np.float32))
+    now_s += 0.4
+    turn.pause = np.zeros(RATE // 2, np.float32)
+    turn.tell_lead()
+    assert turn.options["lead_s"] == pytest.approx(1 - 0.4 + 0.25)
+    now_s += 2
+    turn.tell_lead()
+    assert "lead_s" not in turn.options
 
 
 def test_a_new_paragraph_is_spoken_after_a_longer_pause(session):

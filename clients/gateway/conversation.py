@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,13 +68,28 @@ class Turn:
     encoder: Encoder
     options: Options  # of the next sentence
     pause: NDArray[np.float32]  # silence before it
+    rate_hz: float  # samples of it that a listener hears a second
+    dry_at: float = 0.0  # when a player that began with the first chunk has played it (time.monotonic)
 
     @classmethod
     def begin(cls, voicing: Voicing, sample_rate: int) -> Turn:
         encoder = open_encoder(voicing.response_format, sample_rate, voicing.speed)
         options = Options(**voicing.options)
         options["return_prompt"] = not options.get("voice")  # the first sentence's own voice, for the others
-        return cls(encoder, options, np.zeros(0, np.float32))
+        return cls(encoder, options, np.zeros(0, np.float32), sample_rate * voicing.speed)
+
+    def encode(self, samples: NDArray[np.float32]) -> bytes:
+        """What is sent of samples [n]; a player has them from now on."""
+        self.dry_at = max(self.dry_at, time.monotonic()) + len(samples) / self.rate_hz
+        return self.encoder.encode(samples)
+
+    def tell_lead(self) -> None:
+        """The next sentence's request says what the listener has in hand, so that it is not served as one who waits for first audio."""
+        lead_s = self.dry_at - time.monotonic() + len(self.pause) / self.rate_hz
+        if lead_s > 0:
+            self.options["lead_s"] = lead_s
+        else:
+            self.options.pop("lead_s", None)
 
     def go_on(self, sentence: Sentence, stream: AsyncStream, sample_rate: int) -> None:
         """A sentence has been spoken; the next comes after its pause, with its voice, and a seed of its own."""
@@ -187,12 +203,13 @@ class Conversation:
         while (sentence := await self._sentences.get()) is not None:
             self._n_queued -= len(sentence.text)
             turn = turn or Turn.begin(self._voicing, sample_rate)  # as the session is set when the turn begins
+            turn.tell_lead()
             # No await before this: _cancel closes the stream.
             stream = self._stream = self._client.stream(sentence.text, **turn.options)
             await self._send("speech.sentence", text=sentence.text)
-            await self._send_audio(turn.encoder.encode(turn.pause))
+            await self._send_audio(turn.encode(turn.pause))
             async for chunk in stream:
-                await self._send_audio(turn.encoder.encode(chunk))
+                await self._send_audio(turn.encode(chunk))
             turn.go_on(sentence, stream, sample_rate)
         if turn:
             await self._send_audio(turn.encoder.finish())
