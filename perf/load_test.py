@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from load_report import (
 from ttfa import default_voice, open_server
 
 from barkstream.clients import AsyncClient, BarkstreamError
+from barkstream.clients.playback import Arrival
 from barkstream.clients.protocol import Options
 
 TEXTS = {
@@ -50,6 +52,8 @@ TEXTS = {
     "By noon we were on the road at last, and nobody was in a hurry any more.",  # about 20 s
 }
 NO_VOICE = "none"
+PAUSE_S = 0.25  # between two requests of a conversation
+TOLD, UNTOLD = "told", "untold"
 RETRY_S = 1.0  # for a server that is unavailable and does not say for how long
 
 
@@ -82,6 +86,7 @@ class Plan:
     max_seconds: float | None  # of one request's speech
     timeout_s: float  # longest wait for the next response
     ramp_s: float = 0.0  # closed loop: the clients come one after the other, the last one after so long
+    by_sentence: str | None = None  # TOLD, UNTOLD: each sentence is a request of its own; None: the text is one
 
     def requests(self, seed: int) -> Iterator[Request]:
         """Without end, due at once: texts and voices in turn, so that each text meets each voice."""
@@ -141,6 +146,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--voice", nargs="+", metavar="NAME", help=f"in turn; {NO_VOICE}: no preset (default: the first)"
     )
     parser.add_argument("--max-seconds", type=float, metavar="S", help="of one request's speech")
+    parser.add_argument(
+        "--by-sentence",
+        choices=(TOLD, UNTOLD),
+        help="each sentence is a request of its own, as of a conversation; told: with what its listener has in hand",
+    )
     parser.add_argument("--timeout", type=float, default=60, metavar="S", help="longest silence (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=4, metavar="N", help="requests before (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="perf/results/*-load.json that gets the rows")
@@ -161,6 +171,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         max_seconds=arguments.max_seconds,
         timeout_s=arguments.timeout,
         ramp_s=getattr(arguments, "ramp", 0.0),
+        by_sentence=arguments.by_sentence,
     )
 
 
@@ -226,18 +237,43 @@ async def closed_loop(client: AsyncClient, n_clients: int, seed: int, plan: Plan
 
 async def ask(client: AsyncClient, request: Request, plan: Plan, began: float) -> Outcome:
     """One request from send to end; a failure is in the outcome. began: perf_counter at the run's start."""
-    options = Options(voice=request.voice, seed=request.seed, max_seconds=plan.max_seconds)
-    stream = client.stream(request.text, **options)
-    outcome = Outcome(request, sent_s=perf_counter() - began, arrivals=stream.arrivals)
+    outcome = Outcome(request, sent_s=perf_counter() - began, arrivals=[])
+    texts = re.split(r"(?<=[.!?]) ", request.text) if plan.by_sentence else [request.text]
     try:
-        async for _ in stream:
-            pass
-        if stream.ttfa_s is None:
+        for index, text in enumerate(texts):
+            await hear(client, text, index, outcome, plan, began)
+        if outcome.ttfa_s is None:
             outcome.status, outcome.error = "UNKNOWN", NOT_AUDIBLE
     except BarkstreamError as error:
         outcome.status, outcome.error = error.status, str(error)
     outcome.end_s = perf_counter() - began
     return outcome
+
+
+async def hear(client: AsyncClient, text: str, index: int, outcome: Outcome, plan: Plan, began: float) -> None:
+    """A text from send to end, which goes on behind what there is of the outcome. index: of it, in the request."""
+    request, rate = outcome.request, await client.sample_rate()
+    options = Options(voice=request.voice, seed=request.seed + index, max_seconds=plan.max_seconds)
+    sent_s = perf_counter() - began - outcome.sent_s
+    if index:
+        outcome.arrivals.append(Arrival(sent_s, round(PAUSE_S * rate), 0.0))
+        lead_s = in_hand_s(outcome.arrivals, rate, sent_s)
+        if plan.by_sentence == TOLD and lead_s > 0:
+            options["lead_s"] = lead_s
+    stream = client.stream(text, **options)
+    try:
+        async for _ in stream:
+            pass
+    finally:
+        outcome.arrivals += [replace(arrival, at_s=sent_s + arrival.at_s) for arrival in stream.arrivals]
+
+
+def in_hand_s(arrivals: Sequence[Arrival], sample_rate: int, now_s: float) -> float:
+    """Seconds of audio that a player which began with the first chunk has left."""
+    dry_s = 0.0
+    for arrival in arrivals:
+        dry_s = max(dry_s, arrival.at_s) + arrival.n_samples / sample_rate
+    return dry_s - now_s
 
 
 def keep(output: Path | None, load: Load, row: dict[str, Any], outcomes: Sequence[Outcome], sample_rate: int) -> None:

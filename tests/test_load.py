@@ -29,7 +29,7 @@ sys.path.insert(0, str(PERF))
 
 from capacity import Promise, highest_rate  # noqa: E402
 from load_report import Outcome, Request, append_row, read_rows, summarize, table  # noqa: E402
-from load_test import TEXTS, Load, Plan, closed_loop  # noqa: E402
+from load_test import TEXTS, Load, Plan, closed_loop, in_hand_s  # noqa: E402
 
 RATE_HZ = 24000
 MAX_STREAMS = 16  # bark/config.pbtxt
@@ -181,6 +181,25 @@ def test_closed_and_open_loop_write_a_row_a_run_and_every_chunks_arrival(server,
             assert float(request["ttfa_ms"]) in arrivals
             assert len(request["chunk_audio_s"].split()) == len(request["chunk_peak"].split()) == len(arrivals)
     assert script_plots(output, tmp_path / "x.png")
+
+
+@pytest.mark.server
+def test_a_conversation_is_a_row_whose_requests_say_what_its_listener_has_in_hand(server, tmp_path):
+    output = tmp_path / "x-load.json"
+    small = ["--url", server.grpc_url, "--text", "medium", "--max-seconds", 0.6, "--warmup", 0, "--output", output]
+    (row,) = script("load_test.py", "--clients", 1, "--requests", 1, "--by-sentence", "told", *small)
+    with open(tmp_path / row["requests_csv"]) as file:
+        (request,) = csv.DictReader(file)
+    audio_s, arrivals = (list(map(float, request[name].split())) for name in ("chunk_audio_s", "chunk_at_ms"))
+    assert audio_s.count(0.25) == 1 and sum(audio_s) == pytest.approx(2 * 0.6 + 0.25, abs=0.08)
+    assert arrivals == sorted(arrivals) and row["requests"] == 1 and row["failed"] == 0
+
+
+def test_what_a_listener_has_in_hand_is_known_by_what_came():
+    arrivals = [Arrival(0.1, 24_000, 0.5), Arrival(0.5, 12_000, 0.5), Arrival(2.0, 24_000, 0.5)]
+    assert in_hand_s(arrivals[:2], 24_000, 0.6) == pytest.approx(1.0)
+    assert in_hand_s(arrivals, 24_000, 2.5) == pytest.approx(0.5)  # it had run dry before the third
+    assert in_hand_s(arrivals, 24_000, 4.0) == pytest.approx(-1.0)
 
 
 def script_plots(results, figure):
