@@ -41,13 +41,15 @@ class Admission:
         """Requests under way."""
         return self._peers.n_live
 
-    def enter(self) -> str | None:
-        """None: there is room, and it is taken until `leave`. Else what to tell the caller."""
+    def enter(self, goes_on: bool = False) -> str | None:
+        """None: there is room, and it is taken until `leave`. Else what to tell the caller. goes_on: its listener was admitted before, and
+        is in the middle of a conversation: whatever is owed, there is room for the rest."""
         with self._peers.together():
             n_live = self._peers.n_live
             if n_live >= self.n_most:
                 return f"all {self.n_most} streams of this server are busy; {self._hint()}"
-            if math.isfinite(most_s := self._backlog.most_s) and self._backlog.owed_s(n_live) > most_s:
+            most_s = math.inf if goes_on else self._backlog.most_s
+            if math.isfinite(most_s) and self._backlog.owed_s(n_live) > most_s:
                 return f"this server's streams lack more than {most_s:g} s of audio; {self._hint()}"
             self._peers.count_live(1)
             return None

@@ -376,7 +376,7 @@ class Speaker:
     def submit(self, request: Any) -> None:
         """Start on a request, or refuse it at once when max_streams are under way, or max_backlog_s is owed."""
         sender = request.get_response_sender()
-        if refusal := self._admission.enter():
+        if refusal := self._admission.enter(_goes_on(request)):
             self._metrics.refused.increment()
             return sender.send(_stream_error("UNAVAILABLE", refusal), flags=FINAL)
         self._workers.submit(self._work, request, sender, time.monotonic())
@@ -483,6 +483,15 @@ class Speaker:
         self._metrics.audio_s.increment(audio_s)
         if player and pacer.take(player, audio_s):
             self._metrics.underruns.increment()
+
+
+def _goes_on(request: Any) -> bool:
+    """Whether its listener has enough in hand, of a request before. (What is wrong with it the request is told when it is read.)"""
+    for tensor in request.inputs():
+        if tensor.name() == "lead_s":
+            with suppress(BadRequest):
+                return SpeechOptions.parse({"lead_s": _single("lead_s", tensor.as_numpy())}).in_hand_s > 0
+    return False
 
 
 def _speech_response(seed: int, chunk: Floats, speech: Speech | None = None) -> Any:

@@ -256,9 +256,13 @@ def test_a_server_that_owes_too_much_audio_refuses_until_it_has_caught_up(reposi
             client.speak(TEXT)
         assert refused.value.status == "UNAVAILABLE"
         assert refused.value.retry_after_s
+        for lead_s in (1.0, float("nan")):  # who has too little in hand does not go on
+            with pytest.raises(BarkstreamError, match="streams lack more than 0.5 s"):
+                client.speak(TEXT, lead_s=lead_s)
+        assert len(client.speak(TEXT, voice="heart_0", lead_s=3.0, max_seconds=1))
         assert len(first.result())
         assert len(client.speak(TEXT, voice="heart_0"))
-        assert metrics(owing)["barkstream_refused_total"] == 1
+        assert metrics(owing)["barkstream_refused_total"] == 3
 
 
 def test_a_stage_is_a_pure_function_that_anyone_may_call(server, pipeline):

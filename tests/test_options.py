@@ -41,6 +41,7 @@ def test_defaults_are_sunos_and_a_fresh_seed():
         ("min_eos_p", 0.0, "above 0"),
         ("max_seconds", 0.0, "above 0"),
         ("lead_s", -0.5, "at least 0"),
+        ("lead_s", float("nan"), "at least 0, got nan"),
         ("max_seconds", -3.0, "above 0"),
         ("seed", -1, "seed must be 0 to 9223372036854775807, got -1"),
         ("seed", True, "whole number"),

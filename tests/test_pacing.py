@@ -167,6 +167,8 @@ def test_a_server_that_owes_too_much_audio_refuses_until_it_has_caught_up(clock)
     with pacer.player() as one, pacer.player():
         assert [admission.enter() for _ in range(2)] == [None, None]  # the second one: the first lacks a whole lead
         assert admission.enter() == "this server's streams lack more than 6 s of audio; retry after 1 s"
+        assert admission.enter(goes_on=True) is None
+        admission.leave(0.0)
         pacer.take(one, 60.0)  # counts as no more than the lead
         assert admission.enter() is None
         assert admission.enter()  # the third has no player yet, and lacks as much
@@ -178,6 +180,12 @@ def test_a_server_that_owes_too_much_audio_refuses_until_it_has_caught_up(clock)
         assert pacer.in_hand_s == 0.0
         admission.leave(1.0)
         assert admission.enter()
+
+
+def test_a_listener_who_goes_on_is_bounded_by_the_number_of_streams_alone():
+    admission = Admission(2, backlog=Backlog(0.0, LEAD_S))
+    assert [admission.enter(goes_on=True) for _ in range(2)] == [None, None]
+    assert admission.enter(goes_on=True) == "all 2 streams of this server are busy; retry after 1 s"
 
 
 def test_a_backlog_without_bound_refuses_nobody():
