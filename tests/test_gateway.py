@@ -518,6 +518,55 @@ def test_a_sentence_is_asked_for_with_what_the_listener_has_in_hand(monkeypatch,
     assert all(lead_s < 1.3 for lead_s in asked if lead_s)
 
 
+class Refused:
+    """A stream of a server that is full."""
+
+    async def __aiter__(self):
+        raise BarkstreamError("all 16 streams of this server are busy; retry after 1 s", "UNAVAILABLE")
+        yield
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("n_refused", "is_said"), [(2, True), (100, False)])
+def test_a_full_server_is_asked_again_while_the_listener_has_something_in_hand(
+    monkeypatch, session, n_refused, is_said
+):
+    stream, texts = AsyncClient.stream, []
+
+    def full_for_a_while(client, text, **options):
+        texts.append(text)
+        return Refused() if 1 < len(texts) <= 1 + n_refused else stream(client, text, **options)
+
+    monkeypatch.setattr(AsyncClient, "stream", full_for_a_while)
+    session.send("session.update", voice="heart_0", max_seconds=1.5)
+    session.send("input_text.append", text="Hello there, my friend. It is a fine day.")
+    session.send("input_text.flush")
+    messages = session.until("speech.audio.done" if is_said else "error")
+    sentences = [message["text"] for message in messages if message["type"] == "speech.sentence"]
+    assert sentences == ["Hello there, my friend.", "It is a fine day."]
+    assert texts == [sentences[0], *[sentences[1]] * (len(texts) - 1)]
+    assert len(texts) == 2 + n_refused if is_said else 2 < len(texts) < 12
+    assert len(audio_in(messages)) / 2 / RATE == pytest.approx(3.25 if is_said else 1.75, abs=0.1)
+
+
+def test_who_cancels_while_the_server_is_full_is_not_spoken_to(monkeypatch, session):
+    stream, texts = AsyncClient.stream, []
+
+    def full(client, text, **options):
+        texts.append(text)
+        return Refused() if len(texts) == 2 else stream(client, text, **options)
+
+    monkeypatch.setattr(AsyncClient, "stream", full)
+    session.send("session.update", voice="heart_0", max_seconds=2)
+    session.send("input_text.append", text="Hello there, my friend. It is a fine day.")
+    session.send("input_text.flush")
+    wait_until(lambda: len(texts) == 2)
+    session.send("input_text.cancel")
+    messages = session.until("speech.audio.done")
+    assert messages[-1]["cancelled"] and len(audio_in(messages)) / 2 / RATE < 2.4
+
+
 def test_what_a_listener_has_in_hand_is_what_was_sent_less_what_was_played(monkeypatch):
     now_s = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)

@@ -35,6 +35,7 @@ from barkstream.text import Sentence
 
 SESSION_FIELDS = ("type", "voice", "response_format", "speed", *BARK_FIELDS)
 CLOSE_CODES = {400: 1008, 429: 1013, 503: 1013}  # RFC 6455: refused; try again later
+RETRY_S = 0.25  # a full server is asked again for a turn's next sentence, while its listener has so much in hand
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,22 @@ class Turn:
         self.dry_at = max(self.dry_at, time.monotonic()) + len(samples) / self.rate_hz
         return self.encoder.encode(samples)
 
+    @property
+    def lead_s(self) -> float:
+        """What the listener has in hand, with the pause that is sent next; below 0 it has been silent so long."""
+        return self.dry_at - time.monotonic() + len(self.pause) / self.rate_hz
+
     def tell_lead(self) -> None:
-        """The next sentence's request says what the listener has in hand, so that it is not served as one who waits for first audio."""
-        lead_s = self.dry_at - time.monotonic() + len(self.pause) / self.rate_hz
-        if lead_s > 0:
+        """The next request says what the listener has in hand, so that it is not served as one who waits for first audio."""
+        if (lead_s := self.lead_s) > 0:
             self.options["lead_s"] = lead_s
         else:
             self.options.pop("lead_s", None)
+
+    def take_pause(self) -> bytes:
+        """What is sent of it, once."""
+        pause, self.pause = self.pause, np.zeros(0, np.float32)
+        return self.encode(pause)
 
     def go_on(self, sentence: Sentence, stream: AsyncStream, sample_rate: int) -> None:
         """A sentence has been spoken; the next comes after its pause, with its voice, and a seed of its own."""
@@ -207,12 +217,27 @@ class Conversation:
             # No await before this: _cancel closes the stream.
             stream = self._stream = self._client.stream(sentence.text, **turn.options)
             await self._send("speech.sentence", text=sentence.text)
-            await self._send_audio(turn.encode(turn.pause))
-            async for chunk in stream:
-                await self._send_audio(turn.encode(chunk))
+            await self._send_audio(turn.take_pause())
+            while not await self._is_said(stream, turn):
+                await asyncio.sleep(RETRY_S)
+                turn.tell_lead()
+                stream = self._stream = self._client.stream(sentence.text, **turn.options)
+                if self._cancelled:
+                    stream.close()
             turn.go_on(sentence, stream, sample_rate)
         if turn:
             await self._send_audio(turn.encoder.finish())
+
+    async def _is_said(self, stream: AsyncStream, turn: Turn) -> bool:
+        """Send what a stream says. False: the server is full, and the listener has something in hand until it is asked again."""
+        try:
+            async for chunk in stream:
+                await self._send_audio(turn.encode(chunk))
+        except BarkstreamError as error:
+            if error.retry_after_s is None or turn.lead_s < RETRY_S:
+                raise
+            return False
+        return True
 
     async def _send_audio(self, audio: bytes) -> None:
         if audio:
