@@ -38,9 +38,8 @@ class SpeechOptions:
     language: str | None = None  # of the text; None: its script's, else its voice's, else English
     normalize: bool = False  # numbers, dates and abbreviations become words; off: Bark hears the text as it is
     guard: bool = False  # a sentence that goes wrong is said again or cut (barkstream.guard)
-    lead_s: float = (
-        0.0  # seconds of audio that the listener has in hand, of requests before: this one goes on from there
-    )
+    # seconds of audio that the listener has in hand, of requests before: this one goes on from there
+    lead_s: float = 0.0
 
     @classmethod
     def parse(cls, given: dict[str, Any]) -> SpeechOptions:
