@@ -252,10 +252,11 @@ async def ask(client: AsyncClient, request: Request, plan: Plan, began: float) -
 
 async def hear(client: AsyncClient, text: str, index: int, outcome: Outcome, plan: Plan, began: float) -> None:
     """A text from send to end, which goes on behind what there is of the outcome. index: of it, in the request."""
-    request, rate = outcome.request, await client.sample_rate()
+    request = outcome.request
     options = Options(voice=request.voice, seed=request.seed + index, max_seconds=plan.max_seconds)
     sent_s = perf_counter() - began - outcome.sent_s
     if index:
+        rate = await client.sample_rate()
         outcome.arrivals.append(Arrival(sent_s, round(PAUSE_S * rate), 0.0))
         lead_s = in_hand_s(outcome.arrivals, rate, sent_s)
         if plan.by_sentence == TOLD and lead_s > 0:
