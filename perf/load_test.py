@@ -39,7 +39,7 @@ from load_report import (
 from ttfa import default_voice, open_server
 
 from barkstream.clients import AsyncClient, BarkstreamError
-from barkstream.clients.playback import Arrival
+from barkstream.clients.playback import Arrival, simulate_playback
 from barkstream.clients.protocol import Options
 
 TEXTS = {
@@ -258,23 +258,14 @@ async def hear(client: AsyncClient, text: str, index: int, outcome: Outcome, pla
     if index:
         rate = await client.sample_rate()
         outcome.arrivals.append(Arrival(sent_s, round(PAUSE_S * rate), 0.0))
-        lead_s = in_hand_s(outcome.arrivals, rate, sent_s)
-        if plan.by_sentence == TOLD and lead_s > 0:
-            options["lead_s"] = lead_s
+        if plan.by_sentence == TOLD:
+            options["lead_s"] = simulate_playback(outcome.arrivals, rate).in_hand_s
     stream = client.stream(text, **options)
     try:
         async for _ in stream:
             pass
     finally:
         outcome.arrivals += [replace(arrival, at_s=sent_s + arrival.at_s) for arrival in stream.arrivals]
-
-
-def in_hand_s(arrivals: Sequence[Arrival], sample_rate: int, now_s: float) -> float:
-    """Seconds of audio that a player which began with the first chunk has left."""
-    dry_s = 0.0
-    for arrival in arrivals:
-        dry_s = max(dry_s, arrival.at_s) + arrival.n_samples / sample_rate
-    return dry_s - now_s
 
 
 def keep(output: Path | None, load: Load, row: dict[str, Any], outcomes: Sequence[Outcome], sample_rate: int) -> None:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(PERF))
 
 from capacity import Promise, highest_rate  # noqa: E402
 from load_report import Outcome, Request, append_row, read_rows, summarize, table  # noqa: E402
-from load_test import TEXTS, Load, Plan, closed_loop, in_hand_s  # noqa: E402
+from load_test import TEXTS, Load, Plan, ask, closed_loop  # noqa: E402
 
 RATE_HZ = 24000
 MAX_STREAMS = 16  # bark/config.pbtxt
@@ -195,11 +195,38 @@ def test_a_conversation_is_a_row_whose_requests_say_what_its_listener_has_in_han
     assert arrivals == sorted(arrivals) and row["requests"] == 1 and row["failed"] == 0
 
 
-def test_what_a_listener_has_in_hand_is_known_by_what_came():
-    arrivals = [Arrival(0.1, 24_000, 0.5), Arrival(0.5, 12_000, 0.5), Arrival(2.0, 24_000, 0.5)]
-    assert in_hand_s(arrivals[:2], 24_000, 0.6) == pytest.approx(1.0)
-    assert in_hand_s(arrivals, 24_000, 2.5) == pytest.approx(0.5)  # it had run dry before the third
-    assert in_hand_s(arrivals, 24_000, 4.0) == pytest.approx(-1.0)
+class TalkingServer:
+    """A client of a server that says a second at once; it remembers what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    async def sample_rate(self):
+        return 24_000
+
+    def stream(self, text, **options):
+        self.asked.append((text, options.get("lead_s")))
+        return SpokenStream()
+
+
+class SpokenStream:
+    arrivals, ttfa_s = (Arrival(0.0, 24_000, 0.5),), 0.0
+
+    async def __aiter__(self):
+        yield np.zeros(24_000, np.float32)
+
+
+@pytest.mark.parametrize("by_sentence", [None, "untold", "told"])
+def test_who_is_told_is_told_what_came_and_the_pause(by_sentence):
+    plan = Plan(["medium"], [None], 1, None, None, timeout_s=60, by_sentence=by_sentence)
+    server = TalkingServer()
+    outcome = asyncio.run(ask(server, next(plan.requests(0)), plan, time.perf_counter()))
+    texts, leads_s = zip(*server.asked, strict=True)
+    assert " ".join(texts) == TEXTS["medium"] and len(texts) == (2 if by_sentence else 1)
+    assert leads_s[0] is None and outcome.status == "OK"
+    if by_sentence:
+        assert outcome.audio_s(24_000) == 2.25
+        assert leads_s[1] == (pytest.approx(1.25, abs=0.05) if by_sentence == "told" else None)
 
 
 def script_plots(results, figure):
