@@ -147,9 +147,8 @@ class Schedule:
     later_fine_lookahead: tuple[int, ...] = ()
     later_sliding_window_len: tuple[int, ...] = ()
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
-    max_sentence_s: float = (
-        math.inf
-    )  # a sentence that is still being said ends then; the checkpoint's bound holds anyway (15.4 s)
+    # a sentence that is still being said ends then; the checkpoint's bound holds anyway (15.4 s)
+    max_sentence_s: float = math.inf
 
     def __post_init__(self) -> None:
         calls = (self.coarse_call, self.semantic_call, self.semantic_least)
