@@ -38,6 +38,7 @@ def main() -> int:
     )
     parser.add_argument("--streams", type=at_least_one, help="as `barkstream profile --streams`; needs a cuda profile")
     parser.add_argument("--busy-cpus", action="store_true", help="as `barkstream serve --busy-cpus`")
+    parser.add_argument("--kill-after", type=float, metavar="S", help="kill one GPU's process so long into each run")
     parser.add_argument("--repository", type=Path, help="default: build/bark-MODEL-random, made if it is not there")
     own, runs = runs_of(sys.argv[1:])
     arguments = parser.parse_args(own)
@@ -48,6 +49,8 @@ def main() -> int:
     write_repository(arguments.model, repository)
     if arguments.streams and not profile:
         parser.error("--streams needs a cuda profile: elsewhere an instance takes many calls at once")
+    if arguments.kill_after is not None and not profile:
+        parser.error("--kill-after needs a cuda profile: elsewhere no process holds all of a GPU's engines")
     try:
         refresh_configs(repository, profile, dict(arguments.set), arguments.streams)
     except ProfileError as error:
@@ -61,9 +64,12 @@ def main() -> int:
                 *[f"{arguments.streams} streams"] * bool(arguments.streams),
                 *(f"{name}={value}" for name, value in arguments.set),
                 *["busy CPUs"] * arguments.busy_cpus,
+                *[f"a GPU's process killed after {arguments.kill_after} s"] * (arguments.kill_after is not None),
             ]
         )
-        found = [drive(server, ["--model", arguments.model, "--note", note, *run]) for run in runs]
+        found = [
+            drive(server, ["--model", arguments.model, "--note", note, *run], arguments.kill_after) for run in runs
+        ]
     print(json.dumps(found))
     return 0
 

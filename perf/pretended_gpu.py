@@ -38,6 +38,7 @@ def main() -> int:
     )
     parser.add_argument("--streams", type=at_least_one, help="as `barkstream profile --streams`")
     parser.add_argument("--costs", choices=COSTS, default="h100", help="of which GPU, in which profile")
+    parser.add_argument("--kill-after", type=float, metavar="S", help="kill the GPU's process so long into the run")
     parser.add_argument("--repository", type=Path, default=HERE.parent / "build" / "pretended")
     arguments, load = parser.parse_known_args()
     try:
@@ -49,7 +50,8 @@ def main() -> int:
     with Server(arguments.repository) as server:
         if SAID not in server.log_text:
             raise SystemExit("the stages' process did not get the pretended engines: what it runs is not known")
-        found = drive(server, ["--model", "large", "--gpu", "pretended", *(word for word in load if word != "--")])
+        options = ["--model", "large", "--gpu", "pretended", *(word for word in load if word != "--")]
+        found = drive(server, options, arguments.kill_after)
     print(json.dumps(found))
     return 0
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -21,12 +25,15 @@ STAGES = "semantic", "coarse", "fine", "codec"
 REQUESTS = ["--text", "medium", "--max-seconds", "10", "--voice", "random", "--warmup", "2"]
 
 
-def drive(server: Server, options: Sequence[str]) -> dict[str, Any]:
+def drive(server: Server, options: Sequence[str], kill_after_s: float | None = None) -> dict[str, Any]:
     """Run load_test.py with these options, print its table and what the stages did. Returns rows, and stages as (rows a batch,
-    milliseconds a second of audio). Raises SystemExit if it fails: it has said why."""
+    milliseconds a second of audio). Raises SystemExit if it fails: it has said why.
+
+    kill_after_s: so long after load_test.py was started one GPU's process is killed; "killed" is its id then."""
     before = counters(server.metrics_url)
     command = [sys.executable, HERE / "load_test.py", "--url", server.grpc_url, *REQUESTS, *options]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    with one_killed(server.pid, kill_after_s) as killed:
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     done = {name: value - before.get(name, 0.0) for name, value in counters(server.metrics_url).items()}
     if ran.returncode:
         raise SystemExit(ran.returncode)
@@ -35,7 +42,44 @@ def drive(server: Server, options: Sequence[str]) -> dict[str, Any]:
     stages = {stage: share(stage, done) for stage in STAGES}
     for stage, (rows, ms) in stages.items():
         print(f"{stage:9} {rows:5.1f} rows a batch, {ms:5.2f} ms a second of audio", flush=True)
-    return {"rows": json.loads(last), "stages": stages}
+    return {"rows": json.loads(last), "stages": stages} | ({"killed": killed[0]} if killed else {})
+
+
+@contextmanager
+def one_killed(server: int, after_s: float | None) -> Iterator[list[int]]:
+    """Kill one of a server's shared processes after so long (None: none). Yields a list of who was killed; raises SystemExit at
+    the end if nobody was."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        for process in shared_processes(server)[:1]:
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+
+    if after_s is None:
+        yield killed
+        return
+    timer = Timer(after_s, kill)
+    timer.start()
+    yield killed
+    timer.cancel()
+    if not killed:
+        raise SystemExit(f"no GPU's process was there to be killed after {after_s} s, or the run was over by then")
+
+
+def shared_processes(server: int) -> list[int]:
+    """The processes that hold a GPU's engines (`barkstream/engines/host.py`), of a server with this process id."""
+    parents, hosts = {}, []
+    for pid in [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if b"barkstream.engines.host" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                hosts.append(pid)
+
+    def is_of_server(pid: int) -> bool:
+        return pid == server or (pid in parents and is_of_server(parents[pid]))
+
+    return [pid for pid in hosts if is_of_server(pid)]
 
 
 def counters(metrics_url: str) -> dict[str, float]:

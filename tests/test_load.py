@@ -255,6 +255,15 @@ def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_p
 
 
 @pytest.mark.server
+def test_a_gpus_process_that_is_killed_under_load_costs_no_request(tmp_path):
+    load = "--clients", 4, "--requests", 8, "--warmup", 0, "--max-seconds", 5
+    found = script("pretended_gpu.py", "--repository", tmp_path, "--kill-after", 2.5, "--", *load)
+    (row,) = found["rows"]
+    assert (row["requests"], row["failed"]) == (8, 0) and found["killed"]
+    assert row["audio_s"] == pytest.approx(8 * 5, abs=8 * 0.03)
+
+
+@pytest.mark.server
 def test_load_on_random_weights_is_a_row_a_run(tmp_path):
     """On a GPU with Bark's sizes; here a tiny Bark in the profile for CPUs."""
     tiny = "--model", "tiny", "--profile", "default", "--repository", tmp_path, "--set", "max_streams=3"
@@ -270,6 +279,9 @@ def test_load_on_random_weights_is_a_row_a_run(tmp_path):
         [sys.executable, PERF / "gpu_load.py", *map(str, tiny)], capture_output=True, text=True, timeout=60
     )
     assert ran.returncode == 2 and "give load_test.py's options behind --" in ran.stderr
+    command = [sys.executable, PERF / "gpu_load.py", *map(str, (*tiny, "--kill-after", 1, "--", *one))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2 and "--kill-after needs a cuda profile" in ran.stderr
 
 
 @pytest.mark.server
