@@ -13,7 +13,7 @@ from barkstream.tokens import Checkpoint, CoarseLayout
 
 MAX_TEMPERATURE = 5.0
 MAX_SEED = 2**63 - 1
-# With less in hand a listener is served as one who waits: sooner than a sentence that may take its time.
+# A listener who has less in hand, or has heard less, is served as one who waits: sooner than a sentence that may take its time.
 LEAST_LEAD_S = 1.5
 
 
@@ -142,13 +142,13 @@ class Schedule:
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     ahead_at_once: bool = True  # false: only from a stream's first chunk on, which nothing may hold up
     ahead_from_window: bool = False  # true: semantic tokens from its first coarse window on
-    # of a sentence that is not the first, whose listener has those before in hand; none: the same
+    # of a sentence whose listener has those before in hand, LEAST_LEAD_S of them at least; none: the same
     later_chunk_frames: tuple[int, ...] = ()
     later_fine_lookahead: tuple[int, ...] = ()
     later_sliding_window_len: tuple[int, ...] = ()
     sentence_pause_s: float = 0.25  # after a sentence; other pauses are multiples of it (barkstream.text)
-    # a sentence that is still being said ends then; the checkpoint's bound holds anyway (15.4 s)
-    max_sentence_s: float = math.inf
+    # of a text's sentences, the last one repeats: one that is still being said ends then; the checkpoint's bound holds anyway (15.4 s)
+    max_sentence_s: tuple[float, ...] = (math.inf,)
 
     def __post_init__(self) -> None:
         calls = (self.coarse_call, self.semantic_call, self.semantic_least)
@@ -157,14 +157,27 @@ class Schedule:
         ahead = (self.coarse_ahead, self.semantic_ahead)
         extents = (self.fine_context, *self.fine_lookahead, self.fine_window, *ahead, self.offline_semantic_call)
         extents += self.sliding_window_len + self.later_sliding_window_len + self.later_fine_lookahead
-        if not (self.chunk_frames and self.fine_lookahead and self.coarse_windows and self.sliding_window_len):
+        lists = (
+            self.chunk_frames,
+            self.fine_lookahead,
+            self.coarse_windows,
+            self.sliding_window_len,
+            self.max_sentence_s,
+        )
+        if not all(lists):
             raise ValueError(
-                f"chunk_frames, fine_lookahead, coarse_windows and sliding_window_len must have at least one value: {self}"
+                "chunk_frames, fine_lookahead, coarse_windows, sliding_window_len and max_sentence_s must have at least "
+                f"one value: {self}"
             )
-        if not self.max_sentence_s > 0:
-            raise ValueError(f"max_sentence_s must be seconds above 0 (inf: no bound), got {self.max_sentence_s:g}")
+        for seconds in self.max_sentence_s:
+            if not seconds > 0:
+                raise ValueError(f"max_sentence_s must be seconds above 0 (inf: no bound), got {seconds:g}")
         if min(counts) < 1 or min(extents) < 0:
             raise ValueError(f"chunks and calls must be at least 1, windows and what is ahead at least 0: {self}")
+
+    def sentence_s(self, index: int) -> float:
+        """What a text's sentence number `index` may last."""
+        return self.max_sentence_s[min(index, len(self.max_sentence_s) - 1)]
 
     def chunk(self, index: int) -> int:
         """Frames of a sentence's chunk number `index`."""
@@ -186,8 +199,13 @@ class Schedule:
         """The most coarse tokens of history before any window."""
         return max(layout.history_before(n or layout.window) for n in self.sliding_window_len)
 
+    def behind(self, audio_s: float) -> Schedule:
+        """For a sentence with so much before it. What its listener has in hand of that would tell better, but then the same request would
+        be cut in another way under load, and sound a little different."""
+        return self if audio_s < LEAST_LEAD_S else self.later()
+
     def later(self) -> Schedule:
-        """For a sentence that is not the first."""
+        """For a sentence whose listener has those before in hand."""
         return replace(
             self,
             chunk_frames=self.later_chunk_frames or self.chunk_frames,
@@ -240,8 +258,8 @@ class Schedule:
     def parse(cls, given: dict[str, str]) -> Schedule:
         """A schedule from config.pbtxt parameters; unknown names are ignored, they are Triton's.
 
-        chunk_frames, fine_lookahead, coarse_windows and sliding_window_len are lists ("24, 30, 60"); one number holds for all. A later
-        sentence's may be empty. Raises ValueError that names the parameter.
+        chunk_frames, fine_lookahead, coarse_windows, sliding_window_len and max_sentence_s are lists ("24, 30, 60"); one number holds for
+        all. A later sentence's may be empty. Raises ValueError that names the parameter.
         """
         parsed: dict[str, Any] = {}
         for field in fields(cls):
@@ -264,6 +282,10 @@ def _whole_numbers_or_none(text: str) -> tuple[int, ...]:
     return _whole_numbers(text) if text.strip() else ()
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(n) for n in text.split(","))
+
+
 def _true_or_false(text: str) -> bool:
     return {"true": True, "false": False}[text]
 
@@ -277,7 +299,7 @@ _PARSERS: dict[str, Any] = {
     "coarse_windows": _whole_numbers,
     "sliding_window_len": _whole_numbers,
     "sentence_pause_s": float,
-    "max_sentence_s": float,
+    "max_sentence_s": _numbers,
     "ahead_at_once": _true_or_false,
     "ahead_from_window": _true_or_false,
 }  # the rest are integers

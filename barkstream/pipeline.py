@@ -83,7 +83,7 @@ class Utterance:
     options: SpeechOptions
     max_seconds: float
     slots: Slots
-    is_first: bool  # somebody waits for the first audio
+    before_s: float  # of audio that its listener has had before it; 0: somebody waits for the first
     is_last: bool  # of its text
 
 
@@ -128,8 +128,9 @@ class Pipeline:
                 if n_samples and seconds_left < shortest_s:
                     break
                 seed, voice = sentence_seed(options.seed, index), voices[sentence.speaker]
-                is_first = not (n_samples or options.in_hand_s)
-                asked = Utterance(sentence.text, seed, voice, options, seconds_left, slots, is_first, is_last)
+                before_s = options.in_hand_s + n_samples / rate
+                max_seconds = min(seconds_left, self.schedule.sentence_s(index))
+                asked = Utterance(sentence.text, seed, voice, options, max_seconds, slots, before_s, is_last)
                 said = Speech()
                 for chunk in (self._say_guarded if options.guard else self._say)(asked, said):
                     yield chunk
@@ -175,10 +176,10 @@ class Pipeline:
         layouts, stages, options, voice = self.checkpoint, self.stages, asked.options, asked.voice
         sampling = options.sampling(asked.seed)
         prompt = semantic_prompt(self.tokenizer.encode(asked.text), voice, layouts.semantic)
-        max_seconds = min(asked.max_seconds, self.schedule.max_sentence_s, guard.max_seconds if guard else math.inf)
+        max_seconds = min(asked.max_seconds, guard.max_seconds if guard else math.inf)
         watch = guard.watch if guard else None
-        waits = asked.is_first and options.streaming  # somebody, for the first audio
-        schedule = self.schedule if asked.is_first else self.schedule.later()
+        waits = not asked.before_s and options.streaming  # somebody, for the first audio
+        schedule = self.schedule.behind(asked.before_s)
         if not options.streaming:
             schedule = self.schedule.offline(is_guarded=guard is not None)
         knows_all_first = (guard and not waits) or (not options.streaming and schedule.offline_coarse_windows > 1)

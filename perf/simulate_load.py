@@ -20,7 +20,7 @@ import math
 import random
 import selectors
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -55,7 +55,7 @@ from barkstream.engines.workers import (  # noqa: E402
     TIGHT_BATCH_S,
     TIGHT_S,
 )
-from barkstream.options import Schedule  # noqa: E402
+from barkstream.options import LEAST_LEAD_S, Schedule  # noqa: E402
 from barkstream.pacing import NEEDY_S, Hold  # noqa: E402
 
 SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
@@ -175,9 +175,10 @@ class Policy:
     coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # WINDOW tokens of a call, at most
     sliding_window_len: tuple[int, ...] = field(default=(WINDOW,))  # coarse tokens behind one prefix
     sentences: tuple[int, ...] = field(default=(N_SEMANTIC,))  # semantic tokens of a clip's
-    later_chunks: tuple[int, ...] = field(default=(117, 90))  # of a sentence that is not the first
+    later_chunks: tuple[int, ...] = field(default=(117, 90))  # of a sentence that has later_after_s of audio before it
     later_lookahead: tuple[int, ...] = field(default=(3, 33))
     later_sliding_window_len: tuple[int, ...] = ()  # none: the same
+    later_after_s: float = LEAST_LEAD_S
     tells_lead: int = 1  # 0: stages do not know what listeners have in hand when such a sentence begins
 
     def most_with_first(self, stage: str, n_known: int) -> int:
@@ -215,7 +216,8 @@ class Policy:
 
     @cached_property
     def windows(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """First coarse token and length of each window of a first sentence, and of a later one, as far as the longest one has them."""
+        """First coarse token and length of each window of a first sentence, and of one cut as a later one, as far as the longest one has
+        them."""
         lengths = self.sliding_window_len
         return self._windows(lengths), self._windows(self.later_sliding_window_len or lengths)
 
@@ -226,12 +228,12 @@ class Policy:
             start += found[-1][1]
         return found
 
-    def begins_window(self, position: int, is_later: bool = False) -> bool:
-        return any(start == position for start, _ in self.windows[is_later])
+    def begins_window(self, position: int, is_cut_later: bool = False) -> bool:
+        return any(start == position for start, _ in self.windows[is_cut_later])
 
-    def reads(self, position: int, is_later: bool = False) -> int:
+    def reads(self, position: int, is_cut_later: bool = False) -> int:
         """Semantic tokens that the coarse window there waits for, where the sentence has so many."""
-        start, length = [window for window in self.windows[is_later] if window[0] <= position][-1]
+        start, length = [window for window in self.windows[is_cut_later] if window[0] <= position][-1]
         return start // 3 + HEAD - 2 - int((SPAN - length) / 3.006)
 
     @cached_property
@@ -239,10 +241,17 @@ class Policy:
         """Length of each window of a clip, and the coarse tokens that are drawn behind it."""
         return [
             (n, min(n, 3 * said - start))
-            for index, said in enumerate(self.sentences)
-            for start, n in self.windows[index > 0]
+            for said, before_s in self.with_before_s()
+            for start, n in self.windows[before_s >= self.later_after_s]
             if start < 3 * said
         ]
+
+    def with_before_s(self) -> Iterator[tuple[int, float]]:
+        """Each sentence's semantic tokens, and the audio before it, s."""
+        before_s = 0.0
+        for said in self.sentences:
+            yield said, before_s
+            before_s += said / SEMANTIC_HZ + PAUSE_S
 
     def spared_keys(self) -> float:
         """Of 917 positions that a coarse step reads in the reference's windows, the part that these do not."""
@@ -289,6 +298,7 @@ class Call:
     rank: int = REST
     is_new: bool = False  # needs a prefill
     is_later: bool = False  # of a sentence that is not the first
+    is_cut_later: bool = False  # and has enough before it to be cut as such
     n_windows: int = 1  # coarse ones, this one included
     since_s: float = 0.0
     came_s: float = 0.0  # the same of its first piece
@@ -568,7 +578,7 @@ class Gpu:
             call.n_tokens, call.position, call.is_new = call.n_tokens - made, call.position + made, False
             if not call.n_tokens and call.n_windows > 1:
                 call.n_tokens, call.n_windows = WINDOW, call.n_windows - 1
-                call.is_new = self._policy.begins_window(call.position, call.is_later)
+                call.is_new = self._policy.begins_window(call.position, call.is_cut_later)
                 call.rank = HURRIED if call.position <= WINDOW else REST
             if call.n_tokens:
                 self.submit(call)
@@ -631,9 +641,9 @@ def spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 class Sentence:
     """Of a stream: what of it is made."""
 
-    def __init__(self, n_total: int, is_later: bool, is_last: bool):
-        """n_total: semantic tokens. is_later: it is not the first."""
-        self.n_total, self.is_later, self.is_last = n_total, is_later, is_last
+    def __init__(self, n_total: int, is_later: bool, is_cut_later: bool, is_last: bool):
+        """n_total: semantic tokens. is_later: it is not the first. is_cut_later: it has enough before it to be cut as such."""
+        self.n_total, self.is_later, self.is_cut_later, self.is_last = n_total, is_later, is_cut_later, is_last
         self.n_semantic = 0
         self.ahead: asyncio.Task[None] | None = None
 
@@ -659,11 +669,12 @@ class Stream:
     async def speak(self) -> None:
         self._server.streams.add(self)
         await asyncio.sleep(0.004)  # to the server, and the text
-        for index, n_total in enumerate(self._policy.sentences):
+        for index, (n_total, before_s) in enumerate(self._policy.with_before_s()):
             if index:
                 self._play(PAUSE_S)
             is_last = index == len(self._policy.sentences) - 1
-            await self._say_sentence(Sentence(n_total, is_later=index > 0, is_last=is_last))
+            is_cut_later = before_s >= self._policy.later_after_s
+            await self._say_sentence(Sentence(n_total, index > 0, is_cut_later, is_last))
         self.ended_s = self._loop.time()
         self._server.streams.discard(self)
 
@@ -672,7 +683,7 @@ class Stream:
         room = asyncio.Semaphore(1)
         spawn(self._make_windows(sentence, windows, room))
         n_known = n_done = index = 0
-        schedule = self._policy.schedule.later() if sentence.is_later else self._policy.schedule
+        schedule = self._policy.schedule.later() if sentence.is_cut_later else self._policy.schedule
         total = sentence.n_total * FRAME_HZ // SEMANTIC_HZ
         while n_done < total:
             n_chunk = schedule.chunk(index)
@@ -716,7 +727,7 @@ class Stream:
             most = self._policy.schedule.windows(index)
             starts = range(position, min(position + most * WINDOW, 3 * sentence.n_total), WINDOW)
             n_windows = sum(self._reads(sentence, start) <= sentence.n_semantic for start in starts)
-            is_new = self._policy.begins_window(position, sentence.is_later)
+            is_new = self._policy.begins_window(position, sentence.is_cut_later)
             await self._call(sentence, "coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
             if not index and self._hold.is_crowd(len(self._server.streams)):
                 self._go_ahead(sentence)
@@ -726,7 +737,7 @@ class Stream:
             self._server.gpu.forget(self)
 
     def _reads(self, sentence: Sentence, position: int) -> int:
-        return min(self._policy.reads(position, sentence.is_later), sentence.n_total)
+        return min(self._policy.reads(position, sentence.is_cut_later), sentence.n_total)
 
     def _go_ahead(self, sentence: Sentence) -> None:
         if sentence.ahead is None and sentence.n_semantic < sentence.n_total:
@@ -761,7 +772,7 @@ class Stream:
         is_late = POLICIES[stage].is_second_first and is_crowded and not sentence.is_later
         if rank == HURRIED and (is_second or is_late):
             rank = FIRST
-        call = Call(stage, self, n_tokens, position, rank, is_new, sentence.is_later, n_windows)
+        call = Call(stage, self, n_tokens, position, rank, is_new, sentence.is_later, sentence.is_cut_later, n_windows)
         if stage in self._server.gpu.known:
             if not position:
                 told_s = max(self.lead_s, 0.0) if sentence.is_later and self._policy.tells_lead else 0.0

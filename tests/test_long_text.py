@@ -71,11 +71,13 @@ def test_a_pause_is_sent_before_any_work_for_what_follows_it(fake, voices):
 
 def test_a_sentence_is_no_longer_than_the_schedule_lets_it_be(fake, voices):
     pipeline, stages = fake
-    bounded = replace(pipeline, schedule=replace(pipeline.schedule, max_sentence_s=0.8))
-    audio = bounded.speak(PARAGRAPH, SpeechOptions(), voices["heart_0"])
+    bounded = replace(pipeline, schedule=replace(pipeline.schedule, max_sentence_s=(0.4, 0.8)))
+    audio = bounded.speak(PARAGRAPH * 2, SpeechOptions(), voices["heart_0"])
     seconds = len(audio) / pipeline.checkpoint.codec.sample_rate  # in place of 2 s a sentence
-    assert seconds == pytest.approx(2 * 0.8 + 0.25, abs=2 / pipeline.checkpoint.semantic.rate_hz + 0.03)
-    assert len(stages.prompts) == 2
+    assert seconds == pytest.approx(
+        0.4 + 3 * 0.8 + 2 * 0.25 + 0.6, abs=4 * (1 / pipeline.checkpoint.semantic.rate_hz + 0.015)
+    )
+    assert len(stages.prompts) == 4
 
 
 @pytest.mark.parametrize("later", [(), (54, 90)])
@@ -87,6 +89,18 @@ def test_a_later_sentence_is_cut_as_its_schedule_says(fake, voices, later):
     first, pause, second = frames[:4], frames[4], frames[5:]  # 2 s each
     assert first == [24, 30, 60, 36] and pause == 18
     assert second == ([54, 90, 6] if later else first)
+
+
+@pytest.mark.parametrize(("first_s", "is_later"), [(0.3, False), (1.1, False), (1.3, True)])
+def test_a_sentence_behind_a_short_one_is_cut_as_a_first_one(fake, voices, first_s, is_later):
+    """What its listener has in hand would be over before a longer chunk is there."""
+    pipeline, _ = fake
+    schedule = replace(
+        pipeline.schedule, chunk_frames=(24, 30, 60), later_chunk_frames=(54, 90), max_sentence_s=(first_s, 2.0)
+    )
+    chunks = replace(pipeline, schedule=schedule).stream(PARAGRAPH, SpeechOptions(), voices["heart_0"])
+    frames = [len(chunk) // pipeline.checkpoint.codec.samples_per_frame for chunk in chunks]
+    assert frames[frames.index(18) + 1] == (54 if is_later else 24)  # behind the pause
 
 
 @pytest.mark.parametrize(("lead_s", "is_later"), [(0.0, False), (1.4, False), (1.5, True)])

@@ -136,6 +136,14 @@ def test_sentences_begin_without_gaps_where_stages_know_what_listeners_have_in_h
     assert now["requests"] + now["refused"] == before["requests"] + before["refused"]
 
 
+def test_a_sentence_behind_a_short_one_leaves_no_gap():
+    """What it found, as a GPU had: "Yes." is over before a chunk of 1.6 s is there."""
+    short_first = replace(Policy(), sentences=(20, 480), max_streams=32)
+    as_before = replace(short_first, later_after_s=0.01)
+    before, now = (simulate(each, COSTS["h100"], rate=6.5, duration_s=30, seed=2) for each in (as_before, short_first))
+    assert before["underruns"] > before["requests"] / 3 and now["underruns"] <= 1
+
+
 def test_longer_coarse_windows_spare_prefills_and_keys_and_begin_with_the_same_first_one():
     longer = policy_of(["sliding_window_len=60,60,120,180,180,310"])
     assert longer.windows[0][:4] == [(0, 60), (60, 60), (120, 120), (240, 180)] and longer.windows[0][-1][0] < 1500
