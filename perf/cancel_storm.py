@@ -59,7 +59,7 @@ class Metrics:
 
 def main() -> int:
     arguments = parse_arguments()
-    where = origin(arguments.gpu, None, None, arguments.model)
+    where = origin(arguments.gpu, arguments.n_gpus, arguments.commit, arguments.model)
     with open_server(arguments) as (url, metrics_url), Client(url) as client:
         row = {**where, **storm(client, Metrics(metrics_url), arguments), "note": arguments.note}
     print(
@@ -87,6 +87,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="perf/results/*-cancel.json that gets the row")
     parser.add_argument("--model", help="what the server speaks with (default: what was exported last)")
     parser.add_argument("--gpu", help="the server's GPU (default: this machine's)")
+    parser.add_argument("--n-gpus", type=int, help="that the server uses (default: this machine's)")
+    parser.add_argument("--commit", help="of the server (default: this checkout's)")
     parser.add_argument("--note", default="", help="a remark that is kept with the row")
     return parser.parse_args()
 
