@@ -13,8 +13,10 @@ from barkstream.tokens import Checkpoint, CoarseLayout
 
 MAX_TEMPERATURE = 5.0
 MAX_SEED = 2**63 - 1
-# A listener who has less in hand, or has heard less, is served as one who waits: sooner than a sentence that may take its time.
+# With less in hand a listener is served as one who waits: sooner than a sentence that may take its time.
 LEAST_LEAD_S = 1.5
+# Audio before a sentence that may take its time: some is played while it is begun, and a loaded GPU makes its first chunk in up to .9 s.
+LATER_AFTER_S = 2.0
 
 
 class BadRequest(ValueError):
@@ -142,7 +144,7 @@ class Schedule:
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     ahead_at_once: bool = True  # false: only from a stream's first chunk on, which nothing may hold up
     ahead_from_window: bool = False  # true: semantic tokens from its first coarse window on
-    # of a sentence whose listener has those before in hand, LEAST_LEAD_S of them at least; none: the same
+    # of a sentence that has LATER_AFTER_S before it, and a listener who has that in hand; none: the same
     later_chunk_frames: tuple[int, ...] = ()
     later_fine_lookahead: tuple[int, ...] = ()
     later_sliding_window_len: tuple[int, ...] = ()
@@ -202,7 +204,7 @@ class Schedule:
     def behind(self, audio_s: float) -> Schedule:
         """For a sentence with so much before it. What its listener has in hand of that would tell better, but then the same request would
         be cut in another way under load, and sound a little different."""
-        return self if audio_s < LEAST_LEAD_S else self.later()
+        return self if audio_s < LATER_AFTER_S else self.later()
 
     def later(self) -> Schedule:
         """For a sentence whose listener has those before in hand."""

@@ -55,7 +55,7 @@ from barkstream.engines.workers import (  # noqa: E402
     TIGHT_BATCH_S,
     TIGHT_S,
 )
-from barkstream.options import LEAST_LEAD_S, Schedule  # noqa: E402
+from barkstream.options import LATER_AFTER_S, Schedule  # noqa: E402
 from barkstream.pacing import NEEDY_S, Hold  # noqa: E402
 
 SEMANTIC_HZ, FRAME_HZ = 50, 75  # tokens, and frames, a second of speech
@@ -178,7 +178,7 @@ class Policy:
     later_chunks: tuple[int, ...] = field(default=(117, 90))  # of a sentence that has later_after_s of audio before it
     later_lookahead: tuple[int, ...] = field(default=(3, 33))
     later_sliding_window_len: tuple[int, ...] = ()  # none: the same
-    later_after_s: float = LEAST_LEAD_S
+    later_after_s: float = LATER_AFTER_S
     tells_lead: int = 1  # 0: stages do not know what listeners have in hand when such a sentence begins
 
     def most_with_first(self, stage: str, n_known: int) -> int:
