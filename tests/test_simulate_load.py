@@ -137,7 +137,7 @@ def test_sentences_begin_without_gaps_where_stages_know_what_listeners_have_in_h
 
 
 def test_a_sentence_behind_a_short_one_leaves_no_gap():
-    """What it found, as a GPU had: "Yes." is over before a chunk of 1.6 s is there."""
+    """What it found, as a GPU had: .4 s are over before a chunk of 1.6 s is there."""
     short_first = replace(Policy(), sentences=(20, 480), max_streams=32)
     as_before = replace(short_first, later_after_s=0.01)
     before, now = (simulate(each, COSTS["h100"], rate=6.5, duration_s=30, seed=2) for each in (as_before, short_first))
