@@ -144,7 +144,7 @@ class Schedule:
     semantic_ahead: int = 24  # semantic tokens generated before they are needed, while the coarse stage works; 0: none
     ahead_at_once: bool = True  # false: only from a stream's first chunk on, which nothing may hold up
     ahead_from_window: bool = False  # true: semantic tokens from its first coarse window on
-    # of a sentence that has LATER_AFTER_S before it, and a listener who has that in hand; none: the same
+    # of a sentence that has LATER_AFTER_S of audio before it, most of which its listener has in hand; none: the same
     later_chunk_frames: tuple[int, ...] = ()
     later_fine_lookahead: tuple[int, ...] = ()
     later_sliding_window_len: tuple[int, ...] = ()

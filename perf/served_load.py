@@ -61,8 +61,10 @@ def one_killed(server: int, after_s: float | None) -> Iterator[list[int]]:
         return
     timer = Timer(after_s, kill)
     timer.start()
-    yield killed
-    timer.cancel()
+    try:
+        yield killed
+    finally:
+        timer.cancel()
     if not killed:
         raise SystemExit(f"no GPU's process was there to be killed after {after_s} s, or the run was over by then")
 
