@@ -539,7 +539,7 @@ def test_a_full_server_is_asked_again_while_the_listener_has_something_in_hand(
         return Refused() if 1 < len(texts) <= 1 + n_refused else stream(client, text, **options)
 
     monkeypatch.setattr(AsyncClient, "stream", full_for_a_while)
-    session.send("session.update", voice="heart_0", max_seconds=1.5)
+    session.send("session.update", voice="heart_0", max_seconds=1.5, seed=3)
     session.send("input_text.append", text="Hello there, my friend. It is a fine day.")
     session.send("input_text.flush")
     messages = session.until("speech.audio.done" if is_said else "error")

@@ -256,11 +256,11 @@ def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_p
 
 @pytest.mark.server
 def test_a_gpus_process_that_is_killed_under_load_costs_no_request(tmp_path):
-    load = "--clients", 4, "--requests", 8, "--warmup", 0, "--max-seconds", 5
-    found = script("pretended_gpu.py", "--repository", tmp_path, "--kill-after", 2.5, "--", *load)
+    load = "--clients", 4, "--duration", 6, "--warmup", 0, "--max-seconds", 5
+    found = script("pretended_gpu.py", "--repository", tmp_path, "--kill-after", 4, "--", *load)
     (row,) = found["rows"]
-    assert (row["requests"], row["failed"]) == (8, 0) and found["killed"]
-    assert row["audio_s"] == pytest.approx(8 * 5, abs=8 * 0.03)
+    assert row["requests"] >= 4 and not row["failed"] and found["killed"]
+    assert row["audio_s"] == pytest.approx(row["requests"] * 5, abs=row["requests"] * 0.03)
 
 
 @pytest.mark.server
