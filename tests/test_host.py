@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,10 @@ from barkstream.export.codec_state import state_size
 from barkstream.sampling import Sampling
 from barkstream.server import SOCKETS, Server
 from barkstream.tokens import Checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "perf"))
+
+from served_load import shared_processes
 
 HOLD_S = 6.0  # longer than anything that is not held takes on a busy machine
 
@@ -338,20 +343,7 @@ def test_a_server_whose_shared_process_is_killed_loses_no_stream(shared_server):
     with Client(shared_server.grpc_url) as client:
         stream = iter(client.stream("We walked along the river until the sun went down.", voice="heart_0", seed=4))
         chunks = [next(stream)]
-        for process in children_of(shared_server.pid):
-            if "barkstream.engines.host" in Path(f"/proc/{process}/cmdline").read_text():
-                os.kill(process, signal.SIGKILL)
-                break
-        else:
-            pytest.fail("no shared process")
+        (process,) = shared_processes(shared_server.pid)
+        os.kill(process, signal.SIGKILL)
         chunks += list(stream)
     assert sum(map(len, chunks)) > 24_000
-
-
-def children_of(pid: int) -> list[int]:
-    """All descendants of a process."""
-    found = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            found += [child, *children_of(child)]
-    return found
