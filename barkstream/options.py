@@ -15,8 +15,8 @@ MAX_TEMPERATURE = 5.0
 MAX_SEED = 2**63 - 1
 # With less in hand a listener is served as one who waits: sooner than a sentence that may take its time.
 LEAST_LEAD_S = 1.5
-# Audio before a sentence that may take its time: some is played while it is begun, and a loaded GPU makes its first chunk in up to .9 s.
-LATER_AFTER_S = 2.0
+# Audio before a sentence that may take its time: some is played while it is begun, and a loaded GPU makes its first chunk in up to 1 s.
+LATER_AFTER_S = 1.6
 
 
 class BadRequest(ValueError):
