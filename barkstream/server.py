@@ -20,7 +20,6 @@ import contextlib
 import functools
 import http.client
 import importlib.util
-import math
 import os
 import re
 import secrets
@@ -40,8 +39,8 @@ from types import TracebackType
 from typing import TextIO
 
 from barkstream.awake import keep_awake
-from barkstream.profiles import SPEAKER, chosen_config, known_profiles, most_streams, shortages
-from barkstream.spread import usable_gpus
+from barkstream.profiles import known_profiles, shortages
+from barkstream.threads import bls_threads, no_room, thread_shortage
 
 PACKAGE = Path(__file__).resolve().parent
 MODEL_REPOSITORY = PACKAGE.parent / "model_repository"
@@ -51,10 +50,6 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 READY_TIMEOUT_S = 600  # a large checkpoint on a CPU, or TensorRT engines that are built at the first start
 DRAIN_S = 5  # how long `serve`, told to stop, lets Triton end by itself
-BLS_THREADS = 128  # stage calls that a process of `bark` can have under way, at most
-TRITONS_BLS_THREADS = 32  # so many Triton lets, unless it is told otherwise; the others wait
-INSTANCES = r"kind:\s*KIND_(\w+)\s+count:\s*(\d+)"  # as our configurations write them
-PID_MAX, MAX_MAP_COUNT = Path("/proc/sys/kernel/pid_max"), Path("/proc/sys/vm/max_map_count")
 N_PORT_TRIES = 3
 N_LOG_LINES = 2000  # kept for error messages
 N_TAIL_LINES = 30  # shown in them
@@ -241,6 +236,8 @@ class Server:
         installation = find_tritonserver()
         check_stub(installation)
         check_repository(self.repository, self.profile)
+        if why := no_room(self.repository, self.profile):
+            raise ServerError(why)
         for shortage in shortages(self.repository, self.profile) + thread_shortage(self.repository, self.profile):
             print(f"warning: {shortage}", file=self._echo or sys.stderr, flush=True)
         for tries_left in reversed(range(N_PORT_TRIES)):
@@ -372,61 +369,6 @@ def n_gpus() -> int:
     """GPUs of this machine, whether or not they may be used."""
     gpus = NVIDIA_DRIVER / "gpus"
     return len(list(gpus.iterdir())) if gpus.is_dir() else 0
-
-
-def bls_threads(repository: Path, profile: str | None) -> int:
-    """Enough for `bark`, and no more: Triton makes so many for each instance of a Python model, all of them in its own process. The system
-    has numbers for only so many threads, which other servers want, too, and a process room for only so many pieces of memory, of which a
-    thread is two. With an instance a stream (cuda profile), and 128 threads for each, four GPUs would want 45,000."""
-    pid_max, max_map_count = (int(path.read_text()) for path in (PID_MAX, MAX_MAP_COUNT))
-    room = min((pid_max - n_threads_running()) * 6 // 10, max_map_count * 3 // 10)
-    return max(1, min(n_stage_calls(repository, profile), room // max(1, n_instances(repository, profile))))
-
-
-def thread_shortage(repository: Path, profile: str | None) -> list[str]:
-    """A sentence where the system has no room for as many threads as `bark` may use."""
-    wanted, n = n_stage_calls(repository, profile), bls_threads(repository, profile)
-    if n >= wanted:
-        return []
-    pid_max, max_map_count = (path.read_text().strip() for path in (PID_MAX, MAX_MAP_COUNT))
-    return [
-        f"{SPEAKER} may have {wanted} stage calls under way in a process, and gets {n} threads for them: the others wait. Each of "
-        f"{n_instances(repository, profile)} instances has as many; the system has numbers for {pid_max} threads (kernel.pid_max), "
-        f"of which {n_threads_running()} are taken, and a process room for {max_map_count} pieces of memory (vm.max_map_count)"
-    ]
-
-
-def n_threads_running() -> int:
-    """Of all processes that this one sees."""
-    n = 0
-    for process in os.listdir("/proc"):
-        if process.isdigit():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                n += len(os.listdir(f"/proc/{process}/task"))
-    return n
-
-
-def n_stage_calls(repository: Path, profile: str | None) -> int:
-    """That a process of `bark` may have under way: three of each stream (semantic tokens ahead, a coarse window, a chunk), and, where
-    several processes share the streams, half as many again, for they are not dealt out evenly. No fewer than Triton lets, no more than
-    BLS_THREADS."""
-    speaker = repository / SPEAKER
-    config = chosen_config(speaker, profile) if (speaker / "config.pbtxt").exists() else ""
-    if (n_streams := most_streams(config)) is None:
-        return BLS_THREADS
-    n_processes = sum(int(count) for _, count in re.findall(INSTANCES, config)) or 1
-    n_calls = math.ceil(3 * n_streams / n_processes * (1.0 if n_processes == 1 else 1.5))
-    return min(BLS_THREADS, max(TRITONS_BLS_THREADS, n_calls))
-
-
-def n_instances(repository: Path, profile: str | None) -> int:
-    """Of all models that a server of this repository and profile loads."""
-    n = 0
-    for default in repository.glob("*/config.pbtxt"):
-        config = chosen_config(default.parent, profile)
-        for kind, count in re.findall(INSTANCES, config):
-            n += int(count) * (usable_gpus() if kind == "GPU" else 1)
-    return n
 
 
 def is_notable(line: str) -> bool:

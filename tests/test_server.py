@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +23,7 @@ import tritonclient.grpc as triton
 from onnx import TensorProto, helper
 
 from barkstream import server as launcher
+from barkstream import threads
 from barkstream.profiles import with_parameters
 from barkstream.server import Server, ServerError
 
@@ -271,71 +271,8 @@ def test_a_model_may_have_many_calls_of_another_under_way(tmp_path, monkeypatch)
             return time.monotonic() - started
 
     assert seconds() < 2
-    monkeypatch.setattr(launcher, "BLS_THREADS", 32)  # Triton's own number
+    monkeypatch.setattr(threads, "BLS_THREADS", 32)  # Triton's own number
     assert seconds() > 5  # two halves, and each waits in vain
-
-
-@pytest.fixture
-def system(tmp_path, monkeypatch):
-    """A repository with a profile of 89 instances on one GPU, and a system whose numbers are known."""
-    for model, kind, count in (("bark", "GPU", 1), ("stage", "GPU", 88)):
-        (tmp_path / model / "configs").mkdir(parents=True)
-        (tmp_path / model / "config.pbtxt").write_text("instance_group [ { kind: KIND_CPU count: 1 } ]")
-        profile = f"instance_group [ {{ kind: KIND_{kind} count: {count} }} ]"
-        (tmp_path / model / "configs" / "cuda.pbtxt").write_text(profile)
-    for name, value in (("PID_MAX", 32768), ("MAX_MAP_COUNT", 65530)):
-        (tmp_path / name).write_text(f"{value}\n")
-        monkeypatch.setattr(launcher, name, tmp_path / name)
-    monkeypatch.setattr(launcher, "n_threads_running", lambda: 0)
-    return tmp_path
-
-
-def test_threads_for_stage_calls_are_no_more_than_the_system_has_numbers_for(system, monkeypatch):
-    def with_gpus(n):
-        monkeypatch.setattr(launcher, "usable_gpus", lambda: n)
-        return launcher.n_instances(system, "cuda"), launcher.bls_threads(system, "cuda")
-
-    assert (with_gpus(1), with_gpus(2), with_gpus(4)) == ((89, 128), (178, 110), (356, 55))
-    assert launcher.n_instances(system, None) == 2
-    (system / "MAX_MAP_COUNT").write_text("20000\n")
-    assert with_gpus(4) == (356, 16)
-
-
-def test_numbers_that_other_threads_have_are_not_counted_on_and_a_shortage_is_said(system, monkeypatch):
-    monkeypatch.setattr(launcher, "usable_gpus", lambda: 1)
-    assert launcher.thread_shortage(system, "cuda") == []
-    monkeypatch.setattr(launcher, "n_threads_running", lambda: 20_000)  # another server's
-    assert launcher.bls_threads(system, "cuda") == 86
-    [shortage] = launcher.thread_shortage(system, "cuda")
-    assert "128 stage calls" in shortage and "gets 86 threads" in shortage and "20000 are taken" in shortage
-
-
-def test_running_threads_are_counted_of_all_processes():
-    done = threading.Event()
-    before = launcher.n_threads_running()
-    threads = [threading.Thread(target=done.wait) for _ in range(50)]
-    for thread in threads:
-        thread.start()
-    with_them = launcher.n_threads_running()
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert with_them > before + 25  # other work comes and goes
-
-
-@pytest.mark.parametrize(
-    ("n_streams", "n_processes", "n_threads"),
-    [(8, 1, 32), (16, 1, 48), (100, 1, 128), (16, 4, 32), (32, 4, 36), (60, 4, 68)],
-)
-def test_threads_for_stage_calls_are_as_many_as_the_streams_of_a_process_use(
-    tmp_path, n_streams, n_processes, n_threads
-):
-    (tmp_path / "bark").mkdir()
-    (tmp_path / "bark" / "config.pbtxt").write_text(
-        f'''instance_group [ {{ kind: KIND_GPU count: {n_processes} }} ]
-        parameters [ {{ key: "max_streams" value: {{ string_value: "{n_streams}" }} }} ]'''
-    )
-    assert launcher.bls_threads(tmp_path, None) == n_threads
 
 
 def test_a_bad_request_fails_alone(client):
