@@ -1,7 +1,7 @@
 """Profiles of one's own: `configs/<profile>.pbtxt` like another profile's, for so many streams.
 
 A limit on streams is one number of bark's configuration, but a GPT's stage must have as many KV slots and instances: a call for which
-there is no instance waits in Triton's queue, first come, first served, whoever is in a hurry (what that did: docs/load.md).
+there is no instance waits in Triton's queue, first come, first served, whoever is in a hurry (what that did: docs/load-history.md).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 Streams, Triton's instances, the shared process with its turns and batches, and playback, as docs/architecture.md describes them, on a
 clock that jumps from event to event. Kernels, and the way through Triton, take what they were measured to take. It knows less than
-perf/pretended_gpu.py, which runs the real server, and takes a hundredth of the time; how far it can be believed is in docs/load.md.
+perf/pretended_gpu.py, which runs the real server, and takes a hundredth of the time; how far it can be believed is in docs/load-results.md.
 Clips of 10 s with a preset, of one sentence unless told (`--set sentences=280,220`, in semantic tokens). Last line JSON.
 """
 
@@ -161,8 +161,9 @@ class Policy:
     coarse_instances: int = 32
     fine_instances: int = 24
     codec_instances: int = 16
-    # Through Triton, one way; and of it, what calls and answers of all streams take one after the other, in `bark` (docs/load.md). Both
-    # found by trying, so that the whole says what H100s said: the latter is .0004 with one process of `bark` in place of four.
+    # Through Triton, one way; and of it, what calls and answers of all streams take one after the other, in `bark`. Both found by
+    # trying, so that the whole says what H100s said (docs/load-results.md): the latter is .0004 with one process of `bark` in place
+    # of four.
     way_s: float = 0.002
     hop_s: float = 0.0001
     # Python's share of a batch, by a trace of an H100 with 50 listeners (docs/performance.md), and by trying since rows take less.

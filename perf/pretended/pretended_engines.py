@@ -1,7 +1,7 @@
 """Engines that take a GPU's time for Bark large and say nothing.
 
 One time line stands for the GPU: what is launched begins when all before it is over. Where the costs come
-from: docs/performance.md, docs/load.md.
+from: docs/performance.md, docs/load-results.md.
 """
 
 from __future__ import annotations
