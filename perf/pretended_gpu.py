@@ -4,10 +4,10 @@
     python3 perf/pretended_gpu.py --set pace_lead_s=inf hold_until_s=0 -- --rate 4 --duration 20
 
 tritonserver, the stages' models, the shared process with its workers and turns, and the load test are the real ones; only the
-engines sleep, for as long as a GPU took for Bark large, and say nothing (`pretended/pretended_engines.py`). So nothing here says
-how fast anything is: it says what a change in scheduling does at costs that were measured once, and how far it can be believed
-is in docs/load-history.md. Clips of 10 s with a preset, as on the GPU, of one sentence; `--set max_sentence_s=5`: of two, as many as
-the usual text has. Other options are load_test.py's. Table first; then, by stage,
+engines sleep, for as long as a GPU took for Bark large (`gpu_costs.py`), and say nothing (`pretended/pretended_engines.py`). So
+nothing here says how fast anything is: it says what a change in scheduling does at costs that were measured once, and how far it
+can be believed is in docs/load-history.md. Clips of 10 s with a preset, as on the GPU, of one sentence; `--set max_sentence_s=5`: of
+two, as many as the usual text has. Other options are load_test.py's. Table first; then, by stage,
 rows a batch and GPU milliseconds a second of audio; last line JSON.
 """
 
@@ -23,7 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "pretended")]
 
-from pretended_engines import COSTS, GPU, SAID  # noqa: E402
+from gpu_costs import COSTS  # noqa: E402
+from pretended_engines import GPU, SAID  # noqa: E402
 from random_checkpoint import write_repository  # noqa: E402
 from served_load import drive  # noqa: E402
 
@@ -38,6 +39,7 @@ def main() -> int:
     )
     parser.add_argument("--streams", type=at_least_one, help="as `barkstream profile --streams`")
     parser.add_argument("--costs", choices=COSTS, default="h100", help="of which GPU, in which profile")
+    parser.add_argument("--slower", type=positive, default=1.0, help="kernels take so many times as long")
     parser.add_argument("--kill-after", type=float, metavar="S", help="kill the GPU's process so long into the run")
     parser.add_argument("--repository", type=Path, default=HERE.parent / "build" / "pretended")
     arguments, load = parser.parse_known_args()
@@ -45,8 +47,9 @@ def main() -> int:
         prepare(arguments.repository, dict(arguments.set), arguments.streams)
     except ProfileError as error:
         parser.error(str(error))
-    prepend(os.environ, "PYTHONPATH", HERE / "pretended")
-    os.environ[GPU] = arguments.costs
+    for folder in (HERE, HERE / "pretended"):
+        prepend(os.environ, "PYTHONPATH", folder)
+    os.environ[GPU] = f"{arguments.costs} {arguments.slower}"
     with Server(arguments.repository) as server:
         if SAID not in server.log_text:
             raise SystemExit("the stages' process did not get the pretended engines: what it runs is not known")
@@ -54,6 +57,16 @@ def main() -> int:
         found = drive(server, options, arguments.kill_after)
     print(json.dumps(found))
     return 0
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        if (number := float(text)) > 0:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"write a number above 0, not {text!r}")
 
 
 def prepare(repository: Path, parameters: dict[str, str], n_streams: int | None = None) -> None:

@@ -32,6 +32,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from gpu_costs import COSTS, KEYS, Costs, prefix_share  # noqa: E402
 from load_report import percentiles  # noqa: E402
 
 from barkstream.admission import Backlog  # noqa: E402
@@ -65,65 +66,6 @@ RETRY_S = 1.0  # after which a client who was refused asks again
 WINDOW = 60  # coarse tokens that a call has at least
 HEAD, SPAN = 257, 690  # positions of a coarse window's semantic tokens, and of its history and its own tokens together
 STAGES = "codec", "fine", "semantic", "coarse"
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds, Bark large, measured on an H100 (docs/performance.md). Semantic ones between those measured there are estimates: steps
-    of 5, 9, 17, 24, 25 and 32 rows, prefills of two to four; of h100-kv8 all but steps of 1, 4, 8, 16, 32 and, coarse, 24 rows."""
-
-    semantic_step: dict[int, float]  # by rows, between which it grows in proportion
-    coarse_step: dict[int, float]
-    row_keys: float  # of a coarse step: a row's keys and values behind 917 positions
-    semantic_prefill: tuple[float, ...] = (0.95, 1.2, 1.4, 1.6)  # of one to four rows
-    coarse_prefill: tuple[float, ...] = (1.65, 2.7, 3.7, 4.7)
-    fine: tuple[float, ...] = (5.85, 6.9, 8.3, 9.6, 12.8, 12.8, 16.0, 16.0)  # of one to eight windows
-    codec: tuple[float, ...] = (0.55, 1.1, 1.35, 1.65, 2.0, 2.3, 2.55, 2.75)  # of one to eight chunks of any lengths
-
-    def step(self, stage: str, n_rows: int) -> float:
-        steps = self.semantic_step if stage == "semantic" else self.coarse_step
-        return float(np.interp(n_rows, list(steps), list(steps.values())))
-
-    def times(self, factor: float) -> Costs:
-        """All of them so many times as long."""
-
-        def longer(cost: Any) -> Any:
-            if isinstance(cost, dict):
-                return {n_rows: ms * factor for n_rows, ms in cost.items()}
-            return tuple(ms * factor for ms in cost) if isinstance(cost, tuple) else cost * factor
-
-        return Costs(**{each.name: longer(getattr(self, each.name)) for each in fields(self)})
-
-    def prefill(self, stage: str, n_rows: int) -> float:
-        fours = self.semantic_prefill if stage == "semantic" else self.coarse_prefill
-        return n_rows // 4 * fours[3] + (fours[n_rows % 4 - 1] if n_rows % 4 else 0.0)
-
-
-# Of kernels' numbers of rows, and of one more each.
-MEASURED = 1, 2, 4, 5, 8, 9, 16, 17, 24, 25, 32
-
-
-def by_rows(*steps_ms: float) -> dict[int, float]:
-    return dict(zip(MEASURED, steps_ms, strict=True))
-
-
-COSTS = {
-    "h100-int8": Costs(
-        by_rows(0.21, 0.28, 0.35, 0.37, 0.38, 0.44, 0.46, 0.57, 0.6, 0.66, 0.7),
-        by_rows(0.215, 0.29, 0.355, 0.381, 0.387, 0.518, 0.543, 0.69, 0.723, 0.813, 0.867),
-        0.0155,
-    ),
-    "h100": Costs(
-        by_rows(0.255, 0.33, 0.405, 0.41, 0.44, 0.49, 0.586, 0.68, 0.8, 0.85, 0.97),
-        by_rows(0.265, 0.37, 0.495, 0.456, 0.515, 0.608, 0.775, 0.903, 1.078, 1.136, 1.301),
-        0.029,
-    ),
-    "h100-kv8": Costs(
-        by_rows(0.258, 0.32, 0.385, 0.39, 0.411, 0.47, 0.528, 0.58, 0.62, 0.67, 0.717),
-        by_rows(0.258, 0.32, 0.398, 0.4, 0.435, 0.53, 0.584, 0.69, 0.777, 0.81, 0.893),
-        0.0155,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -255,15 +197,14 @@ class Policy:
             before_s += said / SEMANTIC_HZ + PAUSE_S
 
     def spared_keys(self) -> float:
-        """Of 917 positions that a coarse step reads in the reference's windows, the part that these do not."""
+        """Of the positions that a coarse step reads in the reference's windows, the part that these do not."""
         positions = [HEAD + SPAN - n / 2 for n, _ in self._said_behind]
         read = float(np.average(positions, weights=[n for _, n in self._said_behind]))
-        return 1 - read / (HEAD + SPAN - WINDOW / 2)
+        return 1 - read / KEYS
 
     def prefix(self) -> float:
         """Positions of a coarse prefill, to the reference's."""
-        padded = [-(-(HEAD - 1 + SPAN - n) // 128) for n, _ in self._said_behind]
-        return float(np.mean(padded)) / -(-(HEAD - 1 + SPAN - WINDOW) // 128)
+        return float(np.mean([prefix_share(HEAD - 1 + SPAN - n) for n, _ in self._said_behind]))
 
 
 MAX_BATCH = {"codec": 8, "fine": 8, "semantic": 32, "coarse": 32}

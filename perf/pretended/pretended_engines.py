@@ -1,7 +1,6 @@
 """Engines that take a GPU's time for Bark large and say nothing.
 
-One time line stands for the GPU: what is launched begins when all before it is over. Where the costs come
-from: docs/performance.md, docs/load-results.md.
+One time line stands for the GPU: what is launched begins when all before it is over.
 """
 
 from __future__ import annotations
@@ -17,63 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gpu_costs import COSTS, KEYS, Costs, prefix_share, together
 
 from barkstream.engines import Chunk, Generation, Head, Row, Window, workers
 from barkstream.engines import open as engines
 from barkstream.sampling import Floats, Ints
 
 SAID = "this GPU is pretended: its engines sleep"
-GPU = "BARKSTREAM_PRETENDED"  # environment variable: which of COSTS
+GPU = "BARKSTREAM_PRETENDED"  # environment variable: which of COSTS, and how many times as long all of it takes, such as "h100 0.85"
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds that Bark large was measured to take."""
-
-    # A decode step, by rows; numbers between take as long as the next one.
-    step: dict[str, dict[int, float]]
-    prefill: dict[str, tuple[float, ...]]  # of 1 to 4 rows; more go in fours
-    fine: tuple[float, ...]  # 1 to 4 windows of 256 frames
-    long_fine: float  # one of more
-    codec: float
-    codec_a_chunk: float
-
-
-COSTS = {
-    "h200": Costs(  # e81596e
-        step={
-            "semantic": {1: 0.279, 2: 0.36, 4: 0.45, 8: 0.505, 16: 0.631, 32: 0.95},
-            "coarse": {1: 0.283, 2: 0.39, 4: 0.52, 8: 0.55, 16: 0.70, 32: 1.15},
-        },
-        prefill={"semantic": (2.5, 2.9, 3.2, 3.6), "coarse": (2.0, 3.24, 4.45, 5.9)},
-        fine=(6.82, 8.3, 11.0, 11.5),
-        long_fine=12.0,
-        codec=1.7,
-        codec_a_chunk=0.5,
-    ),
-    "h100": Costs(
-        step={
-            "semantic": {1: 0.255, 2: 0.32, 4: 0.404, 8: 0.449, 16: 0.590, 32: 0.949},
-            "coarse": {1: 0.265, 2: 0.366, 4: 0.495, 8: 0.526, 16: 0.780, 24: 1.115, 32: 1.342},
-        },
-        prefill={"semantic": (2.3, 2.6, 2.8, 3.0), "coarse": (1.82, 2.94, 4.27, 5.3)},
-        fine=(6.63, 7.4, 10.0, 10.3),
-        long_fine=11.1,
-        codec=0.25,  # chunks of any lengths, 8720638
-        codec_a_chunk=0.32,
-    ),
-    "h100-int8": Costs(  # the profile cuda-int8
-        step={
-            "semantic": {1: 0.210, 2: 0.275, 4: 0.342, 8: 0.385, 16: 0.494, 32: 0.740},
-            "coarse": {1: 0.214, 2: 0.282, 4: 0.351, 8: 0.405, 16: 0.560, 24: 0.755, 32: 0.900},
-        },
-        prefill={"semantic": (1.16, 1.4, 1.6, 1.83), "coarse": (1.82, 2.94, 4.27, 5.3)},
-        fine=(6.63, 7.4, 10.0, 10.3),
-        long_fine=11.1,
-        codec=0.25,  # chunks of any lengths, 8720638
-        codec_a_chunk=0.32,
-    ),
-}
+ROW_COUNTS = 1, 2, 4, 8, 16, 24, 32  # that there are kernels for
 LAUNCH_S = 0.0008  # Python's own time, before anything is on its way
 
 
@@ -137,7 +90,7 @@ class CausalEngine:
 
     @property
     def row_counts(self) -> list[int]:
-        return list(self._gpu.costs.step[self._stage])
+        return list(ROW_COUNTS)
 
     @property
     def n_owned_slots(self) -> int:
@@ -186,11 +139,11 @@ class CausalEngine:
         return finish
 
     def _launch(self, rows: list[Row]) -> Work:
-        n_steps, n_new = max(row.n_tokens for row in rows), sum(not self._goes_on(row) for row in rows)
+        n_steps, new = max(row.n_tokens for row in rows), [row for row in rows if not self._goes_on(row)]
+        first_ms, step_ms = self._prefill_ms(new), self._step_ms(rows)
         for row in rows:  # what a call finds that is launched behind this one
             self._held[row.stream] = row.ids_with(self._tokens(row))[:-1]
-        prefills_ms = in_fours(self._gpu.costs.prefill[self._stage], n_new)
-        work = self._gpu.launch(prefills_ms, self._step_ms(len(rows)), n_steps)
+        work = self._gpu.launch(first_ms, step_ms, n_steps)
         self._under_way = [*self._under_way, work]  # a new list: another thread may be reading the old one
         return work
 
@@ -202,8 +155,17 @@ class CausalEngine:
             self._held[row.stream] = row.ids_with(tokens)[:-1]
         return [Generation(tokens, False) for tokens in said]
 
-    def _step_ms(self, n_rows: int) -> float:
-        return next(ms for n, ms in self._gpu.costs.step[self._stage].items() if n >= n_rows)
+    def _step_ms(self, rows: list[Row]) -> float:
+        costs, step_ms = self._gpu.costs, self._gpu.costs.step(self._stage, len(rows))
+        if self._stage == "semantic":
+            return step_ms
+        return step_ms - sum(costs.row_keys * (1 - (len(row.ids) + row.n_tokens / 2) / KEYS) for row in rows)
+
+    def _prefill_ms(self, rows: list[Row]) -> float:
+        if not rows:
+            return 0.0
+        share = 1.0 if self._stage == "semantic" else np.mean([prefix_share(len(row.ids) - 1) for row in rows])
+        return float(share) * self._gpu.costs.prefill(self._stage, len(rows))
 
     def _goes_on(self, row: Row) -> bool:
         held, needed = self._held.get(row.stream), row.ids[:-1]
@@ -224,7 +186,7 @@ class FineEngine:
     def start(self, windows: list[Window]) -> Callable[[], list[Ints]]:
         n_short = sum(window.n_frames <= 256 for window in windows)
         costs = self._gpu.costs
-        work = self._gpu.launch(in_fours(costs.fine, n_short) + costs.long_fine * (len(windows) - n_short))
+        work = self._gpu.launch(together(costs.fine, n_short) + costs.long_fine * (len(windows) - n_short))
 
         def finish() -> list[Ints]:
             self._gpu.wait(work)
@@ -238,7 +200,7 @@ class CodecEngine:
         self._gpu = gpu
 
     def start(self, chunks: list[Chunk]) -> Callable[[], list[tuple[Floats, Floats]]]:
-        work = self._gpu.launch(self._gpu.costs.codec + self._gpu.costs.codec_a_chunk * len(chunks))
+        work = self._gpu.launch(together(self._gpu.costs.codec, len(chunks)))
 
         def finish() -> list[tuple[Floats, Floats]]:
             self._gpu.wait(work)
@@ -247,14 +209,10 @@ class CodecEngine:
         return finish
 
 
-def in_fours(costs_ms: tuple[float, ...], n: int) -> float:
-    """What n take together, where costs_ms are those of 1 to 4."""
-    return sum(costs_ms[min(4, n - i) - 1] for i in range(0, n, 4))
-
-
 def install() -> None:
     """From now on a stage that asks for a GPU gets one of these."""
-    gpu = Gpu(COSTS[os.environ[GPU]])
+    name, slower = os.environ[GPU].split()
+    gpu = Gpu(COSTS[name].times(float(slower)))
 
     def open_causal(engine: str, stage: str, path: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> CausalEngine:
         head = Head.semantic(checkpoint.semantic) if stage == "semantic" else Head.coarse(checkpoint.coarse)
@@ -263,9 +221,9 @@ def install() -> None:
     def measure(generate: Any, release: Any, prefix: Ints, row_counts: Any) -> workers.Costs:
         """Known: while a server starts, Python takes more time than any GPU."""
         stage, counts = generate.__self__._stage, range(1, 33)
-        steps_ms, prefills_ms = gpu.costs.step[stage], gpu.costs.prefill[stage]
-        prefills_s = {n: in_fours(prefills_ms, n) / 1e3 for n in counts}
-        steps_s = {n: steps_ms[min(padded for padded in steps_ms if padded >= n)] / 1e3 for n in counts}
+        steps_s, prefills_s = (
+            {n: cost(stage, n) / 1e3 for n in counts} for cost in (gpu.costs.step, gpu.costs.prefill)
+        )
         return workers.Costs(steps_s, prefills_s)
 
     workers.measure = measure
