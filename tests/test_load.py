@@ -28,6 +28,7 @@ PERF = Path(__file__).resolve().parents[1] / "perf"
 sys.path.insert(0, str(PERF))
 
 from capacity import Promise, highest_rate  # noqa: E402
+from gpu_costs import COSTS  # noqa: E402
 from load_report import Outcome, Request, append_row, read_rows, summarize, table  # noqa: E402
 from load_test import TEXTS, Load, Plan, ask, closed_loop  # noqa: E402
 
@@ -237,7 +238,7 @@ def script_plots(results, figure):
 
 @pytest.mark.server
 def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_path):
-    """The real shared process, told by its costs: a fine window of 256 frames takes at least its 6.82 ms, alone in its batch."""
+    """The real shared process, told by its costs: a fine window of 256 frames takes at least what it took, alone in its batch."""
     settings = "--set", "chunk_frames=60", "later_chunk_frames=120, 60", "max_sentence_s=5"
     command = "--repository", tmp_path, *settings, "--", "--clients", 1, "--requests", 1, "--warmup", 0
     found = script("pretended_gpu.py", *command)
@@ -248,7 +249,8 @@ def test_load_on_a_pretended_gpu_takes_the_way_that_it_takes_on_a_real_one(tmp_p
     rows, ms = zip(*found["stages"].values(), strict=True)
     assert rows == (1, 1, 1, 1)
     n_fine = -(-5 * 75 // 60) + 1 + -(-(4.75 * 75 - 120) // 60)
-    assert 6.82 * n_fine / 10 < ms[2] < 3 * 6.82 * n_fine / 10
+    fine_ms = COSTS["h100"].fine[0]
+    assert fine_ms * n_fine / 10 < ms[2] < 3 * fine_ms * n_fine / 10
     unknown = [sys.executable, PERF / "pretended_gpu.py", "--repository", tmp_path, "--set", "pace=1"]
     ran = subprocess.run(unknown, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2 and "no parameter 'pace'" in ran.stderr
