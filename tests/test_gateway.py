@@ -539,15 +539,18 @@ def test_a_full_server_is_asked_again_while_the_listener_has_something_in_hand(
         return Refused() if 1 < len(texts) <= 1 + n_refused else stream(client, text, **options)
 
     monkeypatch.setattr(AsyncClient, "stream", full_for_a_while)
-    session.send("session.update", voice="heart_0", max_seconds=1.5, seed=3)
+    # Half as fast, so that there is something in hand, however slow this machine is today.
+    session.send("session.update", voice="heart_0", max_seconds=1.5, seed=3, speed=0.5)
     session.send("input_text.append", text="Hello there, my friend. It is a fine day.")
     session.send("input_text.flush")
     messages = session.until("speech.audio.done" if is_said else "error")
     sentences = [message["text"] for message in messages if message["type"] == "speech.sentence"]
     assert sentences == ["Hello there, my friend.", "It is a fine day."]
     assert texts == [sentences[0], *[sentences[1]] * (len(texts) - 1)]
-    assert len(texts) == 2 + n_refused if is_said else 2 < len(texts) < 12
-    assert len(audio_in(messages)) / 2 / RATE == pytest.approx(3.25 if is_said else 1.75, abs=0.1)
+    assert len(texts) == 2 + n_refused if is_said else 2 < len(texts) < 24
+    seconds = len(audio_in(messages)) / 2 / RATE
+    # Of 3.5 s what makes it slow has some left where a turn ends by an error.
+    assert seconds == pytest.approx(6.5, abs=0.2) if is_said else 2.5 < seconds < 3.6
 
 
 def test_who_cancels_while_the_server_is_full_is_not_spoken_to(monkeypatch, session):
