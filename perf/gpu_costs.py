@@ -23,16 +23,8 @@ class Costs:
     row_keys: float  # of a coarse step: a row's keys and values behind KEYS positions
     semantic_prefill: tuple[float, ...] = (0.95, 1.2, 1.4, 1.6)  # of one to four rows
     coarse_prefill: tuple[float, ...] = (1.65, 2.7, 3.7, 4.7)
-    fine: tuple[float, ...] = (
-        5.85,
-        6.9,
-        8.3,
-        9.6,
-        12.8,
-        12.8,
-        16.0,
-        16.0,
-    )  # of one to eight windows of up to 256 frames
+    # Of one to eight windows of up to 256 frames.
+    fine: tuple[float, ...] = (5.85, 6.9, 8.3, 9.6, 12.8, 12.8, 16.0, 16.0)
     long_fine: float = 10.7  # of one of 1,024
     codec: tuple[float, ...] = (0.55, 1.1, 1.35, 1.65, 2.0, 2.3, 2.55, 2.75)  # of one to eight chunks of any lengths
 

@@ -24,8 +24,6 @@ from barkstream.sampling import Floats, Ints
 
 SAID = "this GPU is pretended: its engines sleep"
 GPU = "BARKSTREAM_PRETENDED"  # environment variable: which of COSTS, and how many times as long all of it takes, such as "h100 0.85"
-
-
 ROW_COUNTS = 1, 2, 4, 8, 16, 24, 32  # that there are kernels for
 LAUNCH_S = 0.0008  # Python's own time, before anything is on its way
 
