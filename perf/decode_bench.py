@@ -138,12 +138,19 @@ def decode_rows(case: Case) -> list[RowArguments]:
     ]
 
 
-def measure(model: str, stage: str, bandwidth: float, bits: Bits) -> list[dict]:
+def open_engine(model: str, stage: str, bits: Bits) -> CudaEngine:
+    """With random weights and as random a cache, and no end of speech: every call makes all its steps."""
     size, head = stage_model(model, stage)
-    head = Head(head.stage, head.first_id, head.n_codebooks, head.size, None)  # no end: every call makes all its steps
+    head = Head(head.stage, head.first_id, head.n_codebooks, head.size, None)
     weights = random_weights(size, head.n_codebooks * head.size)
     engine = CudaEngine(weights, size, head, n_slots=64, max_batch=64, bits=bits.weights, kv_bits=bits.kv)
     fill_cache(engine.cache)
+    return engine
+
+
+def measure(model: str, stage: str, bandwidth: float, bits: Bits) -> list[dict]:
+    engine = open_engine(model, stage, bits)
+    size = engine.size
     lines = [dict(what=f"memory {stage}", rows=64, tokens=size.block_size, gb=torch.cuda.memory_allocated() / 1e9)]
     lines += [
         measure_decode(engine, stage, case, bandwidth)
