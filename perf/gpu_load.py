@@ -22,14 +22,15 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from random_checkpoint import SIZES, write_repository  # noqa: E402
-from served_load import drive  # noqa: E402
+from served_load import drive, must_say  # noqa: E402
 
 from barkstream.awake import keep_awake  # noqa: E402
 from barkstream.profiles import ProfileError, at_least_one, changed, setting  # noqa: E402
 from barkstream.server import MODEL_REPOSITORY, Server  # noqa: E402
 
 
-def main() -> int:
+def main(said: str = "") -> int:
+    """said: what the server's log must have, see `must_say`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="large")
     parser.add_argument("--profile", default="cuda", help="cuda, cuda-kv8, cuda-int8, or default: the one for CPUs")
@@ -57,6 +58,7 @@ def main() -> int:
         parser.error(str(error))
     began = time.monotonic()
     with keep_awake() if arguments.busy_cpus else nullcontext(), Server(repository, profile=profile) as server:
+        must_say(server, said)
         print(f"{arguments.model}, {arguments.profile}: ready after {time.monotonic() - began:.1f} s", flush=True)
         note = " ".join(
             [

@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "pretended")]
 from gpu_costs import COSTS  # noqa: E402
 from pretended_engines import GPU, SAID  # noqa: E402
 from random_checkpoint import write_repository  # noqa: E402
-from served_load import drive  # noqa: E402
+from served_load import drive, must_say, positive  # noqa: E402
 
 from barkstream.profiles import ProfileError, at_least_one, changed, setting  # noqa: E402
 from barkstream.server import MODEL_REPOSITORY, Server, prepend  # noqa: E402
@@ -51,22 +51,11 @@ def main() -> int:
         prepend(os.environ, "PYTHONPATH", folder)
     os.environ[GPU] = f"{arguments.costs} {arguments.slower}"
     with Server(arguments.repository) as server:
-        if SAID not in server.log_text:
-            raise SystemExit("the stages' process did not get the pretended engines: what it runs is not known")
+        must_say(server, SAID)
         options = ["--model", "large", "--gpu", "pretended", *(word for word in load if word != "--")]
         found = drive(server, options, arguments.kill_after)
     print(json.dumps(found))
     return 0
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    try:
-        if (number := float(text)) > 0:
-            return number
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"write a number above 0, not {text!r}")
 
 
 def prepare(repository: Path, parameters: dict[str, str], n_streams: int | None = None) -> None:

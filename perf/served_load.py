@@ -1,7 +1,8 @@
-"""What pretended_gpu.py and gpu_load.py have in common: a load test on a server of theirs, and what each stage did meanwhile."""
+"""What pretended_gpu.py, slowed_gpu.py and gpu_load.py share: a load test on a server of theirs, and what stages did meanwhile."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -23,6 +24,22 @@ from barkstream.server import Server  # noqa: E402
 STAGES = "semantic", "coarse", "fine", "codec"
 # Clips of 10 s with a preset. The same text for all: random weights don't read.
 REQUESTS = ["--text", "medium", "--max-seconds", "10", "--voice", "random", "--warmup", "2"]
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        if (number := float(text)) > 0:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"write a number above 0, not {text!r}")
+
+
+def must_say(server: Server, line: str) -> None:
+    """Raises SystemExit unless a server's log has the line with which its stages' process says what it has in place of a GPU's own."""
+    if line not in server.log_text:
+        raise SystemExit(f"the stages' process did not say {line!r}: what it runs is not known")
 
 
 def drive(server: Server, options: Sequence[str], kill_after_s: float | None = None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import gpu_load  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from decode_bench import Case  # noqa: E402
+from served_load import positive  # noqa: E402
 
 from barkstream.engines import kernels  # noqa: E402
 from barkstream.engines.kernels import fused, wide  # noqa: E402
@@ -35,7 +36,9 @@ from barkstream.engines.kernels.fused import Bits  # noqa: E402
 from barkstream.sampling import COARSE, SEMANTIC  # noqa: E402
 from barkstream.server import prepend  # noqa: E402
 
-SLOWED = "BARKSTREAM_SLOWED"  # environment variable: the folder of the kernels, for slowed/sitecustomize.py
+# Environment variables for slowed/sitecustomize.py: the folder of the kernels, and what it says when it takes them.
+SLOWED, SLOWED_SAYS = "BARKSTREAM_SLOWED", "BARKSTREAM_SLOWED_SAYS"
+SAID = "this GPU's decode steps are slowed"
 FOLDER = HERE.parent / "build" / "slowed-kernels"
 PROFILES = {(16, 16): "cuda", (16, 8): "cuda-kv8", (8, 8): "cuda-int8"}  # by bits of weights, and of keys and values
 STAGES = {"semantic": SEMANTIC, "coarse": COARSE}
@@ -96,15 +99,18 @@ class Delays:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", type=Path, required=True, help="decode_bench.py's result on the other GPU")
+    parser.add_argument("--slower", type=positive, default=1.0, help="steps last so many times as long as there")
     own, rest = partition(sys.argv[1:])
-    like = json.loads(parser.parse_args(own).like.read_text())
+    arguments = parser.parse_args(own)
+    like = json.loads(arguments.like.read_text())
     profile = PROFILES[like["bits"], like["kv_bits"]]
-    slow_down(like)
+    slow_down(like, arguments.slower)
+    gpu = f"{torch.cuda.get_device_name()} with {f'{arguments.slower:g} times ' * (arguments.slower != 1)}the steps of {like['gpu']}"
     load, runs = gpu_load.runs_of(rest)
     sys.argv[1:] = ["--profile", profile, *load]
     for run in runs:
-        sys.argv += ["--", *run, "--gpu", f"{torch.cuda.get_device_name()} with the steps of {like['gpu']}"]
-    return gpu_load.main()
+        sys.argv += ["--", *run, "--gpu", gpu]
+    return gpu_load.main(SAID)
 
 
 def partition(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -113,10 +119,12 @@ def partition(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:at]), list(words[at + 1 :])
 
 
-def slow_down(like: Mapping[str, Any]) -> None:
+def slow_down(like: Mapping[str, Any], slower: float = 1.0) -> None:
     """Have the servers that this process starts take slowed kernels. Prints how near they come."""
     wanted = {
-        (stage, case.n_rows): found(like["lines"], stage, case) for stage, cases in COMPARED.items() for case in cases
+        (stage, case.n_rows): slower * found(like["lines"], stage, case)
+        for stage, cases in COMPARED.items()
+        for case in cases
     }
     bits, bandwidth = Bits(like["bits"], like["kv_bits"]), decode_bench.copy_bandwidth_tb_s()
     bytes_a_position = 24 * 2 * 1024 * bits.kv / 8
@@ -149,7 +157,7 @@ def slow_down(like: Mapping[str, Any]) -> None:
             f"{stage:12}{n_rows:5}{ms:25.4f}{as_they_are[stage, n_rows]:25.4f}{slowed[stage, n_rows]:10.4f}", flush=True
         )
     prepend(os.environ, "PYTHONPATH", HERE / "slowed")
-    os.environ[SLOWED] = str(FOLDER)
+    os.environ |= {SLOWED: str(FOLDER), SLOWED_SAYS: SAID}
 
 
 def found(lines: Sequence[Mapping[str, Any]], stage: str, case: Case) -> float:

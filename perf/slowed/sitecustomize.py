@@ -11,4 +11,4 @@ if "barkstream.engines.host" in sys.orig_argv:
     from barkstream.engines import kernels
 
     kernels.HERE = Path(os.environ["BARKSTREAM_SLOWED"])
-    print(f"decode steps are slowed: kernels of {kernels.HERE}", file=sys.stderr, flush=True)
+    print(os.environ["BARKSTREAM_SLOWED_SAYS"], file=sys.stderr, flush=True)
