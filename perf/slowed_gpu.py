@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,23 @@ SAID = "this GPU's decode steps are slowed"
 FOLDER = HERE.parent / "build" / "slowed-kernels"
 PROFILES = {(16, 16): "cuda", (16, 8): "cuda-kv8", (8, 8): "cuda-int8"}  # by bits of weights, and of keys and values
 STAGES = {"semantic": SEMANTIC, "coarse": COARSE}
+Kernel = tuple[str, int]  # stage, and rows
 # What is compared: the kernels that the engine takes for so many rows, full.
-COMPARED = {
-    "semantic": [
-        Case(1, 500, "fused"),
-        Case(4, 500, "fused"),
-        *(Case(n, 500, "wide") for n in (8, 16)),
-        Case(32, 700, "wide"),
-    ],
-    "coarse": [Case(1, 900, "fused"), Case(4, 900, "fused"), *(Case(n, 900, "wide") for n in (8, 16, 32))],
+COMPARED: dict[Kernel, Case] = {
+    ("semantic", 1): Case(1, 500, "fused"),
+    ("semantic", 4): Case(4, 500, "fused"),
+    ("semantic", 8): Case(8, 500, "wide"),
+    ("semantic", 16): Case(16, 500, "wide"),
+    ("semantic", 32): Case(32, 700, "wide"),
+    ("coarse", 1): Case(1, 900, "fused"),
+    ("coarse", 4): Case(4, 900, "fused"),
+    ("coarse", 8): Case(8, 900, "wide"),
+    ("coarse", 16): Case(16, 900, "wide"),
+    ("coarse", 32): Case(32, 900, "wide"),
 }
 ROW_COUNTS = sorted({*fused.ROW_COUNTS, *wide.ROW_COUNTS})
 CYCLES_A_NS = 1.98  # an H100's and an H200's, about
-N_CORRECTIONS = 1  # of the delays, by what the slowed kernels take
+MOST_BESIDE = 0.05  # of what a step is to take: a slowed kernel that misses it by more is none
 # Where each kernel's waiting stands, and before what.
 WAITS = {
     "wide.cu": ("// Draws a row's token, and says so to all.\n", "            publish_numbered(a.drawn + b * 16,"),
@@ -79,21 +83,19 @@ __device__ __forceinline__ void last_longer(const RowState* rows) {{
 
 @dataclass
 class Delays:
-    """Of a step. Nanoseconds."""
+    """Of a step. Nanoseconds; below zero is none."""
 
     position: float  # for each position attended to
-    kernel: dict[
-        str, dict[int, float]
-    ]  # by stage and number of rows, between which it grows in proportion; may be negative
-
-    def add(self, missing_ms: Mapping[tuple[str, int], float]) -> None:
-        """missing_ms: by stage and number of rows."""
-        for (stage, n_rows), ms in missing_ms.items():
-            self.kernel[stage][n_rows] += 1e6 * ms
+    kernel: dict[Kernel, float]  # for each kernel besides, between which it grows in proportion with the rows
 
     def at(self, stage: str, n_rows: int) -> float:
         """Of a kernel for so many rows, positions aside."""
-        return float(np.interp(n_rows, list(self.kernel[stage]), list(self.kernel[stage].values())))
+        measured = {rows: delay for (of_stage, rows), delay in self.kernel.items() if of_stage == stage}
+        return float(np.interp(n_rows, list(measured), list(measured.values())))
+
+    def corrected(self, missing_ms: Mapping[Kernel, float]) -> Delays:
+        """So much longer."""
+        return replace(self, kernel={which: self.kernel[which] + 1e6 * ms for which, ms in missing_ms.items()})
 
 
 def main() -> int:
@@ -120,61 +122,59 @@ def partition(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def slow_down(like: Mapping[str, Any], slower: float = 1.0) -> None:
-    """Have the servers that this process starts take slowed kernels. Prints how near they come."""
-    wanted = {
-        (stage, case.n_rows): slower * found(like["lines"], stage, case)
-        for stage, cases in COMPARED.items()
-        for case in cases
-    }
+    """Have the servers that this process starts take slowed kernels. Prints how near they come; raises SystemExit if that is not near."""
+    wanted = {which: slower * found(like["lines"], which) for which in COMPARED}
     bits, bandwidth = Bits(like["bits"], like["kv_bits"]), decode_bench.copy_bandwidth_tb_s()
-    bytes_a_position = 24 * 2 * 1024 * bits.kv / 8
-    delays = Delays(
-        position=bytes_a_position * (1 / like["bandwidth_tb_s"] - 1 / bandwidth) / 1e3,
-        kernel={stage: {case.n_rows: 0.0 for case in cases} for stage, cases in COMPARED.items()},
-    )
+    n_layers, n_heads = decode_bench.SHAPES["large"]
+    position_bytes = n_layers * 2 * 64 * n_heads * bits.kv / 8
+    delay_ns = position_bytes * (1 / like["bandwidth_tb_s"] - 1 / bandwidth) / 1e3
     as_they_are = measure(bits, bandwidth)
-    delays.add(
-        {
-            (stage, case.n_rows): wanted[stage, case.n_rows]
-            - as_they_are[stage, case.n_rows]
-            - delays.position * case.n_rows * case.context / 1e6
-            for stage, cases in COMPARED.items()
-            for case in cases
-        }
-    )
-    original = kernels.HERE
-    slowed = as_they_are
-    for i in range(N_CORRECTIONS + 1):
-        if i:
-            delays.add({which: ms - slowed[which] for which, ms in wanted.items()})
-        write_kernels(original, FOLDER, delays)
-        take_kernels(FOLDER)
-        slowed = measure(bits, bandwidth)
-    take_kernels(original)
+    delays = Delays(delay_ns, {which: -delay_ns * case.n_rows * case.context for which, case in COMPARED.items()})
+    delays = delays.corrected(difference(wanted, as_they_are))
+    slowed = measured_with(delays, bits, bandwidth)
+    slowed = measured_with(delays.corrected(difference(wanted, slowed)), bits, bandwidth)
     print(f"{'ms a step':12}{'rows':>5}{like['gpu']:>25}{torch.cuda.get_device_name():>25}{'slowed':>10}")
     for (stage, n_rows), ms in wanted.items():
-        print(
-            f"{stage:12}{n_rows:5}{ms:25.4f}{as_they_are[stage, n_rows]:25.4f}{slowed[stage, n_rows]:10.4f}", flush=True
-        )
+        here, now = as_they_are[stage, n_rows], slowed[stage, n_rows]
+        print(f"{stage:12}{n_rows:5}{ms:25.4f}{here:25.4f}{now:10.4f}", flush=True)
+    if max(abs(slowed[which] / ms - 1) for which, ms in wanted.items()) > MOST_BESIDE:
+        raise SystemExit("slowed steps do not last as long as they should: is this GPU the faster one?")
     prepend(os.environ, "PYTHONPATH", HERE / "slowed")
     os.environ |= {SLOWED: str(FOLDER), SLOWED_SAYS: SAID}
 
 
-def found(lines: Sequence[Mapping[str, Any]], stage: str, case: Case) -> float:
+def found(lines: Sequence[Mapping[str, Any]], which: Kernel) -> float:
     """Milliseconds of decode_bench.py's line. Raises SystemExit if there is none."""
+    stage, case = which[0], COMPARED[which]
     for line in lines:
         if (line["what"], line["rows"], line["tokens"]) == (f"decode {stage} {case.way}", case.n_rows, case.context):
             return float(line["ms"])
     raise SystemExit(f"--like has no line of {stage}, {case}: take decode_bench.py's result for --model large")
 
 
-def measure(bits: Bits, bandwidth: float) -> dict[tuple[str, int], float]:
-    """Milliseconds of a step, by stage and number of rows."""
-    steps = {}
-    for stage, cases in COMPARED.items():
+def difference(wanted: Mapping[Kernel, float], took: Mapping[Kernel, float]) -> dict[Kernel, float]:
+    return {which: ms - took[which] for which, ms in wanted.items()}
+
+
+def measured_with(delays: Delays, bits: Bits, bandwidth: float) -> dict[Kernel, float]:
+    """`measure` of slowed kernels, which are in FOLDER then."""
+    original = kernels.HERE
+    write_kernels(original, FOLDER, delays)
+    take_kernels(FOLDER)
+    try:
+        return measure(bits, bandwidth)
+    finally:
+        take_kernels(original)
+
+
+def measure(bits: Bits, bandwidth: float) -> dict[Kernel, float]:
+    """Milliseconds of a step."""
+    steps: dict[Kernel, float] = {}
+    for stage in STAGES:
         engine = decode_bench.open_engine("large", stage, bits)
-        for case in cases:
-            steps[stage, case.n_rows] = decode_bench.measure_decode(engine, stage, case, bandwidth)["ms"]
+        for which, case in COMPARED.items():
+            if which[0] == stage:
+                steps[which] = decode_bench.measure_decode(engine, stage, case, bandwidth)["ms"]
     return steps
 
 
@@ -202,9 +202,9 @@ def with_wait(source: str, before: str, told: str, delays: Delays) -> str:
         if source.count(line) != 1:
             raise RuntimeError(f"a decode kernel has {source.count(line)} lines {line.strip()!r} in place of one")
     cycles = "".join(
-        f"STAGE == {STAGES[stage]} && B == {n_rows} ? {delays.at(stage, n_rows) * CYCLES_A_NS:.1f}f : "
-        for stage in STAGES
-        for n_rows in ROW_COUNTS
+        f"STAGE == {number} && B == {n} ? {delays.at(stage, n) * CYCLES_A_NS:.1f}f : "
+        for stage, number in STAGES.items()
+        for n in ROW_COUNTS
     )
     wait = WAIT.format(cycles=f"({cycles}0.f)", position_cycles=f"{delays.position * CYCLES_A_NS:.6f}f")
     source = source.replace(before, wait.lstrip("\n") + before)
