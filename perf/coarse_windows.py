@@ -1,9 +1,9 @@
 """Does speech suffer from longer coarse windows? Said offline with each, judged by Whisper and DNSMOS (`make .venv/quality` first).
 
     .venv/bin/python perf/coarse_windows.py --windows 0 "0, 0, 120, 180, 180, 310" --seeds 4
-    .venv/bin/python perf/coarse_windows.py --pairs
+    .venv/bin/python perf/coarse_windows.py --together 2
 
---windows: values of sliding_window_len, the first of which the others are compared with. --pairs: two sentences in one, so that more
+--windows: values of sliding_window_len, the first of which the others are compared with. --together: sentences in one, so that more
 windows are long ones. nano-bark with 8-bit weights. Table, comparisons with the noise of reseeding, last line JSON.
 """
 
@@ -31,14 +31,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", nargs="+", default=["0", "0, 0, 120, 180, 180, 310"])
     parser.add_argument("--sentences", type=int, default=30)
-    parser.add_argument("--pairs", action="store_true")
+    parser.add_argument("--together", type=int, default=1, help="sentences in one text")
     parser.add_argument("--seeds", type=int, default=4, help="2 at least")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "nano-bark")
     options = parser.parse_args()
     texts = [line for line in SENTENCES.read_text().splitlines() if line][: options.sentences]
-    if options.pairs:
-        texts = [f"{a.rstrip('.')}, {b[0].lower()}{b[1:]}" for a, b in zip(texts[::2], texts[1::2], strict=False)]
+    texts = list(joined(texts, options.together))
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     with tempfile.TemporaryDirectory() as folder:
         pipeline, voices = open_exported(options.checkpoint, Path(folder), int8=True)
@@ -53,9 +52,15 @@ def main() -> int:
     for name, verdict in verdicts.items():
         print(*comparison_lines(f"{name} - {reference}", verdict), sep="\n")
     where = machine("numpy", "onnxruntime", "faster-whisper", "speechmos")
-    settings = {"texts": len(texts), "pairs": options.pairs, "seeds": list(seeds), "voices": sorted(voices)}
+    settings = {"texts": len(texts), "together": options.together, "seeds": list(seeds), "voices": sorted(voices)}
     print(json.dumps({"rows": rows, "verdicts": verdicts, "settings": settings, "machine": where}))
     return 0 if all(each["passed"] for verdict in verdicts.values() for each in verdict.values()) else 1
+
+
+def joined(lines: list[str], n: int) -> Iterator[str]:
+    """Each n sentences as one; none of what is left."""
+    for first, *others in zip(*[iter(lines)] * n, strict=False):
+        yield ", ".join([first, *(f"{line[0].lower()}{line[1:]}" for line in others)]).replace(".,", ",")
 
 
 def voice_of(sentence: int, voices: Collection[str]) -> str:

@@ -64,6 +64,7 @@ N_SEMANTIC = 500  # a clip's, of one sentence
 PAUSE_S = 0.25  # between two sentences
 RETRY_S = 1.0  # after which a client who was refused asks again
 WINDOW = 60  # coarse tokens that a call has at least
+SEMANTIC_KEYS = 500  # behind which semantic steps were measured
 HEAD, SPAN = 257, 690  # positions of a coarse window's semantic tokens, and of its history and its own tokens together
 STAGES = "codec", "fine", "semantic", "coarse"
 
@@ -108,11 +109,11 @@ class Policy:
     # of four.
     way_s: float = 0.002
     hop_s: float = 0.0001
-    # Python's share of a batch, by a trace of an H100 with 50 listeners (docs/performance.md), and by trying since rows take less.
-    prepare_s: float = 0.0011  # until it is on its way
-    settle_s: float = 0.0004  # one that is over: until its calls are answered, or wait for the rest
+    # Python's share of a batch, by trying, so that the whole says what an H200 with an H100's steps did (docs/load-results.md).
+    prepare_s: float = 0.0006  # until it is on its way
+    settle_s: float = 0.0002  # one that is over: until its calls are answered, or wait for the rest
     row_s: float = 0.00004  # more for each row, of both
-    gap_s: float = 0.00065  # between two that were launched one behind the other
+    gap_s: float = 0.0002  # between two that were launched one behind the other
     chunks: tuple[int, ...] = field(default=(29, 28, 60, 60, 60, 90))  # frames
     lookahead: tuple[int, ...] = field(default=(1, 3, 3, 33, 63, 33))
     coarse_windows: tuple[int, ...] = field(default=(1, 1, 2, 3, 3, 2, 3))  # WINDOW tokens of a call, at most
@@ -173,6 +174,10 @@ class Policy:
 
     def begins_window(self, position: int, is_cut_later: bool = False) -> bool:
         return any(start == position for start, _ in self.windows[is_cut_later])
+
+    def window_end(self, position: int, is_cut_later: bool = False) -> int:
+        """Of the coarse window in which a token lies."""
+        return next(start + n for start, n in self.windows[is_cut_later] if position < start + n)
 
     def reads(self, position: int, is_cut_later: bool = False) -> int:
         """Semantic tokens that the coarse window there waits for, where the sentence has so many."""
@@ -241,7 +246,9 @@ class Call:
     is_new: bool = False  # needs a prefill
     is_later: bool = False  # of a sentence that is not the first
     is_cut_later: bool = False  # and has enough before it to be cut as such
-    n_windows: int = 1  # coarse ones, this one included
+    n_behind: int = (
+        0  # coarse tokens that follow the n_tokens: of longer windows, whose pieces these are, and of those behind
+    )
     since_s: float = 0.0
     came_s: float = 0.0  # the same of its first piece
     answer: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -435,11 +442,18 @@ class Gpu:
         else:
             step = self._step_ms(stage, len(batch))
             n_tokens = self._piece(batch, step / 1e3)
+            step -= self._unread_ms(stage, [call.n_tokens for call in batch], n_tokens)
             first = self._prefill_ms(stage, sum(call.is_new for call in batch))
         return Run(stage, batch, 0.0, first / 1e3, step / 1e3, n_tokens)
 
     def _step_ms(self, stage: str, n_rows: int) -> float:
         return self._costs.step(stage, n_rows) - (n_rows * self._spared_ms if stage == "coarse" else 0.0)
+
+    def _unread_ms(self, stage: str, n_wanted: Sequence[int], n_steps: int) -> float:
+        """What a step spares on average because rows that have all they want read no keys any more."""
+        n_idle = sum(max(0, n_steps - n) for n in n_wanted) / n_steps
+        read = 1 - self._policy.spared_keys() if stage == "coarse" else SEMANTIC_KEYS / KEYS
+        return n_idle * read * self._costs.row_keys
 
     def _prefill_ms(self, stage: str, n_rows: int) -> float:
         return self._costs.prefill(stage, n_rows) * (self._prefix if stage == "coarse" else 1.0)
@@ -518,8 +532,10 @@ class Gpu:
         for call in run.batch:
             made = min(run.n_steps, call.n_tokens)
             call.n_tokens, call.position, call.is_new = call.n_tokens - made, call.position + made, False
-            if not call.n_tokens and call.n_windows > 1:
-                call.n_tokens, call.n_windows = WINDOW, call.n_windows - 1
+            if not call.n_tokens and call.n_behind:
+                end = self._policy.window_end(call.position, call.is_cut_later)
+                call.n_tokens = min(WINDOW, end - call.position, call.n_behind)
+                call.n_behind -= call.n_tokens
                 call.is_new = self._policy.begins_window(call.position, call.is_cut_later)
                 call.rank = HURRIED if call.position <= WINDOW else REST
             if call.n_tokens:
@@ -666,15 +682,21 @@ class Stream:
                     await self._say(sentence, max(missing, 60 if sentence.n_semantic else 1))
             if self.is_heard:
                 self._go_ahead(sentence)
-            most = self._policy.schedule.windows(index)
-            starts = range(position, min(position + most * WINDOW, 3 * sentence.n_total), WINDOW)
-            n_windows = sum(self._reads(sentence, start) <= sentence.n_semantic for start in starts)
-            is_new = self._policy.begins_window(position, sentence.is_cut_later)
-            await self._call(sentence, "coarse", WINDOW, position, position <= WINDOW, is_new, n_windows)
+            most = min(position + self._policy.schedule.windows(index) * WINDOW, 3 * sentence.n_total)
+            end = first_end = min(self._policy.window_end(position, sentence.is_cut_later), most)
+            while end < most and self._reads(sentence, end) <= sentence.n_semantic:
+                end = min(self._policy.window_end(end, sentence.is_cut_later), most)
+            is_new, n_tokens = (
+                self._policy.begins_window(position, sentence.is_cut_later),
+                min(WINDOW, first_end - position),
+            )
+            await self._call(
+                sentence, "coarse", n_tokens, position, position <= WINDOW, is_new, end - position - n_tokens
+            )
             if not index and self._hold.is_crowd(len(self._server.streams)):
                 self._go_ahead(sentence)
-            windows.put_nowait(n_windows * WINDOW // 2)
-            position, index = position + n_windows * WINDOW, index + 1
+            windows.put_nowait((end - position) // 2)
+            position, index = end, index + 1
         if sentence.is_last:
             self._server.gpu.forget(self)
 
@@ -699,7 +721,7 @@ class Stream:
         position: int = 0,
         is_hurried: bool = False,
         is_new: bool = False,
-        n_windows: int = 1,
+        n_behind: int = 0,
         is_second: bool = False,
         is_short: bool = False,
     ) -> None:
@@ -714,7 +736,7 @@ class Stream:
         is_late = POLICIES[stage].is_second_first and is_crowded and not sentence.is_later
         if rank == HURRIED and (is_second or is_late):
             rank = FIRST
-        call = Call(stage, self, n_tokens, position, rank, is_new, sentence.is_later, sentence.is_cut_later, n_windows)
+        call = Call(stage, self, n_tokens, position, rank, is_new, sentence.is_later, sentence.is_cut_later, n_behind)
         if stage in self._server.gpu.known:
             if not position:
                 told_s = max(self.lead_s, 0.0) if sentence.is_later and self._policy.tells_lead else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 PERF = Path(__file__).resolve().parents[1] / "perf"
 sys.path.insert(0, str(PERF))
 
-from simulate_load import COSTS, Policy, policy_of, recorded, simulate  # noqa: E402
+from simulate_load import COSTS, Gpu, Policy, policy_of, recorded, simulate  # noqa: E402
 
 INT8 = COSTS["h100-int8"]
 AT_ONCE = Policy(hop_s=0.0)  # calls of several streams don't wait for one another on their way
@@ -155,3 +156,23 @@ def test_longer_coarse_windows_spare_prefills_and_keys_and_begin_with_the_same_f
     ask = dict(clients=32, duration_s=20)
     before, after = (simulate(policy, COSTS["h100"], **ask) for policy in (Policy(), longer))
     assert after["audio_s_per_s"] > 1.1 * before["audio_s_per_s"]
+
+
+def test_each_window_has_its_prefill_wherever_calls_begin():
+    """Calls bring 60 tokens, or so many times that: windows of 90 begin within them."""
+    policy = policy_of(["sliding_window_len=90"])
+    found = simulate(policy, INT8, clients=1, duration_s=0.1)
+    prefills_ms = 17 * INT8.prefill("coarse", 1) * policy.prefix()
+    steps_ms = 1500 * (INT8.step("coarse", 1) - policy.spared_keys() * INT8.row_keys)
+    ms = (prefills_ms + steps_ms) / policy.clip_s
+    assert found["stages"]["coarse"]["ms_a_second_of_audio"] == pytest.approx(ms, abs=0.05)
+
+
+def test_a_row_that_has_all_it_wants_reads_no_keys():
+    async def spared_ms(stage: str) -> float:
+        gpu = Gpu(Policy(), INT8)
+        gpu._task.cancel()
+        return gpu._unread_ms(stage, [60, 60, 10], 60)
+
+    assert asyncio.run(spared_ms("coarse")) == pytest.approx(50 / 60 * INT8.row_keys)
+    assert 0 < asyncio.run(spared_ms("semantic")) < asyncio.run(spared_ms("coarse"))
