@@ -30,7 +30,7 @@ from barkstream.server import MODEL_REPOSITORY, Server  # noqa: E402
 
 
 def main(said: str = "") -> int:
-    """said: what the server's log must have, see `must_say`."""
+    """said: what the server's log must have, see `must_say`; nothing in particular, unless told."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="large")
     parser.add_argument("--profile", default="cuda", help="cuda, cuda-kv8, cuda-int8, or default: the one for CPUs")

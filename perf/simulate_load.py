@@ -246,9 +246,7 @@ class Call:
     is_new: bool = False  # needs a prefill
     is_later: bool = False  # of a sentence that is not the first
     is_cut_later: bool = False  # and has enough before it to be cut as such
-    n_behind: int = (
-        0  # coarse tokens that follow the n_tokens: of longer windows, whose pieces these are, and of those behind
-    )
+    n_behind: int = 0  # coarse tokens that the call brings behind these
     since_s: float = 0.0
     came_s: float = 0.0  # the same of its first piece
     answer: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())

@@ -104,12 +104,14 @@ def main() -> int:
     parser.add_argument("--slower", type=positive, default=1.0, help="steps last so many times as long as there")
     own, rest = partition(sys.argv[1:])
     arguments = parser.parse_args(own)
-    like = json.loads(arguments.like.read_text())
-    profile = PROFILES[like["bits"], like["kv_bits"]]
-    slow_down(like, arguments.slower)
-    gpu = f"{torch.cuda.get_device_name()} with {f'{arguments.slower:g} times ' * (arguments.slower != 1)}the steps of {like['gpu']}"
     load, runs = gpu_load.runs_of(rest)
-    sys.argv[1:] = ["--profile", profile, *load]
+    if chosen := {word.partition("=")[0] for word in load} & {"--profile", "--model"}:
+        parser.error(f"no {' or '.join(sorted(chosen))}: Bark large in the profile that --like was measured in")
+    like = json.loads(arguments.like.read_text())
+    slow_down(like, arguments.slower)
+    times = f"{arguments.slower:g} times " if arguments.slower != 1 else ""
+    gpu = f"{torch.cuda.get_device_name()} with {times}the steps of {like['gpu']}"
+    sys.argv[1:] = ["--profile", PROFILES[like["bits"], like["kv_bits"]], *load]
     for run in runs:
         sys.argv += ["--", *run, "--gpu", gpu]
     return gpu_load.main(SAID)

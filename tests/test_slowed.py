@@ -102,6 +102,15 @@ def test_steps_that_do_not_come_near_are_not_run(faster_gpu):
     assert slowed_gpu.SLOWED not in os.environ
 
 
+def test_the_profile_is_the_one_that_was_measured(faster_gpu, monkeypatch, capsys):
+    file = PERF / "results" / "2026-11-27-h100-large-e3d04fb-decode-16-16.json"
+    words = ["slowed_gpu.py", "--like", str(file), "--", "--streams", "4", "--profile=cuda-int8", "--", "--rate", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        slowed_gpu.main()
+    assert "no --profile: Bark large in the profile that --like was measured in" in capsys.readouterr().err
+
+
 def test_a_kernel_that_has_changed_is_not_slowed_in_the_wrong_place(delays):
     source = (kernels.HERE / "wide.cu").read_text()
     slowed = with_wait(source, *WAITS["wide.cu"], delays)
