@@ -99,10 +99,12 @@ class TritonStages:
         return infer(model, inputs, *outputs)
 
     def semantic(
-        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, due_s: float | None = None
     ) -> tuple[Ints, bool]:
         inputs = _causal_inputs(prefix, n_tokens, position, sampling, stream)
         inputs["min_eos_p"] = np.array([sampling.min_eos_p], np.float32)
+        if due_s is not None:
+            inputs["due_s"] = np.array([due_s], np.float32)
         inputs |= self._lead(position)
         tokens, ended = self._infer("bark_semantic", inputs, "tokens", "ended")
         return tokens, bool(ended[0])
@@ -201,8 +203,8 @@ class CausalStage:
             if self._is_semantic and one["n_tokens"]
             else call["prefix"][:, None]
         )
-        lead_s = one.get("lead_s", 0.0)
-        row = Row(ids, one["n_tokens"], one["position"], sampling, one["stream"], chain, lead_s=lead_s)
+        told = dict(lead_s=one.get("lead_s", 0.0), due_s=one.get("due_s"))
+        row = Row(ids, one["n_tokens"], one["position"], sampling, one["stream"], chain, **told)
         return row.checked(self._size) if row.n_tokens else row
 
     def _response(self, generation: Generation) -> Any:

@@ -38,6 +38,7 @@ def generate_coarse(
     """
     past_semantic, past_coarse = coarse_history(history, layout, schedule.max_coarse_history(layout))
     windows = _Windows(semantic, past_semantic, layout, lookahead, schedule)
+    semantic.due_s = windows.due_s
     window, generated, n_calls = windows.first, NO_TOKENS, 0
     while True:
         n = len(generated)
@@ -94,6 +95,13 @@ class _Windows:
         if self.lookahead is None:
             return read
         return min(read, _said_by(window.end, self.layout) + 1 + self.lookahead)
+
+    def due_s(self, n: int) -> float:
+        """Seconds of audio before the first window that waits for more than n semantic tokens."""
+        window = self.first
+        while self.needs(window) <= n:
+            window = self.behind(window)
+        return window.start / (self.layout.n_codebooks * self.layout.rate_hz)
 
     def end(self, window: _Window) -> int:
         """The coarse token behind its last one; no more than its start if it has none."""

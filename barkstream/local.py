@@ -52,7 +52,7 @@ class LocalStages:
         self._semantic_lock, self._coarse_lock = Lock(), Lock()  # an engine serves one call at a time, as in Triton
 
     def semantic(
-        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, due_s: float | None = None
     ) -> tuple[Ints, bool]:
         ids = token_ids(prefix, self.checkpoint.semantic)
         with self._semantic_lock:

@@ -59,6 +59,8 @@ class SemanticTokens:
         may_go_ahead: whether tokens may be generated before they are needed."""
         self.tokens: Ints = np.zeros(0, np.int32)
         self.ended = False
+        # Seconds of the sentence's audio before the part that waits for more than n tokens: who reads them knows.
+        self.due_s: Callable[[int], float | None] = lambda n: None
         self._n_most = max(1, int(min(max_seconds * layout.rate_hz, layout.max_new_tokens)))
         self._prompt, self._sampling, self._schedule = prompt, sampling, schedule
         self._stages, self._stream, self._worker = stages, stream, worker
@@ -98,4 +100,5 @@ class SemanticTokens:
     def _start(self, n: int) -> Future[tuple[Ints, bool]]:
         prefix, n_now = np.concatenate([self._prompt, self.tokens]), len(self.tokens)
         n_call = min(n, self._n_most - n_now)
-        return self._worker.submit(self._stages.semantic, prefix, n_call, n_now, self._sampling, self._stream)
+        due_s = self.due_s(n_now)
+        return self._worker.submit(self._stages.semantic, prefix, n_call, n_now, self._sampling, self._stream, due_s)

@@ -12,11 +12,12 @@ from barkstream.sampling import Floats, Ints, Sampling
 
 class Stages(Protocol):
     def semantic(
-        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, due_s: float | None = None
     ) -> tuple[Ints, bool]:
         """The next <= n_tokens semantic tokens after prefix [text | history | infer | generated], and whether speech ended.
 
-        position: index of the first new token in the generation. stream: key of the KV cache kept between calls, 0 for none.
+        position: index of the first new token in the generation. stream: key of the KV cache kept between calls, 0 for none. due_s:
+        seconds of the sentence's audio before the part that waits for these tokens, if the caller knows; tokens do not depend on it.
         """
         ...
 

@@ -53,7 +53,7 @@ class FaultyStages:
         return str(rng.choice(FAULTS)) if rng.integers(self._one_in) == 0 else None
 
     def semantic(
-        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int
+        self, prefix: Ints, n_tokens: int, position: int, sampling: Sampling, stream: int, due_s: float | None = None
     ) -> tuple[Ints, bool]:
         fault = self.fault_of(sampling.seed)
         if position == 0:
@@ -61,13 +61,14 @@ class FaultyStages:
             self.injected[str(fault)] += 1
             self._ended_at = ONSET if fault in (LOOP, SILENCE) else None
         if self._ended_at is None:
-            new, ended = self._stages.semantic(prefix, n_tokens, position, sampling, stream)
+            new, ended = self._stages.semantic(prefix, n_tokens, position, sampling, stream, due_s)
             if fault != RUNAWAY or not ended:
                 return new, ended
             self._ended_at = position + len(new)
             return np.concatenate([new, self._after_the_end(RUNAWAY, prefix, n_tokens - len(new), 0)]), False
         if position < self._ended_at:
-            return self._stages.semantic(prefix, min(n_tokens, self._ended_at - position), position, sampling, stream)
+            n_left = self._ended_at - position
+            return self._stages.semantic(prefix, min(n_tokens, n_left), position, sampling, stream, due_s)
         return self._after_the_end(str(fault), prefix, n_tokens, position - self._ended_at), False
 
     def codec(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:

@@ -124,6 +124,7 @@ class Policy:
     later_sliding_window_len: tuple[int, ...] = ()  # none: the same
     later_after_s: float = LATER_AFTER_S
     tells_lead: int = 1  # 0: stages do not know what listeners have in hand when such a sentence begins
+    tells_due: int = 1  # 0: nor, of semantic calls, which window waits for them
 
     def most_with_first(self, stage: str, n_known: int) -> int:
         """Rows of a batch with a first call, while the stage knows so many streams."""
@@ -183,6 +184,11 @@ class Policy:
         """Semantic tokens that the coarse window there waits for, where the sentence has so many."""
         start, length = [window for window in self.windows[is_cut_later] if window[0] <= position][-1]
         return start // 3 + HEAD - 2 - int((SPAN - length) / 3.006)
+
+    def due_s(self, n_semantic: int, is_cut_later: bool = False) -> float:
+        """Audio before the first window that waits for more than n semantic tokens."""
+        start = next(start for start, _ in self.windows[is_cut_later] if self.reads(start, is_cut_later) > n_semantic)
+        return start / (2 * FRAME_HZ)
 
     @cached_property
     def _said_behind(self) -> list[tuple[int, int]]:
@@ -253,8 +259,10 @@ class Call:
 
     @property
     def slack_s(self) -> float:
-        hz = SEMANTIC_HZ if self.stage == "semantic" else 2 * FRAME_HZ
-        return self.position / hz - (asyncio.get_running_loop().time() - self.stream.began_s[self.stage])
+        due_s = self.position / (2 * FRAME_HZ)
+        if self.stage == "semantic":
+            due_s = self.stream.due_s(self.position, self.is_cut_later)
+        return due_s - (asyncio.get_running_loop().time() - self.stream.began_s[self.stage])
 
 
 @dataclass(eq=False)
@@ -621,6 +629,9 @@ class Stream:
     @property
     def lead_s(self) -> float:
         return -math.inf if self._dry_s == math.inf else self._dry_s - self._loop.time()
+
+    def due_s(self, n_semantic: int, is_cut_later: bool) -> float:
+        return self._policy.due_s(n_semantic, is_cut_later) if self._policy.tells_due else n_semantic / SEMANTIC_HZ
 
     async def speak(self) -> None:
         self._server.streams.add(self)

@@ -16,7 +16,7 @@ class FakeStages:
         self.prompts = []
         self.released = []
 
-    def semantic(self, prefix, n_tokens, position, sampling, stream):
+    def semantic(self, prefix, n_tokens, position, sampling, stream, due_s=None):
         if position == 0:
             self.prompts.append(prefix.copy())
         n = max(0, min(n_tokens, N_TOKENS - position))

@@ -121,8 +121,8 @@ class Faulty(FakeStages):
         super().__init__(checkpoint)
         self._faults, self._codec_fault = faults, None
 
-    def semantic(self, prefix, n_tokens, position, sampling, stream):
-        new, ended = super().semantic(prefix, n_tokens, position, sampling, stream)
+    def semantic(self, prefix, n_tokens, position, *rest):
+        new, ended = super().semantic(prefix, n_tokens, position, *rest)
         fault = self._faults.get(len(self.prompts) - 1)
         self._codec_fault = {SILENCE: silence, NOISE: noise}.get(fault)
         if fault == RUNAWAY:
@@ -194,9 +194,9 @@ class Gated(FakeStages):
         super().__init__(checkpoint)
         self.gate = threading.Event()
 
-    def semantic(self, prefix, n_tokens, position, sampling, stream):
+    def semantic(self, prefix, n_tokens, position, *rest):
         assert position + n_tokens <= 90 or self.gate.wait(10), "the first chunk waits for the whole sentence"
-        return super().semantic(prefix, n_tokens, position, sampling, stream)
+        return super().semantic(prefix, n_tokens, position, *rest)
 
 
 def test_the_first_chunk_does_not_wait_for_the_whole_sentence(pipeline, voices):

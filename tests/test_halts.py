@@ -675,3 +675,20 @@ def test_work_that_nothing_ends_is_waited_for():
         turn.launched(Launch(1.0, rank=REST))
         turns.hurry(FIRST)
         assert not turn.is_halted and turn.over_at_s > time.monotonic() + 0.9
+
+
+def test_who_waits_for_tokens_sooner_is_first_whatever_tokens_they_are(stage):
+    """A long window reads far ahead: its tokens come late in the sentence, and somebody waits for them early."""
+    engine, worker = stage(Turns(), "semantic", 4)
+    with worker._turns.turn(lambda: -1):
+        now_s = time.monotonic()
+        worker._began_s |= dict.fromkeys((1, 2, 3, 4, 5), now_s)
+        # Of stream 1 window 240 waits, 1.6 s into its sentence; of the others windows 600, 4 s into theirs.
+        worker.submit([replace(row(stream=stream, position=225), due_s=4.0) for stream in (2, 3, 4, 5)])
+        worker.submit([replace(row(stream=1, position=285, n_tokens=70), due_s=1.6)])
+        assert [each.call.stream for each in worker._together(worker._waiting)][0] == 1
+        left = worker._waiting[-1].call.after(np.arange(60, dtype=np.int32))
+        assert left.position == 345 and left.due_s == 1.6  # and so for what is left of the call
+        worker.submit([replace(row(stream=6, position=285), due_s=1.6)])  # of whom this process has not heard before
+        assert worker._slack_s(worker._waiting[-1].call, time.monotonic()) == pytest.approx(0, abs=0.1)
+        worker.drop(1, 2, 3, 4, 5, 6)

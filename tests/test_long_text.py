@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fake_stages import FakeStages
 
-from barkstream.options import SpeechOptions
-from barkstream.voices import choose_speakers
+from barkstream.options import Schedule, SpeechOptions
+from barkstream.voices import HistoryPrompt, choose_speakers
 
 PARAGRAPH = (
     "The rain had been falling since the morning, and nobody went out. They sat by the fire and told stories.\n\n"
@@ -102,6 +102,34 @@ def test_a_sentence_behind_short_ones_is_cut_as_a_first_one(fake, voices, second
     frames = [len(chunk) // pipeline.checkpoint.codec.samples_per_frame for chunk in chunks]
     assert frames[frames.index(18) + 1] == 24  # behind the first pause
     assert frames[frames.index(45) + 1] == (54 if is_later else 24)  # behind the second, of .6 s
+
+
+class Telling(FakeStages):
+    """Sentences of 500 tokens; keeps what semantic calls are told."""
+
+    def __init__(self, checkpoint):
+        super().__init__(checkpoint)
+        self.told = []
+
+    def semantic(self, prefix, n_tokens, position, sampling, stream, due_s=None):
+        self.told.append((position, due_s))
+        return np.ones(n_tokens, np.int32), position + n_tokens >= 500
+
+
+def test_semantic_calls_say_which_window_waits_for_them(pipeline):
+    stages = Telling(pipeline.checkpoint)
+    schedule = Schedule(semantic_ahead=60, semantic_least=60, sliding_window_len=(0, 0, 120, 360))
+    talking = replace(pipeline, stages=stages, schedule=schedule)
+    voice = HistoryPrompt(np.zeros(400, np.int32), np.zeros((2, 600), np.int32), np.zeros((8, 600), np.int32))
+    list(talking.stream("It is a fine day.", SpeechOptions(), voice))
+    # Windows begin at 0, 60, 120, 240, 600 coarse tokens, 150 a second, and read 47, 67, 107, 227, 347 semantic ones or one less.
+    by_position = dict(stages.told)
+    assert [by_position[n] for n in (0, 47, 107, 167, 227)] == [0.0, 0.4, 1.6, 1.6, 4.0]
+    # Without a preset the first window reads 256, and somebody waits for all of them.
+    stages.told.clear()
+    list(talking.stream("It is a fine day.", SpeechOptions()))
+    assert {due_s for position, due_s in stages.told if position < 256} == {0.0}
+    assert all(due_s > 0 for position, due_s in stages.told if position >= 256)
 
 
 @pytest.mark.parametrize(("lead_s", "is_later"), [(0.0, False), (1.55, False), (1.6, True)])

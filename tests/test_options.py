@@ -4,6 +4,7 @@ import math
 import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from barkstream.options import BadRequest, Schedule, SpeechOptions
 from barkstream.pacing import Hold
 from barkstream.sampling import Sampling
+from barkstream.tokens import GPTSize
 
 
 def test_defaults_are_sunos_and_a_fresh_seed():
@@ -140,6 +142,30 @@ def test_causal_stages_are_told_what_a_listener_has_where_a_later_sentence_begin
         stages.coarse(np.zeros(3, np.int32), 60, position, Sampling(), 1, nothing, nothing)
     assert [call for call in calls if len(call) > 1] == told
     assert [position for position, *_ in calls] == [0, 0, 0, 0, 60, 60]
+
+
+@pytest.mark.parametrize("due_s", [None, 0.0, 1.6])
+def test_semantic_is_told_when_its_tokens_are_due(monkeypatch, due_s):
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Mock())
+    from barkstream import bls
+
+    told, answer = [], [np.zeros(0, np.int32), [False]]
+    monkeypatch.setattr(bls, "infer", lambda model, inputs, *outputs: told.append(inputs.get("due_s")) or answer)
+    monkeypatch.setattr(bls, "state_size", lambda codec: 1)
+    stages = bls.TritonStages(Mock(), lambda: None)
+    stages.semantic(np.zeros(3, np.int32), 60, 105, Sampling(), 1, *[due_s] * (due_s is not None))
+    assert told == [None if due_s is None else np.float32([due_s])]
+    # and hands it on
+    call = dict(bls._causal_inputs(np.zeros(514, np.int32), 60, 105, Sampling(), 1))
+    call |= {} if due_s is None else dict(due_s=told[0])
+    size = GPTSize(n_layers=1, n_heads=1, width=64, block_size=1024, n_input_ids=10, n_output_ids=10)
+    stage = object.__new__(bls.CausalStage)
+    stage._is_semantic, stage._size = True, size
+    stage._semantic = SimpleNamespace(n_text=256, n_prompt_ids=513, size=size)
+    assert stage._row(call).due_s == (None if due_s is None else pytest.approx(due_s))
+    if due_s is not None:
+        with pytest.raises(ValueError, match="due_s must be 0 or more, and finite"):
+            stage._row(call | dict(due_s=np.float32([math.nan])))
 
 
 def test_a_later_sentence_may_be_cut_otherwise(pipeline):

@@ -84,6 +84,7 @@ class Row:
     chain: Chain | None = None
     is_checked: bool = False  # it is known to fit, and so does what is made of it
     lead_s: float = 0.0  # audio that its listener has in hand, where a sentence begins that is not the first
+    due_s: float | None = None  # of its sentence's audio, before what waits for these tokens; None: before themselves
 
     @property
     def n_whole(self) -> int:
@@ -106,9 +107,9 @@ class Row:
             raise ValueError(
                 f"prefix ids must be 0 to {size.n_input_ids - 1}, got {self.ids.min()} to {self.ids.max()}"
             )
-        reals = self.sampling.temperature, self.lead_s
+        reals = self.sampling.temperature, self.lead_s, self.due_s or 0.0
         if min(self.n_tokens, self.position, self.sampling.seed) < 0 or not all(0 <= x < math.inf for x in reals):
-            raise ValueError("n_tokens, position, seed, temperature and lead_s must be 0 or more, and finite")
+            raise ValueError("n_tokens, position, seed, temperature, lead_s and due_s must be 0 or more, and finite")
         if self.chain:
             self.chain.check(self, size)
 
@@ -135,7 +136,8 @@ class Row:
         if chain and n == n_whole:
             following, chain = chain.next_ids(ids), chain.behind
             ids = ids if np.array_equal(following, ids) else following
-        return Row(ids, self.n_tokens - n, self.position + n, self.sampling, self.stream, chain, self.is_checked)
+        n_left, position = self.n_tokens - n, self.position + n
+        return Row(ids, n_left, position, self.sampling, self.stream, chain, self.is_checked, due_s=self.due_s)
 
 
 @dataclass(frozen=True)

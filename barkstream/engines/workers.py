@@ -430,7 +430,7 @@ class CausalWorker(Worker[Row, Generation]):
                     self._began_s[row.stream] = now_s + row.lead_s
                 ranks.append(self._rank(row))
                 if not (is_known or is_later):  # this process may be younger than the sentence
-                    self._began_s[row.stream] = now_s - row.position / self._rate_hz
+                    self._began_s[row.stream] = now_s - self._due_s(row)
         return self._submit(rows, ranks)
 
     def _rank(self, row: Row) -> int:
@@ -540,7 +540,10 @@ class CausalWorker(Worker[Row, Generation]):
 
     def _slack_s(self, row: Row, now_s: float) -> float:
         """Seconds of its sentence that are made, less those for which it has been in the making: near what its listener has in hand."""
-        return row.position / self._rate_hz - (now_s - self._began_s.get(row.stream, now_s))
+        return self._due_s(row) - (now_s - self._began_s.get(row.stream, now_s))
+
+    def _due_s(self, row: Row) -> float:
+        return row.position / self._rate_hz if row.due_s is None else row.due_s
 
     def _named(self, row: Row) -> Row:
         """A row without a stream needs its cache from piece to piece too: under a name below 0, until it is whole."""
