@@ -543,6 +543,7 @@ class CausalWorker(Worker[Row, Generation]):
         return self._due_s(row) - (now_s - self._began_s.get(row.stream, now_s))
 
     def _due_s(self, row: Row) -> float:
+        """Seconds of its sentence before what waits for its tokens: if nobody said what, before the tokens."""
         return row.position / self._rate_hz if row.due_s is None else row.due_s
 
     def _named(self, row: Row) -> Row:
