@@ -48,6 +48,7 @@ from barkstream.engines.workers import (  # noqa: E402
     HURRIED,
     HURRIED_BATCH_S,
     HURRIED_PIECE_S,
+    LAST,
     PIECE_S,
     PIECES,
     POLICIES,
@@ -125,6 +126,8 @@ class Policy:
     later_after_s: float = LATER_AFTER_S
     tells_lead: int = 1  # 0: stages do not know what listeners have in hand when such a sentence begins
     tells_due: int = 1  # 0: nor, of semantic calls, which window waits for them
+    shortest_first: int = 1  # 0: of equally hurried fine calls the oldest go first
+    halts_for_second: int = 1  # 0: the codec's call for a second chunk ends nobody's first batch, in a crowd either
 
     def most_with_first(self, stage: str, n_known: int) -> int:
         """Rows of a batch with a first call, while the stage knows so many streams."""
@@ -253,6 +256,7 @@ class Call:
     is_later: bool = False  # of a sentence that is not the first
     is_cut_later: bool = False  # and has enough before it to be cut as such
     n_behind: int = 0  # coarse tokens that the call brings behind these
+    size: int = 0  # of a hurried fine call: frames that it asks for
     since_s: float = 0.0
     came_s: float = 0.0  # the same of its first piece
     answer: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -490,7 +494,7 @@ class Gpu:
         self._hurry_old(stage)
         calls = self._waiting[stage]
         if stage in ("codec", "fine"):
-            return sorted(calls, key=lambda call: (call.rank, call.since_s))[: MAX_BATCH[stage]]
+            return sorted(calls, key=lambda call: (call.rank, call.size, call.since_s))[: MAX_BATCH[stage]]
         is_tight = min(call.slack_s for call in calls) < self._policy.tight_s
         batch: list[Call] = []
         is_busy = len(self.known[stage]) >= self._policy.busy
@@ -660,7 +664,7 @@ class Stream:
                 if self.is_heard or n_known < n_done + n_seen:
                     room.release()
             n_seen, n_chunk = min(n_seen, total - n_done), min(n_chunk, total - n_done)
-            await self._call(sentence, "fine", is_hurried=n_seen <= 96, is_short=n_seen <= 30)
+            await self._call(sentence, "fine", is_hurried=n_seen <= 96, is_short=n_seen <= 30, size=n_seen)
             is_short = not n_done and n_chunk <= 30
             await self._call(sentence, "codec", is_hurried=n_chunk <= 60, is_second=n_chunk <= 30, is_short=is_short)
             if not self.is_heard:
@@ -733,6 +737,7 @@ class Stream:
         n_behind: int = 0,
         is_second: bool = False,
         is_short: bool = False,
+        size: int = 0,
     ) -> None:
         while (excess_s := self.lead_s - self._policy.pace_lead_s) > 0 and self._is_anybody_needy():
             await asyncio.sleep(min(max(excess_s, 1e-6), 0.01))
@@ -741,11 +746,13 @@ class Stream:
         # of fine and codec nobody knows whether a short beginning is a stream's or a later sentence's
         is_first = is_short or (not self.is_heard and not (stage == "semantic" and position))
         rank = POLICIES[stage].first if is_first else HURRIED if is_hurried else REST
-        is_crowded = stage in self._server.gpu.known and len(self._server.gpu.known[stage]) >= self._policy.crowded
+        known = self._server.gpu.known
+        is_crowded = len(known.get(stage, known["coarse"])) >= self._policy.crowded
         is_late = POLICIES[stage].is_second_first and is_crowded and not sentence.is_later
         if rank == HURRIED and (is_second or is_late):
-            rank = FIRST
+            rank = LAST if is_second and is_crowded and self._policy.halts_for_second else FIRST
         call = Call(stage, self, n_tokens, position, rank, is_new, sentence.is_later, sentence.is_cut_later, n_behind)
+        call.size = size if rank < REST and self._policy.shortest_first else 0
         if stage in self._server.gpu.known:
             if not position:
                 told_s = max(self.lead_s, 0.0) if sentence.is_later and self._policy.tells_lead else 0.0

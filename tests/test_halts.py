@@ -22,7 +22,9 @@ from barkstream.engines.workers import (
     POLICIES,
     REST,
     CausalWorker,
+    FineWorker,
     Worker,
+    at_once,
 )
 from barkstream.sampling import Sampling
 
@@ -203,6 +205,24 @@ def test_the_last_call_before_first_audio_halts_a_first_one(stage):
     thread.join()
 
 
+@pytest.mark.parametrize("n_streams", [CROWDED - 1, CROWDED])
+def test_in_a_crowd_the_codecs_call_for_a_second_chunk_ends_a_first_batch(stage, n_streams):
+    """There hardly a batch of coarse is without a first row, and a second chunk is due soon."""
+    turns = Turns()
+    engine, worker = stage(turns)
+    worker.submit([row(position=0)])
+    engine.begun(1)
+    codec = Worker(at_once(lambda calls: calls), 4, turns, POLICIES["codec"], lambda: n_streams)
+    thread = threading.Thread(target=codec.work)
+    thread.start()
+    answer = codec.submit([(np.zeros((8, 28), np.int32), np.ones(1, np.float32))])[0]
+    answer.result(LONG_S)
+    assert engine.n_halts == (n_streams >= CROWDED)
+    engine.let()
+    codec.close()
+    thread.join()
+
+
 CHUNKS = (
     (27, 0),
     (27, 1),
@@ -224,6 +244,8 @@ def test_ranks():
     chain = Chain(np.zeros((1, 257), np.int32), np.array([[60, 630]], np.int32))
     chunks = [(np.zeros((8, n), np.int32), np.full(9, state, np.float32)) for n, state in CHUNKS]
     assert [POLICIES["codec"].rank(chunk) for chunk in chunks] == [LAST, FIRST, HURRIED, HURRIED, REST, REST]
+    crowd = [POLICIES["codec"].rank(chunk, n_streams=CROWDED) for chunk in chunks]
+    assert crowd == [LAST, LAST, HURRIED, HURRIED, REST, REST]
     ranks = [POLICIES["fine"].rank(window(256, 256 - n)) for n in (30, 33, 66, 126)]
     assert ranks == [FIRST, HURRIED, HURRIED, REST]
     without_preset = [window(256, n_before, n_asked) for n_before, n_asked in ((0, 30), (27, 33), (54, 66), (114, 66))]
@@ -667,6 +689,22 @@ def test_a_worker_prepares_while_what_runs_goes_on_and_has_it_halted_when_prefil
     assert n_halts["semantic"] == 2
     other.let()
     engine.let()
+
+
+def test_of_equally_hurried_windows_the_shortest_go_first():
+    """Those of listeners who have the least in hand. Who is in no hurry goes in the order of coming."""
+    turns, batches = Turns(), []
+    fine = FineWorker(at_once(lambda windows: batches.append(windows) or windows), 2, turns, POLICIES["fine"])
+    thread = threading.Thread(target=fine.work)
+    thread.start()
+    with turns.turn(lambda: -1):
+        answers = fine.submit([window(256, 256 - n) for n in (126, 123, 93, 63, 33, 30)])
+    for answer in answers:
+        answer.result(LONG_S)
+    asked = [[256 - each.fill_from for each in batch] for batch in batches]
+    assert asked == [[30, 33], [63, 93], [126, 123]]
+    fine.close()
+    thread.join()
 
 
 def test_work_that_nothing_ends_is_waited_for():

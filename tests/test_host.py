@@ -21,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from barkstream.clients import BarkstreamError, Client
 from barkstream.engines import Chain, Row, by_windows
+from barkstream.engines.host import Host
 from barkstream.engines.hosted import HostedStage, sockets_folder
 from barkstream.engines.open import EngineError, Spec, open_stage
 from barkstream.export.codec_state import state_size
@@ -86,6 +87,20 @@ def test_stages_share_the_process_and_a_bad_artifact_is_its_own_stages_error(spe
     with pytest.raises(EngineError, match="another coarse stage"):
         HostedStage([spec("coarse", n_threads=1)])
     assert len(coarse.run([coarse_row()])[0].tokens) == 24
+
+
+def test_stages_whose_calls_do_not_say_whose_they_are_hear_of_how_many_streams_there_are(spec, tmp_path):
+    host = Host(tmp_path / "socket")
+    codec = host._open(spec("codec"))
+    assert codec._worker._n_streams() == 0  # no coarse stage
+    coarse = host._open(spec("coarse"))
+    for stream in (1, 2):
+        coarse.run(coarse_row(stream=stream)).result()
+    assert codec._worker._n_streams() == 2
+    coarse.release((1,)).result()
+    assert codec._worker._n_streams() == 1
+    for stage in (codec, coarse):
+        stage.close()
 
 
 def test_a_call_that_an_engine_cannot_run_is_its_callers_error_and_the_process_goes_on(spec):

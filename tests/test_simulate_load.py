@@ -145,6 +145,26 @@ def test_a_sentence_behind_a_short_one_leaves_no_gap():
     assert before["underruns"] > before["requests"] / 3 and now["underruns"] <= 1
 
 
+def test_in_a_crowd_second_chunks_are_there_where_their_calls_go_first():
+    """What a trace of a GPU said: their fine windows were behind longer ones, their codec's calls behind first batches of coarse."""
+    crowd = policy_of(
+        [
+            "slower=1.04",
+            "max_streams=60",
+            "pace_lead_s=3",
+            "semantic_instances=60",
+            "coarse_instances=60",
+            "sliding_window_len=60,60,120,360",
+        ]
+    )
+    as_before = replace(crowd, shortest_first=0, halts_for_second=0)
+    before, now = (
+        sum(simulate(each, COSTS["h100"], rate=8.5, duration_s=25, seed=seed)["underruns"] for seed in (2, 7))
+        for each in (as_before, crowd)
+    )
+    assert before >= 8 and now <= 2
+
+
 def test_longer_coarse_windows_spare_prefills_and_keys_and_begin_with_the_same_first_one():
     longer = policy_of(["sliding_window_len=60,60,120,180,180,310"])
     assert longer.windows[0][:4] == [(0, 60), (60, 60), (120, 120), (240, 180)] and longer.windows[0][-1][0] < 1500

@@ -42,7 +42,17 @@ from barkstream.engines.open import (
     use_gpu,
 )
 from barkstream.engines.turns import Turns
-from barkstream.engines.workers import POLICIES, CausalWorker, FineWorker, Work, Worker, at_once, measure
+from barkstream.engines.workers import (
+    N_TRIES,
+    N_TRIES_ON_CPU,
+    POLICIES,
+    CausalWorker,
+    FineWorker,
+    Work,
+    Worker,
+    at_once,
+    measure,
+)
 from barkstream.garbage import spare_what_is_here
 
 SWITCH_S = 0.0001  # threads hand Python over after so long: the one that has the next piece to launch must not wait
@@ -54,11 +64,13 @@ SAID = (ValueError, FileNotFoundError, EngineError)  # errors whose own words a 
 class Stage:
     """A stage's engine and its worker's thread."""
 
-    def __init__(self, spec: Spec, turns: Turns, has_begun: Callable[[int], bool]):
-        """has_begun: whether the stage behind this one has heard of a stream. Raises what opening the engine raises."""
+    def __init__(self, spec: Spec, turns: Turns, has_begun: Callable[[int], bool], n_streams: Callable[[], int]):
+        """has_begun: whether the stage behind this one has heard of a stream. n_streams: that the GPU's stages know. Raises what opening
+        the engine raises."""
         self.spec, self.n_users = spec, 0
-        self._turns, self._has_begun = turns, has_begun
+        self._turns, self._has_begun, self._n_streams = turns, has_begun, n_streams
         self.knows: Callable[[int], bool] = lambda stream: True  # whether a stream's calls have come
+        self.n_known: Callable[[], int] = lambda: 0  # of how many they have
         self._n_slots: Callable[[], int] = lambda: 0
         self._release: Callable[..., None] = lambda *streams: None
         self._drop = self._release
@@ -109,10 +121,12 @@ class Stage:
         engine: Any = open_stage(spec)
         start = at_once(getattr(engine, VERBS[spec.stage])) if is_cpu(spec.engine) else engine.start
         if spec.stage == "fine" or spec.stage == "codec":
-            return (FineWorker if spec.stage == "fine" else Worker)(start, spec.max_batch, self._turns, policy)
+            worker_of = FineWorker if spec.stage == "fine" else Worker
+            return worker_of(start, spec.max_batch, self._turns, policy, self._n_streams)
         n_ids = 2 if spec.stage == "semantic" else 1
         prefix = np.zeros((prefix_lengths(spec.stage, spec.checkpoint)[-1] + 1, n_ids), np.int32)
-        costs = measure(engine.generate, engine.release, prefix, engine.row_counts)
+        n_tries = N_TRIES_ON_CPU if is_cpu(spec.engine) else N_TRIES
+        costs = measure(engine.generate, engine.release, prefix, engine.row_counts, n_tries)
         self._n_slots, self._release = lambda: engine.n_owned_slots, engine.release
         worker = CausalWorker(
             start,
@@ -127,7 +141,7 @@ class Stage:
             None if is_cpu(spec.engine) else engine.halt,
             self._has_begun,
         )
-        self._drop, self.knows = worker.drop, worker.knows
+        self._drop, self.knows, self.n_known = worker.drop, worker.knows, worker.n_known
         return worker
 
 
@@ -203,7 +217,8 @@ class Host:
     def _open(self, spec: Spec) -> Stage:
         stage = self._stages.get(spec.stage)
         if stage is None:
-            stage = self._stages[spec.stage] = Stage(spec, self._turns, partial(self._has_begun, spec.stage))
+            has_begun = partial(self._has_begun, spec.stage)
+            stage = self._stages[spec.stage] = Stage(spec, self._turns, has_begun, self._n_streams)
         if stage.spec != spec:
             raise EngineError(
                 f"GPU {spec.device} has another {spec.stage} stage open: one server, one repository a GPU"
@@ -215,6 +230,11 @@ class Host:
         """Whether the stage behind a stage, if it waits for one, knows a stream."""
         coarse = self._stages.get("coarse") if stage == "semantic" else None
         return coarse is None or coarse.knows(stream)
+
+    def _n_streams(self) -> int:
+        """Those whose coarse calls have come."""
+        coarse = self._stages.get("coarse")
+        return coarse.n_known() if coarse else 0
 
     def _left(self, line: Line) -> None:
         with self._lock:

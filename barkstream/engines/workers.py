@@ -32,7 +32,7 @@ LAST, FIRST, HURRIED, REST = range(4)
 COMFORTABLE_S = 1.5  # who has more made that has not been played does not go along with those
 AT_LEISURE_S = 2.0  # with more of the sentences before in hand a listener's next one may take its time
 BUSY = 24  # with so many streams known everybody does, and more rows
-CROWDED = 36  # with so many a second window is as urgent as a first: first chunks are held (pacing.py), and it is the second that is late
+CROWDED = 36  # with so many second chunks are as urgent as first: those are held (pacing.py), and it is the second that is late
 TIGHT_S = 2.0  # while somebody has less than this made that has not been played, batches are no larger
 TIGHT_BATCH_S = 0.1  # than what takes so long for half a window, or this many rows:
 FEW = 4
@@ -42,7 +42,7 @@ HURRIED_BATCH_S = 0.06
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
 CHUNK, WINDOW = 120, 512  # frames of a listener's chunk, and of the window that it is filled in, at most
-STEPS_TIMED, N_TRIES = (8, 24), 5
+STEPS_TIMED, N_TRIES, N_TRIES_ON_CPU = (8, 24), 5, 2  # on a CPU a try takes seconds
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
@@ -74,8 +74,11 @@ class Policy(Generic[Call]):
     hurried: int  # urgency with such a call
     urgency: int  # without, but with company
     first: int = FIRST  # or LAST: rank of those
-    # The last call before a listener's second chunk, which is due soon: it takes next to nothing, and ranks as FIRST.
+    # The last call before a listener's second chunk, which is due soon: it takes next to nothing, and ranks as FIRST. While CROWDED streams
+    # are known as LAST: of coarse's batches there, which take 60 ms, hardly one is without a row of FIRST, and nobody of that rank ends it.
     is_second: Callable[[Call], bool] = lambda call: False
+    # Of equally hurried calls those with less of this go first, whose listeners have less in hand; then the oldest.
+    size: Callable[[Call], int] = lambda call: 0
     first_batch: int = 12  # rows of a batch with such a call, others that are such aside: with more it takes longer
     busy_first_batch: int = 12  # the same with BUSY streams, or
     first_batch_share: float = 0.0  # so many of them, if that is more: first audio comes later, and more is made
@@ -94,11 +97,13 @@ class Policy(Generic[Call]):
     is_beginning: Callable[[Call], bool] = lambda call: False
     is_long: Callable[[Call], bool] = lambda call: False
 
-    def rank(self, call: Call) -> int:
-        """LAST, FIRST, HURRIED or REST."""
+    def rank(self, call: Call, n_streams: int = 0) -> int:
+        """LAST, FIRST, HURRIED or REST, while so many streams are known."""
         if self.is_first(call):
             return self.first
-        return FIRST if self.is_second(call) else HURRIED if self.is_hurried(call) else REST
+        if self.is_second(call):
+            return LAST if n_streams >= CROWDED else FIRST
+        return HURRIED if self.is_hurried(call) else REST
 
     def most_with_first(self, n_streams: int) -> int:
         """Rows of a batch with a first call while so many streams are known."""
@@ -136,6 +141,7 @@ POLICIES: dict[str, Policy[Any]] = {
         lambda window: window.n_frames <= WINDOW and n_asked(window) <= 96,
         hurried=1,
         urgency=1,
+        size=n_asked,
         company=4,
         patience_s=0.04,
         is_long=lambda window: window.n_frames > WINDOW,
@@ -195,8 +201,8 @@ class Work:
 class _Pending(Generic[Call, Result]):
     """A call that waits, or is under way."""
 
-    def __init__(self, call: Call, rank: int):
-        self.call, self.rank = call, rank
+    def __init__(self, call: Call, rank: int, size: int = 0):
+        self.call, self.rank, self.size = call, rank, size
         self.came_s = self.since_s = time.monotonic()  # the latter: since when it waits, for its next piece
         self.is_left = False  # its listener has gone
         self.drawn: list[Ints] = []  # a row's tokens so far, piece by piece
@@ -210,9 +216,17 @@ class _Pending(Generic[Call, Result]):
 class Worker(Generic[Call, Result]):
     """Runs the calls that wait, up to max_batch together: those of the lowest rank, then the oldest. Callers' threads share it."""
 
-    def __init__(self, start: Start[Call, Result], max_batch: int, turns: Turns, policy: Policy[Call]):
-        """start: used by one thread at a time, in its turn."""
+    def __init__(
+        self,
+        start: Start[Call, Result],
+        max_batch: int,
+        turns: Turns,
+        policy: Policy[Call],
+        n_streams: Callable[[], int] = lambda: 0,
+    ):
+        """start: used by one thread at a time, in its turn. n_streams: that are known, of a stage whose calls do not say whose they are."""
         self._start, self._max_batch, self._turns, self._policy = start, max_batch, turns, policy
+        self._n_streams = n_streams
         self._changed = threading.Condition()
         self._waiting: list[_Pending[Call, Result]] = []
         self._errands: list[tuple[Callable[[], Any], Future[Any]]] = []
@@ -224,10 +238,15 @@ class Worker(Generic[Call, Result]):
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
         """Results to come, in order."""
-        return self._submit(calls, [self._policy.rank(call) for call in calls])
+        n_streams = self._n_streams()
+        return self._submit(calls, [self._policy.rank(call, n_streams) for call in calls])
 
     def _submit(self, calls: Sequence[Call], ranks: Sequence[int]) -> list[Future[Result]]:
-        pending = [_Pending[Call, Result](call, rank) for call, rank in zip(calls, ranks, strict=True)]
+        size = self._policy.size
+        pending = [
+            _Pending[Call, Result](call, rank, size(call) if rank < REST else 0)
+            for call, rank in zip(calls, ranks, strict=True)
+        ]
         with self._changed:
             self._waiting += pending
             self._changed.notify()
@@ -357,7 +376,7 @@ class Worker(Generic[Call, Result]):
 
     def _next_batch(self) -> list[_Pending[Call, Result]]:
         with self._changed:
-            waiting = sorted(self._waiting, key=lambda each: each.rank)
+            waiting = sorted(self._waiting, key=lambda each: (each.rank, each.size))
             batch, self._waiting = waiting[: self._max_batch], waiting[self._max_batch :]
         return batch
 
@@ -449,6 +468,10 @@ class CausalWorker(Worker[Row, Generation]):
     def knows(self, stream: int) -> bool:
         """Whether calls of the stream have come, and it is not over."""
         return stream in self._began_s
+
+    def n_known(self) -> int:
+        """Streams."""
+        return len(self._began_s)
 
     def drop(self, *streams: int) -> None:
         """Their listeners have left: rows that wait are answered at once with what there is of them. A piece under way with one of them is
@@ -680,6 +703,7 @@ def measure(
     release: Callable[..., None],
     prefix: Ints,
     row_counts: Sequence[int],
+    n_tries: int = N_TRIES,
 ) -> Costs:
     """Costs of rows behind prefixes [S, C]; a step's is by what more steps take longer. The least of some tries, for while a server
     starts its CPUs have much to do.
@@ -696,7 +720,7 @@ def measure(
 
     for n_rows in sorted({*row_counts, *(n + 1 for n in row_counts if n < max(row_counts))}):
         streams, tries = range(-n_rows, 0), []
-        for i in range(N_TRIES):
+        for i in range(n_tries):
             # Other ids than last time: a slot that is free still holds what it held.
             ids = prefix + (len(costs.steps_s) + i) % 2
             tries.append([took_s(ids, streams, n) for n in (1, *STEPS_TIMED)])  # the first prefills
