@@ -12,9 +12,10 @@ PERF = Path(__file__).resolve().parents[1] / "perf"
 sys.path[:0] = [str(PERF), str(PERF / "pretended")]
 
 from gpu_costs import COSTS, KEYS, PREFIX, prefix_share, together  # noqa: E402
-from pretended_engines import CausalEngine, Gpu  # noqa: E402
+from pretended_engines import CausalEngine, CodecEngine, Gpu  # noqa: E402
 
 from barkstream.engines import Head, Row  # noqa: E402
+from barkstream.engines.workers import FIRST, LAST, POLICIES  # noqa: E402
 from barkstream.sampling import COARSE, Sampling  # noqa: E402
 
 H100 = COSTS["h100"]
@@ -53,6 +54,13 @@ def test_more_than_go_at_once_take_as_long_as_their_parts():
     assert together((1.0, 1.5, 1.8), 2) == 1.5
     assert together((1.0, 1.5, 1.8), 7) == pytest.approx(2 * 1.8 + 1.0)
     assert (prefix_share(PREFIX), prefix_share(1)) == (1.0, 1 / 7)
+
+
+def test_a_second_chunk_is_none_that_nothing_stands_before():
+    codec, codes = CodecEngine(Gpu(H100)), np.zeros((8, 28), np.int32)
+    first = (codes, np.zeros(9, np.float32))
+    ((_, state),) = codec.start([first])()
+    assert [POLICIES["codec"].rank(each) for each in (first, (codes, state))] == [LAST, FIRST]
 
 
 def test_slower_kernels_take_longer_whatever_they_do():

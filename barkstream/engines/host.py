@@ -41,6 +41,7 @@ from barkstream.engines.open import (
     tokens_a_second,
     use_gpu,
 )
+from barkstream.engines.trace import open_trace
 from barkstream.engines.turns import Turns
 from barkstream.engines.workers import (
     N_TRIES,
@@ -106,6 +107,7 @@ class Stage:
             with self._turns.turn(lambda: 0):
                 began = time.monotonic()
                 self._worker = self._open()
+                self._worker.trace = open_trace(self.spec.stage, self.spec.device)
                 print(
                     f"GPU {self.spec.device}: {self.spec.stage} open after {time.monotonic() - began:.1f} s{memory(self.spec)}"
                 )

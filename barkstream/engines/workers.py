@@ -235,6 +235,7 @@ class Worker(Generic[Call, Result]):
         self._took_s: dict[int, float] = {}  # by the number of calls: the latest such batch
         self._owed: list[tuple[Future[Result], Result]] = []  # answers that nobody is in a hurry for
         self.work_done = Work()
+        self.trace: Callable[[Sequence[_Pending[Call, Result]], Turn], None] | None = None  # is told of each batch
 
     def submit(self, calls: Sequence[Call]) -> list[Future[Result]]:
         """Results to come, in order."""
@@ -284,6 +285,8 @@ class Worker(Generic[Call, Result]):
                 self._turn = None
             self._took_s[len(batch)] = turn.busy_s
             self.work_done += Work(1, len(batch), turn.busy_s)
+            if self.trace:
+                self.trace(batch, turn)
             self._settle(batch, results)
 
     def _try(self, batch: Sequence[_Pending[Call, Result]], turn: Turn) -> Sequence[Result] | Exception:

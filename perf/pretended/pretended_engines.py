@@ -202,7 +202,8 @@ class CodecEngine:
 
         def finish() -> list[tuple[Floats, Floats]]:
             self._gpu.wait(work)
-            return [(np.full(codes.shape[1] * 320, 0.1, np.float32), state) for codes, state in chunks]  # audible
+            # audible; and only a sentence's first chunk has a state of zeros (`POLICIES`)
+            return [(np.full(codes.shape[1] * 320, 0.1, np.float32), np.ones_like(state)) for codes, state in chunks]
 
         return finish
 
@@ -216,7 +217,7 @@ def install() -> None:
         head = Head.semantic(checkpoint.semantic) if stage == "semantic" else Head.coarse(checkpoint.coarse)
         return CausalEngine(gpu, stage, head)
 
-    def measure(generate: Any, release: Any, prefix: Ints, row_counts: Any) -> workers.Costs:
+    def measure(generate: Any, release: Any, prefix: Ints, row_counts: Any, n_tries: int = 0) -> workers.Costs:
         """Known: while a server starts, Python takes more time than any GPU."""
         stage, counts = generate.__self__._stage, range(1, 33)
         steps_s, prefills_s = (
