@@ -33,6 +33,19 @@ def test_nothing_is_told_unless_a_file_is_named(monkeypatch):
     assert open_trace("coarse", 0) is None
 
 
+def test_what_cannot_be_written_is_said_once_and_stops_no_stage(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(TRACE, str(tmp_path / "none" / "trace"))
+    assert open_trace("coarse", 0) is None
+    assert "no trace of coarse: [Errno 2] No such file or directory" in capfd.readouterr().err
+    monkeypatch.setenv(TRACE, "/dev/full")
+    tell = open_trace("codec", 0)
+    with Turns().turn(lambda: 0) as turn:
+        pass
+    for _ in range(2):
+        tell([], turn)
+    assert capfd.readouterr().err == "no more of the trace of codec: [Errno 28] No space left on device\n"
+
+
 def test_a_stage_tells_of_each_batch(repository, tmp_path, monkeypatch):
     monkeypatch.setenv(TRACE, str(tmp_path / "trace"))
     folder = repository / "bark_codec" / "1"

@@ -5,13 +5,14 @@
 
 Seconds of time.monotonic() (the machine's, so all processes have the same), `since_s`: since when the call waited, for its first piece
 or its next; `rank`: of `workers.py`, 0 goes first. GPTs' rows have stream, position and n_tokens in place of n_frames. A fine window's
-n_frames are those that it asks for. `perf/trace_report.py` makes a table of it.
+n_frames are those that it asks for. A file that cannot be written is told of once, and no more. `perf/trace_report.py` makes a table of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,13 +28,21 @@ Tell = Callable[[Sequence[Any], Turn], None]  # of a batch's calls, with rank, c
 
 
 def open_trace(stage: str, gpu: int) -> Tell | None:
-    """What a stage's worker tells of its batches; None unless BARKSTREAM_TRACE says where. Raises OSError if it cannot be written."""
+    """What a stage's worker tells of its batches; None unless BARKSTREAM_TRACE says where, and that can be written."""
     path = os.environ.get(TRACE)
     if not path:
         return None
-    file = open(path, "a", buffering=1)  # noqa: SIM115  # for as long as the process lives
+    try:
+        file = open(path, "ab", buffering=0)  # noqa: SIM115  # for as long as the process lives
+    except OSError as error:
+        print(f"no trace of {stage}: {error}", file=sys.stderr, flush=True)
+        return None
+    is_written = True
 
     def tell(batch: Sequence[Any], turn: Turn) -> None:
+        nonlocal is_written
+        if not is_written:
+            return
         told = {
             "gpu": gpu,
             "stage": stage,
@@ -50,7 +59,11 @@ def open_trace(stage: str, gpu: int) -> Tell | None:
                 for each in batch
             ],
         }
-        file.write(json.dumps(told) + "\n")
+        try:
+            file.write(json.dumps(told).encode() + b"\n")
+        except OSError as error:  # a full disk must not stop the stage
+            is_written = False
+            print(f"no more of the trace of {stage}: {error}", file=sys.stderr, flush=True)
 
     return tell
 

@@ -214,7 +214,8 @@ class _Pending(Generic[Call, Result]):
 
 
 class Worker(Generic[Call, Result]):
-    """Runs the calls that wait, up to max_batch together: those of the lowest rank, then the oldest. Callers' threads share it."""
+    """Runs the calls that wait, up to max_batch together: those of the lowest rank, of equally hurried ones the shortest, then the oldest.
+    Callers' threads share it."""
 
     def __init__(
         self,
