@@ -207,13 +207,13 @@ def test_the_last_call_before_first_audio_halts_a_first_one(stage):
 
 @pytest.mark.parametrize("n_streams", [CROWDED - 1, CROWDED])
 def test_in_a_crowd_the_codecs_call_for_a_second_chunk_ends_a_first_batch(stage, n_streams):
-    """There hardly a batch of coarse is without a first row, and a second chunk is due soon."""
+    """There most of coarse's batches have a row that ranks as first, and a second chunk is due soon."""
     turns = Turns()
     engine, worker = stage(turns)
     worker.submit([row(position=0)])
     engine.begun(1)
     codec = Worker(at_once(lambda calls: calls), 4, turns, POLICIES["codec"], lambda: n_streams)
-    thread = threading.Thread(target=codec.work)
+    thread = threading.Thread(target=codec.work, daemon=True)
     thread.start()
     answer = codec.submit([(np.zeros((8, 28), np.int32), np.ones(1, np.float32))])[0]
     answer.result(LONG_S)
@@ -695,7 +695,7 @@ def test_of_equally_hurried_windows_the_shortest_go_first():
     """Those of listeners who have the least in hand. Who is in no hurry goes in the order of coming."""
     turns, batches = Turns(), []
     fine = FineWorker(at_once(lambda windows: batches.append(windows) or windows), 2, turns, POLICIES["fine"])
-    thread = threading.Thread(target=fine.work)
+    thread = threading.Thread(target=fine.work, daemon=True)
     thread.start()
     with turns.turn(lambda: -1):
         answers = fine.submit([window(256, 256 - n) for n in (126, 123, 93, 63, 33, 30)])

@@ -70,7 +70,7 @@ def test_of_a_row_each_piece_is_told_with_what_it_waited_since(tmp_path, monkeyp
     # steps of 5 ms: pieces of 15 tokens
     worker = CausalWorker(engine, lambda *streams: None, 4, Turns(), POLICIES["coarse"], lambda n_rows: 0.005)
     worker.trace = open_trace("coarse", 1)
-    thread = threading.Thread(target=worker.work)
+    thread = threading.Thread(target=worker.work, daemon=True)
     thread.start()
     row = Row(np.zeros((5, 1), np.int32), 30, 600, Sampling(), 7)
     assert len(worker.submit([row])[0].result(10).tokens) == 30

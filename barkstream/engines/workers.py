@@ -75,7 +75,7 @@ class Policy(Generic[Call]):
     urgency: int  # without, but with company
     first: int = FIRST  # or LAST: rank of those
     # The last call before a listener's second chunk, which is due soon: it takes next to nothing, and ranks as FIRST. While CROWDED streams
-    # are known as LAST: of coarse's batches there, which take 60 ms, hardly one is without a row of FIRST, and nobody of that rank ends it.
+    # are known as LAST: two of three of coarse's batches there, which take 60 ms, have a row of FIRST, and nobody of that rank ends them.
     is_second: Callable[[Call], bool] = lambda call: False
     # Of equally hurried calls those with less of this go first, whose listeners have less in hand; then the oldest.
     size: Callable[[Call], int] = lambda call: 0
