@@ -4,7 +4,8 @@
     python3 perf/trace_report.py trace.jsonl [--from S] [--to S]
 
 By stage and kind of call: how many pieces, and how long they waited for their turn, ms. A kind is a rank (0 goes first, 3 last), and of
-fine and codec the frames asked for; those of fewer than 5 calls are left out. Then by stage: batches, their rows and ms, and how many were halted. Last line JSON.
+fine and codec the frames asked for; those of fewer than 5 calls are left out. Then by stage: batches, their rows and ms, and how many
+were halted. Last line JSON.
 """
 
 from __future__ import annotations
