@@ -96,6 +96,7 @@ class Policy:
     first_batch_share: float = POLICIES["coarse"].first_batch_share
     crowded: int = CROWDED  # streams live; with as many second windows rank as first ones
     semantic_first_batch: int = POLICIES["semantic"].first_batch
+    fine_first_batch: int = POLICIES["fine"].first_batch
     max_streams: int = 1000
     max_backlog_s: float = math.inf  # of `Backlog`
     slower: float = 1.0  # kernels take so many times as long
@@ -494,7 +495,9 @@ class Gpu:
         self._hurry_old(stage)
         calls = self._waiting[stage]
         if stage in ("codec", "fine"):
-            return sorted(calls, key=lambda call: (call.rank, call.size, call.since_s))[: MAX_BATCH[stage]]
+            chosen = sorted(calls, key=lambda call: (call.rank, call.size, call.since_s))[: MAX_BATCH[stage]]
+            n_first = sum(call.rank <= FIRST for call in chosen)
+            return chosen[: max(n_first, self._policy.fine_first_batch)] if stage == "fine" and n_first else chosen
         is_tight = min(call.slack_s for call in calls) < self._policy.tight_s
         batch: list[Call] = []
         is_busy = len(self.known[stage]) >= self._policy.busy

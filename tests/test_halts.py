@@ -707,6 +707,22 @@ def test_of_equally_hurried_windows_the_shortest_go_first():
     thread.join()
 
 
+@pytest.mark.parametrize("n_first", [0, 1, 6])
+def test_few_fine_windows_go_along_with_a_first_one(n_first):
+    """Each adds to what somebody waits for who has no audio yet; those who have none go together."""
+    turns, batches = Turns(), []
+    fine = FineWorker(at_once(lambda windows: batches.append(len(windows)) or windows), 8, turns, POLICIES["fine"])
+    thread = threading.Thread(target=fine.work, daemon=True)
+    thread.start()
+    with turns.turn(lambda: -1):
+        answers = fine.submit([window(256, 256 - n) for n in (*[63] * (9 - n_first), *[30] * n_first)])
+    for answer in answers:
+        answer.result(LONG_S)
+    assert batches == {0: [8, 1], 1: [4, 5], 6: [6, 3]}[n_first]
+    fine.close()
+    thread.join()
+
+
 def test_work_that_nothing_ends_is_waited_for():
     turns = Turns()
     with turns.turn(lambda: 4) as turn:

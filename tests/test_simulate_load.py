@@ -157,7 +157,7 @@ def test_in_a_crowd_second_chunks_are_there_where_their_calls_go_first():
             "sliding_window_len=60,60,120,360",
         ]
     )
-    as_before = replace(crowd, shortest_first=0, halts_for_second=0)
+    as_before = replace(crowd, shortest_first=0, halts_for_second=0, fine_first_batch=8)
     before, now = (
         sum(simulate(each, COSTS["h100"], rate=8.5, duration_s=25, seed=seed)["underruns"] for seed in (2, 7))
         for each in (as_before, crowd)

@@ -142,6 +142,8 @@ POLICIES: dict[str, Policy[Any]] = {
         hurried=1,
         urgency=1,
         size=n_asked,
+        first_batch=4,
+        busy_first_batch=4,
         company=4,
         patience_s=0.04,
         is_long=lambda window: window.n_frames > WINDOW,
@@ -215,7 +217,7 @@ class _Pending(Generic[Call, Result]):
 
 class Worker(Generic[Call, Result]):
     """Runs the calls that wait, up to max_batch together: those of the lowest rank, of equally hurried ones the shortest, then the oldest.
-    Callers' threads share it."""
+    With somebody's first few of the others go. Callers' threads share it."""
 
     def __init__(
         self,
@@ -381,7 +383,10 @@ class Worker(Generic[Call, Result]):
     def _next_batch(self) -> list[_Pending[Call, Result]]:
         with self._changed:
             waiting = sorted(self._waiting, key=lambda each: (each.rank, each.size))
-            batch, self._waiting = waiting[: self._max_batch], waiting[self._max_batch :]
+            n = self._max_batch
+            if n_first := sum(each.rank <= FIRST for each in waiting):
+                n = min(n, max(n_first, self._policy.most_with_first(self._n_streams())))
+            batch, self._waiting = waiting[:n], waiting[n:]
         return batch
 
     def _settle(self, batch: list[_Pending[Call, Result]], results: Sequence[Result] | Exception) -> None:
