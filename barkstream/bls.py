@@ -80,7 +80,8 @@ class TritonStages:
 
     wait_turn: called before every call; returns when it is this stream's turn, raises Cancelled when its listener has left.
     key: of the stream, for fine and codec stages that want to know it; None: they don't.
-    lead_s: seconds of audio that the listener has in hand, for causal stages, where a sentence begins; None: they need not know.
+    lead_s: seconds of audio that the listener has in hand, -infinity before the first, for causal stages, where a sentence begins, and
+    the codec; None: they need not know.
     """
 
     def __init__(
@@ -141,9 +142,10 @@ class TritonStages:
         return self._infer("bark_fine", inputs, "filled")[0]
 
     def codec(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:
-        audio, next_state = self._infer(
-            "bark_codec", dict(codes=codes, state=state, **self._key), "audio", "next_state"
-        )
+        inputs = dict(codes=codes, state=state, **self._key)
+        if self._lead_s is not None and math.isfinite(lead_s := self._lead_s()):
+            inputs["lead_s"] = np.array([lead_s], np.float32)
+        audio, next_state = self._infer("bark_codec", inputs, "audio", "next_state")
         return audio, next_state
 
     def codec_state(self) -> Floats:
@@ -254,7 +256,7 @@ class CodecStage:
         state = call["state"]
         if np.array_equal(state, [0]):  # a new stream's: the profile's warm-up does not know its size
             state = np.zeros(state_size(self._layout), np.float32)
-        chunk = call["codes"], state
+        chunk = Chunk(call["codes"], state, call["lead_s"][0].item() if "lead_s" in call else math.inf)
         check_chunk(chunk, self._layout)
         return chunk
 

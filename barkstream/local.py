@@ -7,7 +7,7 @@ from threading import Lock
 
 import numpy as np
 
-from barkstream.engines import Chain, Row, Window, Windows, by_windows, one_by_one
+from barkstream.engines import Chain, Chunk, Row, Window, Windows, by_windows, one_by_one
 from barkstream.engines.open import open_causal, open_codec, open_fine
 from barkstream.export.codec_state import state_size
 from barkstream.options import Schedule
@@ -77,7 +77,7 @@ class LocalStages:
         return one_by_one(self._fine.fill, [windows])[0]
 
     def codec(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:
-        return self._codec.decode([(codes, state)])[0]
+        return self._codec.decode([Chunk(codes, state)])[0]
 
     def codec_state(self) -> Floats:
         return np.zeros(state_size(self.checkpoint.codec), np.float32)

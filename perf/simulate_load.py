@@ -43,6 +43,7 @@ from barkstream.engines.workers import (  # noqa: E402
     BUSY,
     COMFORTABLE_S,
     CROWDED,
+    DUE_S,
     FEW,
     FIRST,
     HURRIED,
@@ -128,6 +129,7 @@ class Policy:
     tells_lead: int = 1  # 0: stages do not know what listeners have in hand when such a sentence begins
     tells_due: int = 1  # 0: nor, of semantic calls, which window waits for them
     shortest_first: int = 1  # 0: of equally hurried fine calls the oldest go first
+    codec_due_s: float = DUE_S  # -inf: the codec is not told what listeners have in hand
     halts_for_second: int = 1  # 0: the codec's call for a second chunk ends nobody's first batch, in a crowd either
 
     def most_with_first(self, stage: str, n_known: int) -> int:
@@ -754,6 +756,8 @@ class Stream:
         is_late = POLICIES[stage].is_second_first and is_crowded and not sentence.is_later
         if rank == HURRIED and (is_second or is_late):
             rank = LAST if is_second and is_crowded and self._policy.halts_for_second else FIRST
+        if stage == "codec" and -math.inf < self.lead_s < self._policy.codec_due_s:
+            rank = LAST
         call = Call(stage, self, n_tokens, position, rank, is_new, sentence.is_later, sentence.is_cut_later, n_behind)
         call.size = size if rank < REST and self._policy.shortest_first else 0
         if stage in self._server.gpu.known:

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from barkstream import gpt  # noqa: E402
-from barkstream.engines import Window  # noqa: E402
+from barkstream.engines import Chunk, Window  # noqa: E402
 from barkstream.engines.cuda_codec import CodecEngine, Decoder  # noqa: E402
 from barkstream.engines.cuda_fine import FineEngine  # noqa: E402
 from barkstream.engines.kernels.graphs import capture  # noqa: E402
@@ -213,7 +213,7 @@ def test_chunks_of_many_streams_equal_the_whole(codec, warm):
     states = [np.zeros(state_size(CODEC), np.float32) for _ in streams]
     heard = [[] for _ in streams]
     for a, b in ((0, 24), (24, 54), (54, 84)):
-        decoded = engine.decode([(codes[:, a:b], state) for codes, state in zip(streams, states, strict=True)])
+        decoded = engine.decode([Chunk(codes[:, a:b], state) for codes, state in zip(streams, states, strict=True)])
         for i, (audio, state) in enumerate(decoded):
             heard[i].append(audio)
             states[i] = state
@@ -229,7 +229,7 @@ def test_a_long_chunk_is_decoded_in_pieces(codec):
     engine.warm_up([8, 24])
     codes = [np.random.randint(0, 1024, (8, n)).astype(np.int32) for n in (101, 26)]  # 24 x 4, 5; 24, 2
     state = np.zeros(state_size(CODEC), np.float32)
-    for given, (audio, next_state) in zip(codes, engine.decode([(c, state) for c in codes]), strict=True):
+    for given, (audio, next_state) in zip(codes, engine.decode([Chunk(c, state) for c in codes]), strict=True):
         with torch.inference_mode():
             expected, expected_state = twin(torch.from_numpy(given[None]), torch.from_numpy(state[None]))
         scale = expected.abs().max().item()
@@ -243,7 +243,7 @@ def test_with_graphs_for_all_that_is_left_over_a_stream_may_begin_with_any_lengt
     engine, twin = CodecEngine(weights, CODEC, max_batch=1), Decoder(weights, CODEC, device="cpu")
     engine.warm_up([1, 2, 4, 8])
     codes = np.random.randint(0, 1024, (8, n)).astype(np.int32)
-    audio, _ = engine.decode([(codes, np.zeros(state_size(CODEC), np.float32))])[0]
+    audio, _ = engine.decode([Chunk(codes, np.zeros(state_size(CODEC), np.float32))])[0]
     with torch.inference_mode():
         expected = twin(torch.from_numpy(codes[None]), torch.zeros(1, state_size(CODEC)))[0][0].numpy()
     np.testing.assert_allclose(audio / np.abs(expected).max(), expected / np.abs(expected).max(), atol=1e-4)
@@ -252,7 +252,7 @@ def test_with_graphs_for_all_that_is_left_over_a_stream_may_begin_with_any_lengt
 def test_chunks_of_different_lengths_share_a_call(codec):
     engine, _ = codec
     state = np.zeros(state_size(CODEC), np.float32)
-    chunks = [(np.random.randint(0, 1024, (8, n)).astype(np.int32), state) for n in (7, 24, 7, 30, 24, 7, 7, 7)]
+    chunks = [Chunk(np.random.randint(0, 1024, (8, n)).astype(np.int32), state) for n in (7, 24, 7, 30, 24, 7, 7, 7)]
     alone = [engine.decode([chunk])[0] for chunk in chunks]
     for (audio, next_state), (expected, expected_state) in zip(engine.decode(chunks), alone, strict=True):
         scale = np.abs(expected).max()
@@ -264,9 +264,9 @@ def test_a_chunk_that_does_not_fit_is_refused(codec):
     engine, _ = codec
     state = np.zeros(state_size(CODEC), np.float32)
     with pytest.raises(ValueError, match=r"codes must be \[8"):
-        engine.decode([(np.zeros((7, 10), np.int32), state)])
+        engine.decode([Chunk(np.zeros((7, 10), np.int32), state)])
     with pytest.raises(ValueError, match="state must be"):
-        engine.decode([(np.zeros((8, 10), np.int32), state[1:])])
+        engine.decode([Chunk(np.zeros((8, 10), np.int32), state[1:])])
 
 
 @pytest.fixture(scope="module")

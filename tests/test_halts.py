@@ -9,13 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from barkstream.engines import Chain, Generation, Row, Window
+from barkstream.engines import Chain, Chunk, Generation, Row, Window
 from barkstream.engines.turns import AT_ONCE, FOLLOW_S, HEAD_START_S, LONE, Launch, Turns
 from barkstream.engines.workers import (
     AT_LEISURE_S,
     BUSY,
     COMFORTABLE_S,
     CROWDED,
+    DUE_S,
     FIRST,
     HURRIED,
     LAST,
@@ -199,7 +200,7 @@ def test_the_last_call_before_first_audio_halts_a_first_one(stage):
     codec = Worker(lambda calls: lambda: said.extend(calls) or calls, 4, turns, POLICIES["codec"])
     thread = threading.Thread(target=codec.work)
     thread.start()
-    codec.submit([(np.zeros((8, 24), np.int32), np.zeros(1, np.float32))])[0].result(LONG_S)
+    codec.submit([Chunk(np.zeros((8, 24), np.int32), np.zeros(1, np.float32))])[0].result(LONG_S)
     assert engine.n_halts == 1 and len(said) == 1
     codec.close()
     thread.join()
@@ -215,7 +216,7 @@ def test_in_a_crowd_the_codecs_call_for_a_second_chunk_ends_a_first_batch(stage,
     codec = Worker(at_once(lambda calls: calls), 4, turns, POLICIES["codec"], lambda: n_streams)
     thread = threading.Thread(target=codec.work, daemon=True)
     thread.start()
-    answer = codec.submit([(np.zeros((8, 28), np.int32), np.ones(1, np.float32))])[0]
+    answer = codec.submit([Chunk(np.zeros((8, 28), np.int32), np.ones(1, np.float32))])[0]
     answer.result(LONG_S)
     assert engine.n_halts == (n_streams >= CROWDED)
     engine.let()
@@ -242,10 +243,12 @@ def window(n_frames, n_before, n_asked=None):
 
 def test_ranks():
     chain = Chain(np.zeros((1, 257), np.int32), np.array([[60, 630]], np.int32))
-    chunks = [(np.zeros((8, n), np.int32), np.full(9, state, np.float32)) for n, state in CHUNKS]
+    chunks = [Chunk(np.zeros((8, n), np.int32), np.full(9, state, np.float32)) for n, state in CHUNKS]
     assert [POLICIES["codec"].rank(chunk) for chunk in chunks] == [LAST, FIRST, HURRIED, HURRIED, REST, REST]
     crowd = [POLICIES["codec"].rank(chunk, n_streams=CROWDED) for chunk in chunks]
     assert crowd == [LAST, LAST, HURRIED, HURRIED, REST, REST]
+    in_hand = [(n, POLICIES["codec"].rank(chunks[4]._replace(lead_s=n))) for n in (-1.0, 0.5 * DUE_S, 1.5 * DUE_S)]
+    assert in_hand == [(-1.0, LAST), (0.5 * DUE_S, LAST), (1.5 * DUE_S, REST)]
     ranks = [POLICIES["fine"].rank(window(256, 256 - n)) for n in (30, 33, 66, 126)]
     assert ranks == [FIRST, HURRIED, HURRIED, REST]
     without_preset = [window(256, n_before, n_asked) for n_before, n_asked in ((0, 30), (27, 33), (54, 66), (114, 66))]

@@ -20,7 +20,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from barkstream.clients import BarkstreamError, Client
-from barkstream.engines import Chain, Row, by_windows
+from barkstream.engines import Chain, Chunk, Row, by_windows
 from barkstream.engines.host import Host
 from barkstream.engines.hosted import HostedStage, sockets_folder
 from barkstream.engines.open import EngineError, Spec, open_stage
@@ -106,7 +106,7 @@ def test_stages_whose_calls_do_not_say_whose_they_are_hear_of_how_many_streams_t
 def test_a_call_that_an_engine_cannot_run_is_its_callers_error_and_the_process_goes_on(spec):
     codec = HostedStage([spec("codec")])
     process, state = process_of(codec), np.zeros(state_size_of(spec), np.float32)
-    bad, good = (np.zeros((3, 10), np.int32), state), (np.zeros((8, 10), np.int32), state)
+    bad, good = (Chunk(np.zeros((n, 10), np.int32), state) for n in (3, 8))
     assert isinstance(codec.run([bad])[0], EngineError)
     assert len(codec.run([good])[0][0]) == 3200 and process_of(codec) == process
 
@@ -141,7 +141,7 @@ def test_the_process_ends_with_its_last_connection(spec):
     engine, other = HostedStage([spec("coarse")]), HostedStage([spec("codec")])
     process = process_of(engine)
     hang_up(engine)
-    assert len(other.run([(np.zeros((8, 10), np.int32), np.zeros(state_size_of(spec), np.float32))])[0][0]) == 3200
+    assert len(other.run([Chunk(np.zeros((8, 10), np.int32), np.zeros(state_size_of(spec), np.float32))])[0][0]) == 3200
     hang_up(other)
     deadline = time.monotonic() + 10
     while Path(f"/proc/{process}/stat").exists() and "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2]:
@@ -204,7 +204,7 @@ def test_a_process_that_cannot_be_started_is_its_callers_error_and_tried_again(s
 
 def test_a_call_goes_to_the_gpu_of_its_stream(spec):
     stage = HostedStage([spec("codec", device=device) for device in (0, 1)])
-    chunk = np.zeros((8, 10), np.int32), np.zeros(state_size_of(spec), np.float32)
+    chunk = Chunk(np.zeros((8, 10), np.int32), np.zeros(state_size_of(spec), np.float32))
     stage.run([chunk, chunk, chunk], [5, 7, 9])
     assert [engine.take_news().n_rows for engine in stage.engines] == [0, 3]
 

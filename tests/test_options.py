@@ -144,6 +144,25 @@ def test_causal_stages_are_told_what_a_listener_has_where_a_later_sentence_begin
     assert [position for position, *_ in calls] == [0, 0, 0, 0, 60, 60]
 
 
+@pytest.mark.parametrize(("lead_s", "told"), [(None, math.inf), (-math.inf, math.inf), (-0.5, -0.5), (2.5, 2.5)])
+def test_the_codec_is_told_what_a_listener_has_in_hand(monkeypatch, pipeline, lead_s, told):
+    """-inf: nothing was sent yet."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Mock())
+    from barkstream import bls
+
+    asked = []
+    monkeypatch.setattr(bls, "infer", lambda model, inputs, *outputs: asked.append(inputs) or [None, None])
+    monkeypatch.setattr(bls, "state_size", lambda codec: 4)
+    stages = bls.TritonStages(Mock(), lambda: None, lead_s=None if lead_s is None else lambda: lead_s)
+    stages.codec(np.zeros((8, 28), np.int32), np.ones(4, np.float32))
+    stage = bls.CodecStage.__new__(bls.CodecStage)
+    stage._layout = pipeline.checkpoint.codec
+    monkeypatch.setattr("barkstream.engines.state_size", lambda codec: 4)
+    assert stage._chunk(asked[0]).lead_s == told
+    with pytest.raises(ValueError, match="lead_s must be"):
+        stage._chunk(asked[0] | dict(lead_s=np.array([math.nan], np.float32)))
+
+
 @pytest.mark.parametrize("due_s", [None, 0.0, 1.6])
 def test_semantic_is_told_when_its_tokens_are_due(monkeypatch, due_s):
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Mock())

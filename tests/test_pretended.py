@@ -14,7 +14,7 @@ sys.path[:0] = [str(PERF), str(PERF / "pretended")]
 from gpu_costs import COSTS, KEYS, PREFIX, prefix_share, together  # noqa: E402
 from pretended_engines import CausalEngine, CodecEngine, Gpu  # noqa: E402
 
-from barkstream.engines import Head, Row  # noqa: E402
+from barkstream.engines import Chunk, Head, Row  # noqa: E402
 from barkstream.engines.workers import FIRST, LAST, POLICIES  # noqa: E402
 from barkstream.sampling import COARSE, Sampling  # noqa: E402
 
@@ -58,9 +58,9 @@ def test_more_than_go_at_once_take_as_long_as_their_parts():
 
 def test_a_second_chunk_is_none_that_nothing_stands_before():
     codec, codes = CodecEngine(Gpu(H100)), np.zeros((8, 28), np.int32)
-    first = (codes, np.zeros(9, np.float32))
+    first = Chunk(codes, np.zeros(9, np.float32))
     ((_, state),) = codec.start([first])()
-    assert [POLICIES["codec"].rank(each) for each in (first, (codes, state))] == [LAST, FIRST]
+    assert [POLICIES["codec"].rank(each) for each in (first, Chunk(codes, state))] == [LAST, FIRST]
 
 
 def test_slower_kernels_take_longer_whatever_they_do():

@@ -71,12 +71,16 @@ def test_8_bits_are_all_that_sets_these_profiles_apart(profile, parameter, model
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{model_of(path).name}-{path.stem}")
 def test_a_profile_takes_and_gives_what_the_default_does(path):
-    """But for whose call it is, which fine and codec may be told: it says on which GPU. And fine takes several windows a call."""
+    """But for whose call it is, which fine and codec may be told: it says on which GPU. And fine takes several windows a call, and the
+    codec is told what the listener has in hand."""
     name, inputs, *rest = interface(path)
     told = ("stream", model_config_pb2.TYPE_INT64, (1,), True)
     windows = ("windows", model_config_pb2.TYPE_INT32, (-1, 2), True)
+    lead = ("lead_s", model_config_pb2.TYPE_FP32, (1,), True)
     assert (told in inputs) == (name in ("bark_fine", "bark_codec")) and (windows in inputs) == (name == "bark_fine")
-    same = [each for each in inputs if each not in (told, windows)]
+    own = told, windows, *[lead] * (name == "bark_codec")
+    assert lead in inputs or name in ("bark_fine", "bark")
+    same = [each for each in inputs if each not in own]
     assert (name, same, *rest) == interface(model_of(path) / "config.pbtxt")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -140,7 +141,7 @@ def test_sentences_begin_without_gaps_where_stages_know_what_listeners_have_in_h
 def test_a_sentence_behind_a_short_one_leaves_no_gap():
     """What it found, as a GPU had: .4 s are over before a chunk of 1.6 s is there."""
     short_first = replace(Policy(), sentences=(20, 480), max_streams=32)
-    as_before = replace(short_first, later_after_s=0.01)
+    as_before = replace(short_first, later_after_s=0.01, codec_due_s=-math.inf)
     before, now = (simulate(each, COSTS["h100"], rate=6.5, duration_s=30, seed=2) for each in (as_before, short_first))
     assert before["underruns"] > before["requests"] / 3 and now["underruns"] <= 1
 
@@ -157,7 +158,7 @@ def test_in_a_crowd_second_chunks_are_there_where_their_calls_go_first():
             "sliding_window_len=60,60,120,360",
         ]
     )
-    as_before = replace(crowd, shortest_first=0, halts_for_second=0, fine_first_batch=8)
+    as_before = replace(crowd, shortest_first=0, halts_for_second=0, fine_first_batch=8, codec_due_s=-math.inf)
     before, now = (
         sum(simulate(each, COSTS["h100"], rate=8.5, duration_s=25, seed=seed)["underruns"] for seed in (2, 7))
         for each in (as_before, crowd)

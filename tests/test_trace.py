@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from barkstream.engines import Generation, Row
+from barkstream.engines import Chunk, Generation, Row
 from barkstream.engines.host import Stage
 from barkstream.engines.open import Spec
 from barkstream.engines.trace import TRACE, open_trace
@@ -54,7 +54,7 @@ def test_a_stage_tells_of_each_batch(repository, tmp_path, monkeypatch):
     stage = Stage(spec, Turns(), has_begun=lambda stream: True, n_streams=lambda: 0)
     state = np.zeros(state_size(checkpoint.codec), np.float32)
     for n_frames in (29, 90):
-        stage.run((np.zeros((8, n_frames), np.int32), state)).result()
+        stage.run(Chunk(np.zeros((8, n_frames), np.int32), state)).result()
     stage.close()
     told = lines(tmp_path / "trace")
     assert [(batch["stage"], batch["gpu"], batch["is_halted"]) for batch in told] == [("codec", 0, False)] * 2

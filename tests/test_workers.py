@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from barkstream.engines import Generation, Row, Window
+from barkstream.engines import Chunk, Generation, Row, Window
 from barkstream.engines.slots import Slot, Slots
 from barkstream.engines.turns import FOLLOW_S, HEAD_START_S, HURRIED, LONE, UNHURRIED, Launch, Turns
 from barkstream.engines.workers import (
@@ -605,7 +605,7 @@ def window(n_frames, fill_from):
 
 
 def chunk(n_frames):
-    return np.zeros((8, n_frames), np.int32), np.zeros(1, np.float32)
+    return Chunk(np.zeros((8, n_frames), np.int32), np.zeros(1, np.float32))
 
 
 OFFLINE = {"fine": window(1024, 512), "codec": chunk(1154)}
@@ -698,7 +698,7 @@ def test_many_streams_on_a_pretend_gpu_all_finish(start):
                 ahead += workers["semantic"].submit([row(60, stream, position=position)])
                 wait("coarse", row(60, stream, position=position))
             wait("fine", window(134 + chunk, 128))
-            wait("codec", (np.zeros((8, chunk), np.int32), np.zeros(1, np.float32)))
+            wait("codec", Chunk(np.zeros((8, chunk), np.int32), np.zeros(1, np.float32)))
         for call in ahead:
             call.result(timeout=20)
         return True

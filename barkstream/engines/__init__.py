@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -267,18 +267,25 @@ def one_by_one(fill: Callable[[list[Window]], list[Ints]], calls: Sequence[Windo
     return results
 
 
-Chunk = tuple[Ints, Floats]  # one stream's share of a batch of the codec: codes [K, n], state [N]
+class Chunk(NamedTuple):
+    """One stream's share of a batch of the codec."""
+
+    codes: Ints  # [K, n]
+    state: Floats  # [N]
+    lead_s: float = math.inf  # audio that its listener has in hand; infinity: there is none yet, or nobody said
 
 
 def check_chunk(chunk: Chunk, layout: CodecLayout) -> None:
     """Raises ValueError for a chunk that does not fit the model."""
-    codes, state = chunk
+    codes, state, lead_s = chunk
     if codes.shape[0] != layout.n_codebooks or not codes.shape[1]:
         raise ValueError(f"codes must be [{layout.n_codebooks}, n >= 1], got {list(codes.shape)}")
     if codes.min() < 0 or codes.max() >= layout.codebook_size:
         raise ValueError(f"codes must be 0 to {layout.codebook_size - 1}, got {codes.min()} to {codes.max()}")
     if state.shape != (state_size(layout),):
         raise ValueError(f"state must be [{state_size(layout)}], got {list(state.shape)}")
+    if math.isnan(lead_s):
+        raise ValueError("lead_s must be the seconds that the listener has in hand, got nan")
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ class CodecEngine:
         for chunk in chunks:
             check_chunk(chunk, self.layout)
         of_length: dict[int, list[int]] = defaultdict(list)
-        for i, (codes, _) in enumerate(chunks):
-            of_length[codes.shape[1]].append(i)
+        for i, chunk in enumerate(chunks):
+            of_length[chunk.codes.shape[1]].append(i)
         launched: list[tuple[list[int], Decoded]] = []
         others: list[int] = []
         for n_frames, members in of_length.items():
@@ -89,11 +89,11 @@ class CodecEngine:
     def _start_alike(self, chunks: Sequence[Chunk], sizes: Sequence[int]) -> Decoded:
         """Chunks of one length, in pieces of these frames, for which there are graphs: each finds on the GPU what the one before left."""
         n_rows, last = len(chunks), None
-        states = [state for _, state in chunks]
+        states = [chunk.state for chunk in chunks]
         heard: list[Callable[[], Floats]] = []
         for size, end in zip(sizes, np.cumsum(sizes), strict=True):
             batch = self._batches[_shape(n_rows, size)]
-            codes = [codes[:, end - size : end] for codes, _ in chunks]
+            codes = [chunk.codes[:, end - size : end] for chunk in chunks]
             batch.send(codes, states) if last is None else batch.send_behind(codes, last)
             batch.graph.replay()
             heard.append(download(batch.audio[:n_rows]))  # before the next one, whose memory it is, too
@@ -104,10 +104,10 @@ class CodecEngine:
 
     def _start_without_graphs(self, chunks: Sequence[Chunk]) -> Decoded:
         """Chunks some of whose pieces have none."""
-        states = list(upload(np.stack([state for _, state in chunks])))
+        states = list(upload(np.stack([chunk.state for chunk in chunks])))
         # Of each chunk's pieces: what waits for a batch's samples, and which of its rows is the piece's
         heard: list[list[tuple[Callable[[], Floats], int]]] = [[] for _ in chunks]
-        left = {i: self._pieces(codes) for i, (codes, _) in enumerate(chunks)}
+        left = {i: self._pieces(chunk.codes) for i, chunk in enumerate(chunks)}
         while left := {i: pieces for i, pieces in left.items() if pieces}:
             alike: dict[int, list[int]] = defaultdict(list)
             for i, pieces in left.items():

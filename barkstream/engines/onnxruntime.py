@@ -260,7 +260,7 @@ class CodecEngine:
 
     def decode(self, chunks: Sequence[Chunk]) -> list[tuple[Floats, Floats]]:
         """(samples [samples_per_frame n], next state [N]) of each chunk."""
-        return [self._decode(*chunk) for chunk in chunks]
+        return [self._decode(chunk.codes, chunk.state) for chunk in chunks]
 
     def _decode(self, codes: Ints, state: Floats) -> tuple[Floats, Floats]:
         audio, next_state = _run(self._session, codes=codes, state=state)

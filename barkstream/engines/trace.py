@@ -72,4 +72,4 @@ def what(call: Any) -> dict[str, int]:
     """Of a Row its stream, position and tokens; of a Window, Windows or Chunk frames."""
     if isinstance(call, Row):
         return {"stream": call.stream, "position": call.position, "n_tokens": call.n_tokens}
-    return {"n_frames": n_asked(call) if isinstance(call, (Window, Windows)) else call[0].shape[1]}
+    return {"n_frames": n_asked(call) if isinstance(call, (Window, Windows)) else call.codes.shape[1]}

@@ -39,6 +39,9 @@ FEW = 4
 # For those who are in no hurry no window of a batch with a hurried row takes longer, prefills included: the second chunk is due .3 s
 # after the first.
 HURRIED_BATCH_S = 0.06
+# With less in hand a listener cannot wait for a batch that nothing ends, and for another behind it. (In virtual time .15 s spared third
+# chunks less, .35 s made less audio.)
+DUE_S = 0.2
 SOON = 240  # coarse tokens: a listener who has been sent less than these 1.6 s does not wait for company, and hears no longer calls
 LISTENED_TO = 64  # semantic tokens of a call that a listener may be waiting for, at most
 CHUNK, WINDOW = 120, 512  # frames of a listener's chunk, and of the window that it is filled in, at most
@@ -77,6 +80,8 @@ class Policy(Generic[Call]):
     # The last call before a listener's second chunk, which is due soon: it takes next to nothing, and ranks as FIRST. While CROWDED streams
     # are known as LAST: two of three of coarse's batches there, which take 60 ms, have a row of FIRST, and nobody of that rank ends them.
     is_second: Callable[[Call], bool] = lambda call: False
+    # The last call before a chunk that a listener will be short of at once: as LAST, however many streams are known.
+    is_due: Callable[[Call], bool] = lambda call: False
     # Of equally hurried calls those with less of this go first, whose listeners have less in hand; then the oldest.
     size: Callable[[Call], int] = lambda call: 0
     first_batch: int = 12  # rows of a batch with such a call, others that are such aside: with more it takes longer
@@ -101,6 +106,8 @@ class Policy(Generic[Call]):
         """LAST, FIRST, HURRIED or REST, while so many streams are known."""
         if self.is_first(call):
             return self.first
+        if self.is_due(call):
+            return LAST
         if self.is_second(call):
             return LAST if n_streams >= CROWDED else FIRST
         return HURRIED if self.is_hurried(call) else REST
@@ -125,16 +132,17 @@ def n_asked(window: Window | Windows) -> int:
 # one, plays for .4 s, and by then the second must be there.
 POLICIES: dict[str, Policy[Any]] = {
     "codec": Policy(
-        lambda chunk: chunk[0].shape[1] <= 30 and not chunk[1].any(),
-        lambda chunk: chunk[0].shape[1] <= 60,
+        lambda chunk: chunk.codes.shape[1] <= 30 and not chunk.state.any(),
+        lambda chunk: chunk.codes.shape[1] <= 60,
         hurried=0,
         urgency=1,
         first=LAST,
-        is_second=lambda chunk: chunk[0].shape[1] <= 30,
+        is_second=lambda chunk: chunk.codes.shape[1] <= 30,
+        is_due=lambda chunk: chunk.lead_s < DUE_S,
         company=4,
         patience_s=0.03,
         is_followed=False,
-        is_long=lambda chunk: chunk[0].shape[1] > CHUNK,
+        is_long=lambda chunk: chunk.codes.shape[1] > CHUNK,
     ),
     "fine": Policy(
         lambda window: window.n_frames <= WINDOW and n_asked(window) <= 30,

@@ -203,7 +203,9 @@ class CodecEngine:
         def finish() -> list[tuple[Floats, Floats]]:
             self._gpu.wait(work)
             # audible; and only a sentence's first chunk has a state of zeros (`POLICIES`)
-            return [(np.full(codes.shape[1] * 320, 0.1, np.float32), np.ones_like(state)) for codes, state in chunks]
+            return [
+                (np.full(chunk.codes.shape[1] * 320, 0.1, np.float32), np.ones_like(chunk.state)) for chunk in chunks
+            ]
 
         return finish
 
